@@ -1,0 +1,35 @@
+"""The mistakes that UPS-RM reports, one class per kind.
+
+Every message says what is wrong, where (file, line, field), the number that shows it, and the way out. The command line
+prints the message alone and exits with code 2; from Python they are ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+
+class UpsRmError(Exception):
+    """Base of all errors that are the input's or the setting's fault rather than a bug of ours."""
+
+
+class RecipeError(UpsRmError):
+    """A recipe key or value that does not exist, has the wrong type, or contradicts another."""
+
+
+class DataError(UpsRmError):
+    """Rows, parquet or JSONL files that can't be read or don't have the agreed form."""
+
+
+class RMError(UpsRmError):
+    """A reward model folder, card, head or score that can't be trusted."""
+
+
+class PolicyError(UpsRmError):
+    """A policy model or tokenizer that can't be loaded or does not fit the recipe."""
+
+
+class CheckpointError(UpsRmError):
+    """A checkpoint that is missing, incomplete or belongs to another recipe."""
+
+
+class RunError(UpsRmError):
+    """A stage of the run that can't start or go on: missing extra, existing output, full disk."""
