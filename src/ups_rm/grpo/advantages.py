@@ -135,7 +135,7 @@ def whitened_return_advantages(
     """
     mask = response_mask.to(token_level_rewards.dtype)
     returns = torch.zeros_like(token_level_rewards)
-    running = torch.zeros_like(token_level_rewards[:, 0]) if token_level_rewards.shape[1] else None
+    running = token_level_rewards.new_zeros(token_level_rewards.shape[0])
     for t in reversed(range(token_level_rewards.shape[1])):
         here = token_level_rewards[:, t] + gamma * running
         returns[:, t] = here * mask[:, t]

@@ -125,7 +125,7 @@ def aggregate(
         mode: one of `LOSS_AGG_MODES`.
         batch_num_tokens: tokens in the whole mini batch; default: in this mask.
         global_batch_size: replies in the whole mini batch; default: rows of this mask with at least one token.
-        loss_scale_factor: default R, this mask's width, which changes with padding: give it when micro batches are used.
+        loss_scale_factor: default R, this mask's width, which changes with padding: give it with micro batches.
 
     Returns:
         A scalar; 0 if the mask is empty and no totals are given (verl divides 0 by 0 there).
