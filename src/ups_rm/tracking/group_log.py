@@ -1,0 +1,264 @@
+"""The group log: what the policy said, group by group, with every number that led to its advantage.
+
+One file per logged step, `step_000010.jsonl`, written to a temporary name and renamed. Line 1 is a header, every
+further line one group (the replies to one prompt). `docs/metrics.md` has the schema. All numbers are the float32 values
+that the training used, written exactly, so that `GroupLogFile.recompute_advantages` gives the logged advantages bit for
+bit, also where the file keeps only some of a group's replies: mean and std over *all* its replies stand beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ups_rm.errors import DataError
+from ups_rm.types import Message, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = "ups-rm group log 1"
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One reply. `kl` is summed over its tokens (nats), so reward = safe_score - kl_coef * kl when KL is in the reward;
+    an empty reply has no token to be rewarded on: reward 0, advantage 0. `truncated`: cut by the length limit."""
+
+    response: str
+    logit: float
+    safe_score: float
+    reward: float
+    advantage: float
+    kl: float
+    length: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """All replies to one prompt. `n`, `reward_mean` and `reward_std` describe the whole group, also after cutting;
+    `GroupLog.write` fills them in. For a group of one they are 0 and 1, the values that GRPO uses then."""
+
+    prompt_id: str | int
+    messages: list[Message]
+    samples: list[SampleRecord]
+    kind: str | None = None
+    n: int = 0
+    reward_mean: float = math.nan
+    reward_std: float = math.nan
+
+
+@dataclass(frozen=True)
+class GroupLogFile:
+    """What `read_group_log` gives: the header's fields and the groups."""
+
+    step: int
+    groups: list[GroupRecord]
+    groups_total: int
+    adv_estimator: str = "grpo"
+    scale_by_std: bool = True
+    eps: float = 1e-6
+    kl_coef: float = 0.0
+
+    def recompute_advantages(self) -> list[list[float]]:
+        """Advantages of every group's logged replies from their rewards and the group's mean and std: equal to the log.
+
+        Raises:
+            DataError: for an estimator other than grpo: the others need replies that the file may not hold.
+        """
+        import torch
+
+        if self.adv_estimator not in ("grpo", "grpo_vectorized"):
+            raise DataError(
+                f'step {self.step}: advantages of "{self.adv_estimator}" can\'t be recomputed, only of grpo'
+            )
+        recomputed = []
+        for group in self.groups:
+            rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float32)
+            filled = torch.tensor([sample.length > 0 for sample in group.samples])
+            advantages = rewards - torch.tensor(group.reward_mean, dtype=torch.float32)
+            if self.scale_by_std:
+                advantages = advantages / (torch.tensor(group.reward_std, dtype=torch.float32) + self.eps)
+            recomputed.append((advantages * filled).tolist())
+        return recomputed
+
+
+@dataclass
+class GroupLog:
+    """Writes the group log of a run.
+
+    Args:
+        folder: `trainer.group_log_dir`.
+        freq: log every so many steps; 0 or less: never.
+        max_groups: groups per file, the first ones of the batch; None, 0 or less: all.
+        max_samples_per_group: replies per group, the first ones; None, 0 or less: all.
+        adv_estimator, scale_by_std, eps, kl_coef: how the advantages were made; stand in the header.
+    """
+
+    folder: Path
+    freq: int = 1
+    max_groups: int | None = None
+    max_samples_per_group: int | None = None
+    adv_estimator: str = "grpo"
+    scale_by_std: bool = True
+    eps: float = 1e-6
+    kl_coef: float = 0.0
+    _pattern: str = field(default="step_*.jsonl", init=False, repr=False)
+
+    def wants(self, step: int) -> bool:
+        """Whether `write` would write this step, so that the records need not be built for nothing."""
+        return self.freq > 0 and step % self.freq == 0
+
+    def write(self, step: int, groups: Sequence[GroupRecord], *, kl_coef: float | None = None) -> Path | None:
+        """Write the step's file and return its path, or None where the step is not to be logged.
+
+        `groups` are whole: cutting them down is done here, after their mean and std are known. `kl_coef` overrides the
+        header's where the coefficient changes from step to step.
+        """
+        if not self.wants(step):
+            return None
+        kept = [
+            _cut(_with_statistics(group), self.max_samples_per_group) for group in groups[: _limit(self.max_groups)]
+        ]
+        header = {
+            "schema": SCHEMA,
+            "step": step,
+            "groups_total": len(groups),
+            "adv_estimator": self.adv_estimator,
+            "scale_by_std": self.scale_by_std,
+            "eps": self.eps,
+            "kl_coef": self.kl_coef if kl_coef is None else kl_coef,
+        }
+        self.folder = Path(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step_{step:06d}.jsonl"
+        temporary = file.with_name(file.name + ".tmp")
+        lines = [json.dumps(_finite(row), ensure_ascii=False) for row in (header, *map(asdict, kept))]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(file)
+        return file
+
+    def drop_after(self, step: int) -> None:
+        """Remove the files of later steps: training goes on from `step` and will write them anew."""
+        for file in sorted(Path(self.folder).glob(self._pattern)):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+
+
+def read_group_log(file: Path) -> GroupLogFile:
+    """Read one step's file.
+
+    Raises:
+        DataError: not a group log, another schema, or a field that is missing, with file and line.
+    """
+    lines = Path(file).read_text(encoding="utf-8").split("\n")[:-1]
+    line_number = 1
+    try:
+        header = json.loads(lines[0])
+        if header.pop("schema") != SCHEMA:
+            raise DataError(f'{file}:1: field "schema" is not "{SCHEMA}": written by another version')
+        groups = []
+        for line in lines[1:]:
+            line_number += 1
+            row = _with_nan(json.loads(line))
+            samples = [SampleRecord(**_with_nan(sample)) for sample in row.pop("samples")]
+            groups.append(GroupRecord(samples=samples, **row))
+        return GroupLogFile(groups=groups, **header)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(f"{file}:{line_number}: not a group log ({error})") from error
+
+
+def group_records(
+    *,
+    group_ids: Tensor,
+    prompt_ids: Sequence[str | int],
+    messages: Sequence[list[Message]],
+    responses: Sequence[str],
+    scores: Sequence[Score],
+    token_level_rewards: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    kl: Tensor | None = None,
+    truncated: Sequence[bool] | Tensor | None = None,
+    kinds: Sequence[str] | None = None,
+) -> list[GroupRecord]:
+    """Collect the batch's replies into groups, in the order in which the groups first appear.
+
+    Args:
+        group_ids: Shape (B,). prompt_ids, messages, responses, scores, truncated, kinds: one per sequence, B long.
+        token_level_rewards, advantages, response_mask, kl: Shape (B, R).
+    """
+    lengths = response_mask.bool().sum(-1)
+    rewards = token_level_rewards.detach().float().sum(-1)
+    # one value per sequence, repeated over its tokens: the first token's
+    first = response_mask.bool().long().argmax(-1, keepdim=True)
+    per_sequence = advantages.detach().float().gather(-1, first).squeeze(-1) * (lengths > 0)
+    kls = rewards.new_zeros(len(rewards)) if kl is None else (kl.detach().float() * response_mask).sum(-1)
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(group_ids.tolist()):
+        members.setdefault(int(group), []).append(i)
+
+    def sample(i: int) -> SampleRecord:
+        return SampleRecord(
+            response=responses[i],
+            logit=float(scores[i].logit),
+            safe_score=float(scores[i].safe_score),
+            reward=float(rewards[i]),
+            advantage=float(per_sequence[i]),
+            kl=float(kls[i]),
+            length=int(lengths[i]),
+            truncated=bool(truncated[i]) if truncated is not None else False,
+        )
+
+    return [
+        GroupRecord(
+            prompt_id=prompt_ids[rows[0]],
+            messages=list(messages[rows[0]]),
+            samples=[sample(i) for i in rows],
+            kind=kinds[rows[0]] if kinds is not None else None,
+        )
+        for rows in members.values()
+    ]
+
+
+def _with_statistics(group: GroupRecord) -> GroupRecord:
+    """Mean and unbiased std of the group's rewards in float32, computed as `grpo.group_advantages` does."""
+    import torch
+
+    rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float32)
+    several = len(rewards) > 1
+    return GroupRecord(
+        prompt_id=group.prompt_id,
+        messages=group.messages,
+        samples=group.samples,
+        kind=group.kind,
+        n=len(rewards),
+        reward_mean=float(rewards.mean()) if several else 0.0,
+        reward_std=float(rewards.std()) if several else 1.0,
+    )
+
+
+def _cut(group: GroupRecord, max_samples: int | None) -> GroupRecord:
+    return GroupRecord(**{**vars(group), "samples": group.samples[: _limit(max_samples)]})
+
+
+def _limit(maximum: int | None) -> int | None:
+    return None if maximum is None or maximum <= 0 else maximum
+
+
+def _finite(value: Any) -> Any:
+    """Copy with every nan or infinite number as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if inner is None and key != "kind" else inner for key, inner in row.items()}

@@ -1,0 +1,240 @@
+"""Sends each step's metrics to every tracker that the recipe names in `trainer.logger`.
+
+`console` and `jsonl` are ours; `wandb`, `tensorboard` and the rest come from `accelerate.tracking`. `metrics.jsonl` is
+always written, whether or not `jsonl` is named. A tracker that is named but not installed stops the run before it
+starts; one that fails later only warns: a lost curve must not cost a training run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from ups_rm.console import err_console
+from ups_rm.errors import RunError
+from ups_rm.tracking.console_line import ConsoleLine
+from ups_rm.tracking.jsonl import MetricsFile
+
+EXTRAS = ("wandb", "tensorboard")
+"""Trackers that an extra of this package installs: pip install "ups-rm[NAME]"."""
+
+PACKAGES = {"comet_ml": "comet-ml"}
+"""What to install for the others where the package is not called like the tracker."""
+
+RUN_NAME_ARGUMENT = {
+    "wandb": "name",
+    "trackio": "name",
+    "swanlab": "experiment_name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+}
+"""How each tracker's start function calls the name of a run within its project."""
+
+MAX_FAILURES = 3
+"""A tracker that fails this often in a row is left alone, so that time-outs don't slow every step down."""
+
+
+class Tracker(Protocol):
+    """What `Trackers` needs of a tracker."""
+
+    def log(self, values: Any, step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Trackers:
+    """All trackers of one run behind one `log`.
+
+    Args:
+        loggers: names from `trainer.logger`: console, jsonl (verl's name `file` works too), wandb, tensorboard, and the
+            others of accelerate: aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio.
+        project_name: groups runs on wandb and the like.
+        experiment_name: this run.
+        folder: the run folder; takes `metrics.jsonl`, `tensorboard/`, `wandb/`.
+        config: the resolved recipe, nested mappings; stored with the run where the tracker can.
+        resume_step: last step of the checkpoint that training goes on from; None for a new run.
+        total_steps: shown on the console line.
+
+    Raises:
+        RunError: a name that is unknown or whose package is not installed, with the pip command.
+    """
+
+    def __init__(
+        self,
+        loggers: Sequence[str],
+        *,
+        project_name: str,
+        experiment_name: str,
+        folder: Path,
+        config: Mapping[str, Any],
+        resume_step: int | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        names = list(dict.fromkeys("jsonl" if name == "file" else name for name in loggers))
+        for name in names:
+            _check_available(name)
+        self.folder = Path(folder)
+        self._failures: dict[str, int] = {}
+        self._trackers: dict[str, Tracker] = {
+            "jsonl": MetricsFile(self.folder / "metrics.jsonl", resume_step=resume_step)
+        }
+        if "console" in names:
+            self._trackers["console"] = ConsoleLine(total_steps)
+        for name in names:
+            if name not in ("console", "jsonl"):
+                try:
+                    self._trackers[name] = _start(name, project_name, experiment_name, self.folder, config, resume_step)
+                except Exception as error:
+                    _warn(f"tracker {name} did not start, training goes on without it: {error}")
+
+    @property
+    def names(self) -> list[str]:
+        """The trackers that are still logged to."""
+        return list(self._trackers)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log one step everywhere. Values may be Python, numpy or 0-dim torch numbers.
+
+        A tracker that raises is reported once and dropped after `MAX_FAILURES` failures in a row.
+        """
+        numbers = {name: float(value) for name, value in metrics.items()}
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(dict(numbers), step=step)
+                self._failures.pop(name, None)
+            except Exception as error:
+                self._report(name, error)
+
+    def finish(self) -> None:
+        """Close every tracker; safe to call twice."""
+        while self._trackers:
+            name, tracker = self._trackers.popitem()
+            try:
+                tracker.finish()
+            except Exception as error:
+                _warn(f"tracker {name} did not close properly: {error}")
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.finish()
+
+    def _report(self, name: str, error: Exception) -> None:
+        failures = self._failures[name] = self._failures.get(name, 0) + 1
+        if failures == 1:
+            _warn(f"tracker {name} failed, training goes on: {error}")
+        if failures == MAX_FAILURES:
+            _warn(f"tracker {name} failed {failures} times in a row and is left alone")
+            del self._trackers[name]
+
+
+def known_trackers() -> list[str]:
+    """Every name that `trainer.logger` may hold."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    return ["console", "jsonl", *sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested mappings as one level with dotted keys; what is neither text nor number is written as text."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat
+
+
+def _check_available(name: str) -> None:
+    if name in ("console", "jsonl"):
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = known_trackers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise RunError(f'trainer.logger: "{name}" is not a tracker{hint}\n  known: {", ".join(known)}')
+    ours = name in {str(kind) for kind in LoggerType}
+    if ours and name not in [str(kind) for kind in get_available_trackers()]:
+        package = f'"ups-rm[{name}]"' if name in EXTRAS else PACKAGES.get(name, name)
+        raise RunError(f'trainer.logger: "{name}" is not installed\n  fix: pip install {package}')
+    assert name in LOGGER_TYPE_TO_CLASS
+
+
+def _start(
+    name: str,
+    project_name: str,
+    experiment_name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    resume_step: int | None,
+) -> Tracker:
+    """Start one of accelerate's trackers and hand it the configuration."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers log through it
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    if name == "wandb":
+        return _start_wandb(tracker_class, project_name, experiment_name, folder, config, resume_step)
+    arguments: dict[str, Any] = {}
+    if name == "tensorboard":
+        project_name = experiment_name  # its run name is the folder of the event files
+        if resume_step is not None:
+            arguments["purge_step"] = resume_step + 1
+    elif name in RUN_NAME_ARGUMENT:
+        arguments[RUN_NAME_ARGUMENT[name]] = experiment_name
+    if tracker_class.requires_logging_directory:
+        arguments["logging_dir"] = str(folder / name)
+    tracker: Tracker = _started(tracker_class(project_name, **arguments), config)
+    return tracker
+
+
+def _start_wandb(
+    tracker_class: Any,
+    project_name: str,
+    experiment_name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    resume_step: int | None,
+) -> Tracker:
+    """Start wandb in the run folder; a resumed run goes on under its old id; no key or no network means offline.
+
+    WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY and the rest of wandb's environment variables work as always.
+    """
+    id_file = folder / "wandb" / "run_id.txt"
+    id_file.parent.mkdir(parents=True, exist_ok=True)
+    arguments = {"name": experiment_name, "dir": str(folder)}
+    if resume_step is not None and id_file.exists():
+        arguments |= {"id": id_file.read_text(encoding="utf-8").strip(), "resume": "allow"}
+    try:
+        tracker = _started(tracker_class(project_name, **arguments), config)
+    except Exception as error:
+        if os.environ.get("WANDB_MODE") == "offline":
+            raise
+        reason = str(error).splitlines()[0]
+        _warn(f"wandb can't go online ({reason}); it writes offline now, upload later with:")
+        _warn(f"  wandb sync {folder}/wandb/offline-run-*")
+        tracker = _started(tracker_class(project_name, **arguments, mode="offline"), config)
+    id_file.write_text(f"{tracker.tracker.id}\n", encoding="utf-8")
+    return tracker
+
+
+def _warn(message: str) -> None:
+    err_console.print(message, markup=False, soft_wrap=True)
+
+
+def _started(tracker: Any, config: Mapping[str, Any]) -> Any:
+    tracker.start()
+    tracker.store_init_configuration(flatten(config))
+    return tracker
