@@ -1,0 +1,69 @@
+"""Which device and which number format to compute in."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ups_rm.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+}
+
+
+def compute_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
+    """The torch dtype that `name` means on `device`.
+
+    "auto" is bfloat16 where the hardware computes in it (CPU with avx512_bf16 or amx_bf16, CUDA from Ampere on), else
+    float32. Other names: float32/fp32, bfloat16/bf16, float16/fp16.
+
+    Raises:
+        RunError: an unknown name, or float16 on a CPU.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if name == "auto":
+        return torch.bfloat16 if _has_fast_bf16(kind) else torch.float32
+    if name not in DTYPES:
+        raise RunError(f"dtype {name!r} is not known; choose auto, float32, bfloat16 or float16")
+    if DTYPES[name] == "float16" and kind == "cpu":
+        raise RunError("dtype float16 is not for CPUs (range too small, slow); choose auto, bfloat16 or float32")
+    return getattr(torch, DTYPES[name])
+
+
+def best_device() -> str:
+    """ "cuda" if a GPU is there, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _has_fast_bf16(kind: str) -> bool:
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return kind == "cpu" and _cpu_has_bf16()
+
+
+@lru_cache(maxsize=1)
+def _cpu_has_bf16() -> bool:
+    """avx512_bf16 or amx_bf16 among the CPU's flags; False where the system does not list them."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))

@@ -1,0 +1,60 @@
+"""Configuration of a reward model that is a decoder backbone with an MLP head. Copied verbatim into every RM folder.
+
+`config.json` is the backbone's own config, flat, plus `hidden_dim_str` and `backbone_model_type`. Nothing but
+transformers is imported, so the folder loads with `trust_remote_code=True` where nothing else is installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+# Fields of config.json that are not the backbone's
+OWN_FIELDS = (
+    "hidden_dim_str",
+    "backbone_model_type",
+    "auto_map",
+    "architectures",
+    "model_type",
+    "dtype",
+    "torch_dtype",
+)
+LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
+
+
+class MyRMConfig(PretrainedConfig):
+    """The backbone's config, flat, with the shape of the head.
+
+    Args:
+        hidden_dim_str: widths of the head's hidden layers, comma-separated, e.g. "256,64"; empty for a linear head.
+        backbone_model_type: the transformers `model_type` that the other fields belong to, e.g. "llama", "qwen2".
+        kwargs: every field of the backbone's config.
+    """
+
+    model_type = "myrm"
+
+    def __init__(self, hidden_dim_str: str | int = "256", backbone_model_type: str = "llama", **kwargs: Any) -> None:
+        self.hidden_dim_str = str(hidden_dim_str)
+        self.backbone_model_type = backbone_model_type
+        if kwargs.get("id2label") is None:
+            kwargs.setdefault("num_labels", 1)
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_dims(self) -> list[int]:
+        """Widths of the hidden layers, e.g. [256, 64]."""
+        return [int(width) for width in self.hidden_dim_str.split(",") if width.strip()]
+
+    def backbone_config(self) -> Any:
+        """The config of the backbone alone, of the class that transformers has for `backbone_model_type`."""
+        fields = {k: v for k, v in self.to_dict().items() if k not in OWN_FIELDS and k not in LABEL_FIELDS}
+        config = AutoConfig.for_model(self.backbone_model_type, **fields)
+        # A pad token that was added without growing the embedding must not stop the backbone: padding is never read.
+        pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+        if pad is not None and vocabulary is not None and not 0 <= pad < vocabulary:
+            config.pad_token_id = None
+        return config
+
+
+__all__ = ["MyRMConfig"]

@@ -1,0 +1,143 @@
+"""Reward model: decoder backbone, last attended token, MLP head, one logit. Copied verbatim into every RM folder.
+
+The logit is the degree of *unsafety* of the last reply; sigmoid(-logit) is its safe score. Decisions that count:
+- the hidden state is read at the last position where `attention_mask` is not 0, so left, right and no padding agree;
+- positions are counted from the first attended token;
+- hidden state and head are computed in float32, whatever the dtype of the backbone and even under autocast;
+- a head weight that is missing from or unknown in the checkpoint is an error: a re-initialised head answers noise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import TokenClassifierOutput
+
+from .configuration_myrm import MyRMConfig
+
+
+def last_attended_index(attention_mask: Tensor) -> Tensor:
+    """Position of the last non-zero entry of each row. Shape (B, T) -> (B,)."""
+    mask = (attention_mask != 0).long()
+    return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+
+
+def last_attended_hidden(
+    backbone: nn.Module,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Final hidden state of each row's last attended token, and the backbone's whole output.
+
+    Args:
+        backbone: a decoder without a head, as AutoModel gives it.
+        input_ids: shape (B, T).
+        attention_mask: 1 for tokens to read, 0 for padding on either side; None means all ones. Shape (B, T).
+        position_ids: counted over the attended tokens if not given. Shape (B, T).
+
+    Returns:
+        Hidden states in float32, shape (B, H); the backbone's output.
+    """
+    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+    if attention_mask is not None and position_ids is None and takes_positions:
+        position_ids = ((attention_mask != 0).long().cumsum(dim=1) - 1).clamp(min=0)
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
+    hidden = output.last_hidden_state  # (B, T, H)
+    if attention_mask is None:
+        return hidden[:, -1].float(), output
+    index = last_attended_index(attention_mask).to(hidden.device)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return hidden[rows, index].float(), output
+
+
+def _linear_fp32(layer: Any, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.float(), layer.bias.float())
+
+
+class MyRMHead(nn.Module):
+    """Linear layers with LeakyReLU (slope 0.01) between, one number out; always in float32. Shape (B, H) -> (B, 1)."""
+
+    def __init__(self, input_size: int, hidden_dims: list[int]) -> None:
+        super().__init__()
+        widths = [input_size, *hidden_dims]
+        self.layers = nn.ModuleList(nn.Linear(widths[i], widths[i + 1]) for i in range(len(hidden_dims)))
+        self.output_layer = nn.Linear(widths[-1], 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            x = hidden.float()
+            for layer in self.layers:
+                x = F.leaky_relu(_linear_fp32(layer, x))
+            return _linear_fp32(self.output_layer, x)
+
+
+class MyRMForTokenClassification(PreTrainedModel):
+    """`AutoModelForTokenClassification` of RM folders: `model.*` is the backbone, `myscore.*` the head."""
+
+    config_class = MyRMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ("myscore",)
+    # left over in checkpoints of causal or sequence-classification backbones; not part of this model
+    _keys_to_ignore_on_load_unexpected = (r"^score\.", r"^lm_head\.", r"rotary_emb\.inv_freq$")
+
+    def __init__(self, config: MyRMConfig) -> None:
+        requested_attention = getattr(config, "_attn_implementation", None)
+        super().__init__(config)
+        backbone_config = config.backbone_config()
+        kwargs = {} if requested_attention is None else {"attn_implementation": requested_attention}
+        self.model = AutoModel.from_config(backbone_config, **kwargs)
+        self.myscore = MyRMHead(backbone_config.get_text_config().hidden_size, config.hidden_dims)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits of shape (B, 1), float32, from token ids of shape (B, T) and their mask of shape (B, T)."""
+        for unused in ("labels", "past_key_values", "use_cache", "return_dict", "token_type_ids"):
+            kwargs.pop(unused, None)
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        hidden, output = last_attended_hidden(self.model, input_ids, attention_mask, position_ids, **kwargs)
+        return TokenClassifierOutput(
+            logits=self.myscore(hidden), hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As transformers does it, but weights that are missing, or unknown in the head, are an error by name."""
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        unexpected = sorted(name for name in info["unexpected_keys"] if re.match(r"myscore\.", name))
+        if missing or unexpected:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is not a whole reward model: "
+                f"missing weights {missing or 'none'}, unexpected head weights {unexpected or 'none'} "
+                f"(hidden_dim_str is {model.config.hidden_dim_str!r})"
+            )
+        return (model, info) if output_loading_info else model
+
+
+__all__ = ["MyRMForTokenClassification"]

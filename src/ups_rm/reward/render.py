@@ -1,0 +1,196 @@
+"""From messages to the reward model's token ids.
+
+One way in for features, scorer, card and checks: `render(tokenizer, conversations, policy)`. The RM's own tokenizer and
+chat template write the text; the policy (a part of the RM's card) decides BOS, the end token and truncation. Text in,
+ids out: token ids of the model that wrote the reply are never seen here.
+
+Not done here: padding and batches (batching.py), tensors (scorer.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ups_rm.errors import RMError
+from ups_rm.types import Conversation, Message
+
+# Templates of the Llama 3.1+ family write today's date unless told one; a score must not depend on the day.
+TEMPLATE_DATE = "26 Jul 2024"
+DEFAULT_MAX_LENGTH = 4096
+_PROBE: Conversation = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+
+
+@dataclass(frozen=True)
+class RenderPolicy:
+    """What decides the token ids besides tokenizer and chat template.
+
+    bos: "one" - the ids begin with exactly one BOS, whoever wrote it; "none" - they do not begin with BOS.
+    end_token: the special token that closes a reply, such as <|eot_id|>; added where the template writes none. What the
+        template writes after it (ChatML: a newline) stays. None: the ending is left as the template writes it.
+    truncation_side: "left" - the oldest tokens go, a leading BOS stays; "right" - the newest tokens of the reply go,
+        the end token and what follows it stay.
+    max_length: limit in RM tokens, BOS and end token included.
+    """
+
+    bos: Literal["one", "none"] = "one"
+    end_token: str | None = None
+    truncation_side: Literal["left", "right"] = "left"
+    max_length: int = DEFAULT_MAX_LENGTH
+
+    def __post_init__(self) -> None:
+        if self.bos not in ("one", "none"):
+            raise RMError(f"bos is {self.bos!r}, expected 'one' or 'none'")
+        if self.truncation_side not in ("left", "right"):
+            raise RMError(f"truncation_side is {self.truncation_side!r}, expected 'left' or 'right'")
+        if not isinstance(self.max_length, int) or self.max_length < 8:
+            raise RMError(f"max_length is {self.max_length!r}, expected an integer of at least 8 tokens")
+
+    @classmethod
+    def infer(
+        cls,
+        tokenizer: Any,
+        *,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        truncation_side: Literal["left", "right"] = "left",
+    ) -> RenderPolicy:
+        """The policy that leaves the chat template's output as it is: its BOS or none, its end token.
+
+        Raises:
+            RMError: the tokenizer has no chat template.
+        """
+        ids = _encode(tokenizer, _texts(tokenizer, [_PROBE]))[0]
+        has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+        special = _special_tokens(tokenizer)
+        end_token = None
+        for token_id in reversed(ids):
+            if token_id in special:
+                end_token = special[token_id]
+                break
+            if tokenizer.decode([token_id]).strip():
+                break
+        return cls("one" if has_bos else "none", end_token, truncation_side, max_length)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One conversation as RM token ids, and whether it was cut to the policy's limit."""
+
+    input_ids: list[int]
+    truncated: bool
+
+
+def render(tokenizer: Any, conversations: Sequence[Conversation], policy: RenderPolicy) -> list[Rendered]:
+    """Token ids of each conversation, in input order.
+
+    Text in a message that spells one of the tokenizer's special tokens is broken by a space after its first character,
+    so that a reply can't end its own turn or begin another: it would be a way to cheat the RM.
+
+    Args:
+        tokenizer: the RM's own.
+        conversations: messages that end with the assistant's reply, which may be empty.
+        policy: as the RM's card says.
+
+    Raises:
+        RMError: a conversation that is empty, malformed or does not end with a reply; no chat template; a template that
+            refuses the conversation.
+    """
+    if not conversations:
+        return []
+    ids = _encode(tokenizer, _texts(tokenizer, conversations))
+    end_id = None
+    if policy.end_token is not None:
+        end_id = tokenizer.convert_tokens_to_ids(policy.end_token)
+        if end_id is None or (end_id == tokenizer.unk_token_id and policy.end_token != tokenizer.unk_token):
+            raise RMError(f"end_token {policy.end_token!r} is not in the RM's tokenizer")
+    return [_apply(row, policy, tokenizer.bos_token_id, end_id, tokenizer) for row in ids]
+
+
+def chat_template_of(tokenizer: Any) -> str:
+    """The template that `render` uses.
+
+    Raises:
+        RMError: the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise RMError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the RM'} has no chat template: it can't be known how the RM "
+            "saw conversations\n  fix: give the template that the head was trained with: --chat-template FILE (jinja), "
+            "or put it into the folder as chat_template.jinja"
+        )
+    return str(tokenizer.get_chat_template())
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """sha256 of the chat template's text, as the card keeps it."""
+    return hashlib.sha256(chat_template_of(tokenizer).encode("utf-8")).hexdigest()
+
+
+def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+    template = chat_template_of(tokenizer)
+    special = sorted(_special_tokens(tokenizer).values(), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, special))) if special else None
+    checked = [_checked(conversation, i, pattern) for i, conversation in enumerate(conversations)]
+    extra = {"date_string": TEMPLATE_DATE} if "date_string" in template else {}
+    try:
+        texts = tokenizer.apply_chat_template(checked, tokenize=False, add_generation_prompt=False, **extra)
+    except Exception as error:  # jinja2's own errors, and raise_exception() in templates
+        raise RMError(f"the RM's chat template refuses a conversation: {type(error).__name__}: {error}") from error
+    return list(texts)
+
+
+def _checked(conversation: Conversation, index: int, special: re.Pattern[str] | None) -> Conversation:
+    if not conversation:
+        raise RMError(f"conversation {index} has no messages")
+    messages: Conversation = []
+    for message in conversation:
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise RMError(
+                f"conversation {index}: a message needs text under 'role' and 'content', got "
+                f"{type(role).__name__} and {type(content).__name__}"
+            )
+        if special is not None:
+            content = special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
+        messages.append(Message(role=role, content=content))
+    if messages[-1]["role"] != "assistant":
+        raise RMError(
+            f"conversation {index} ends with role {messages[-1]['role']!r}, expected 'assistant': the RM scores a "
+            "reply (an empty one is {'role': 'assistant', 'content': ''})"
+        )
+    return messages
+
+
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Ids and texts of all special tokens, named ones (bos, eos, ...) and added ones."""
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return added | dict(named)
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _apply(ids: list[int], policy: RenderPolicy, bos_id: int | None, end_id: int | None, tokenizer: Any) -> Rendered:
+    """BOS, end token, truncation: the policy applied to the template's own ids."""
+    if bos_id is not None:
+        start = next((i for i, token in enumerate(ids) if token != bos_id), len(ids))
+        ids = ([bos_id] if policy.bos == "one" else []) + ids[start:]
+    head = [bos_id] if bos_id is not None and policy.bos == "one" else []
+    tail: list[int] = []
+    if end_id is not None:
+        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == end_id), None)
+        if last is None or tokenizer.decode(ids[last + 1 :]).strip():
+            last, ids = len(ids), [*ids, end_id]
+        tail = ids[last:]
+    excess = len(ids) - policy.max_length
+    if excess <= 0:
+        return Rendered(ids, False)
+    if policy.truncation_side == "left":
+        return Rendered(head + ids[len(head) + excess :], True)
+    return Rendered(ids[: policy.max_length - len(tail)] + tail, True)
