@@ -1,0 +1,1 @@
+"""SafeRLHF rows in, verl's prompt parquet out; statistics, checks, and the packaged sample."""

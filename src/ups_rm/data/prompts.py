@@ -1,0 +1,113 @@
+"""Prompts for training and evaluation, read from parquet in verl's schema: ours, or one that verl's users already
+have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ups_rm.errors import DataError
+from ups_rm.types import Conversation, Message
+
+Kind = Literal["unsafe", "benign"]
+KINDS: tuple[Kind, ...] = ("unsafe", "benign")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt. `index` counts from 0 over all files read, so it is unique; `extra_info` is what the file says."""
+
+    index: int
+    messages: Conversation
+    kind: Kind
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+def kind_of(prompt_source: str | None) -> Kind | None:
+    """What `prompt_source` says the prompt is, by its ending; None where it says nothing, as in the original data."""
+    for kind in KINDS:
+        if prompt_source is not None and prompt_source.endswith(kind):
+            return kind
+    return None
+
+
+def read_prompts(parquet: Path | str | Sequence[Path | str]) -> list[PromptRow]:
+    """All prompts of one or several parquet files, in order.
+
+    A prompt is `benign` when `extra_info.prompt_source` ends in "benign", else `unsafe`. Columns other than `prompt`
+    and `extra_info` are not needed here.
+
+    Raises:
+        DataError: a file is missing, is not parquet, has no rows, or a row (named by number, from 0) is not a list of
+            messages that a model can answer.
+    """
+    files = [parquet] if isinstance(parquet, (str, Path)) else list(parquet)
+    rows: list[PromptRow] = []
+    for file in map(Path, files):
+        before = len(rows)
+        for number, prompt, extra_info in _iter_prompts(file):
+            if problem := prompt_problem(prompt):
+                raise DataError(f"{file}: row {number}: {problem}\n  fix: ups-rm data check {file} lists all such rows")
+            info = extra_info if isinstance(extra_info, dict) else {}
+            messages: Conversation = [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
+            rows.append(PromptRow(len(rows), messages, kind_of(_source(info)) or "unsafe", info))
+        if len(rows) == before:
+            raise DataError(f"{file}: has no rows")
+    return rows
+
+
+def _source(info: dict[str, Any]) -> str | None:
+    found = info.get("prompt_source")
+    return found if isinstance(found, str) else None
+
+
+def _iter_prompts(path: Path) -> Iterator[tuple[int, Any, Any]]:
+    import pyarrow.parquet as pq
+
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        if "prompt" not in names:
+            raise DataError(
+                f"{path}: has no column `prompt`, only {', '.join(names)}\n  fix: ups-rm data prepare makes one"
+            )
+        assert isinstance(file, pq.ParquetFile)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[n for n in ("prompt", "extra_info") if n in names]):
+            for value in batch.to_pylist():
+                yield number, value["prompt"], value.get("extra_info")
+                number += 1
+
+
+def open_parquet(path: Path) -> Any:
+    """`pyarrow.parquet.ParquetFile` that says in our words what is wrong. Reads in pieces, not ahead."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file\n  fix: ups-rm data prepare SOURCE --out {path.parent}")
+    try:
+        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is not a parquet file: {error}") from error
+
+
+def prompt_problem(prompt: Any) -> str:
+    """Why a value of the column `prompt` can't be answered by a model, or "" if it can."""
+    if not isinstance(prompt, list) or not prompt:
+        return f"`prompt` is {'an empty list' if prompt == [] else type(prompt).__name__}, expected a list of messages"
+    for position, turn in enumerate(prompt):
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            return f"`prompt[{position}]` has no role and content"
+        if turn["role"] not in ROLES:
+            return f"`prompt[{position}].role` is {turn['role']!r}, expected one of {', '.join(ROLES)}"
+        if not isinstance(turn["content"], str):
+            return f"`prompt[{position}].content` is {type(turn['content']).__name__}, expected text"
+    if prompt[-1]["role"] == "assistant":
+        return "`prompt` ends with the assistant's turn, so there is nothing to answer"
+    if not prompt[-1]["content"].strip():
+        return "the last message of `prompt` is empty"
+    return ""

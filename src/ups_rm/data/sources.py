@@ -1,0 +1,223 @@
+"""Where rows come from: finds the files of a source and streams their raw records.
+
+A source is a folder in PKU layout, one file, or a data set on the Hugging Face Hub; `list_parts` turns it into parts
+(one subset and split each), `iter_records` yields the parsed but unchecked records of a part, one at a time. What a
+record must contain is the business of rows.py. Memory stays bounded by MAX_ROW_BYTES whatever the file holds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ups_rm.data.schema import SPLITS, SUBSETS, Split
+from ups_rm.errors import DataError
+
+MAX_ROW_BYTES = 8 * 2**20  # the longest published row has under 20 kB
+EXCERPT_CHARS = 120
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One subset and split of a source: a local file (`path`), or a Hub data set (`hub_id` with `config`)."""
+
+    subset: str
+    split: Split
+    path: Path | None = None
+    hub_id: str = ""
+    config: str | None = None
+
+    @property
+    def name(self) -> str:
+        if self.path is not None:
+            return str(self.path)
+        return "/".join(word for word in (f"hub:{self.hub_id}", self.config, self.split) if word)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What stands on one line (or parquet row), counted from 1: a value, or the `problem` that kept it from being
+    one.
+    """
+
+    line: int
+    value: Any = None
+    problem: str = ""
+    excerpt: str = ""
+
+
+def list_parts(source: Path | str, *, split: Split | None = None, subsets: Sequence[str] | None = None) -> list[Part]:
+    """The parts of `source` in reading order: subset by subset as asked for, train before test.
+
+    `subsets=None` takes the three published subsets where they exist, else every subset folder there is, by name.
+    A single file is one train part.
+
+    Raises:
+        DataError: the path does not exist, a named subset is missing, or there is nothing to read.
+    """
+    path = Path(source)
+    if not str(source).startswith("hub:"):
+        if path.is_file():
+            return _file_part(path, split, subsets)
+        if path.is_dir():
+            return _folder_parts(path, split, subsets)
+    if (hub_id := _hub_id(str(source))) is not None:
+        from ups_rm.data.hub import hub_parts
+
+        return hub_parts(hub_id, split=split, subsets=subsets)
+    raise DataError(
+        f"{source}: no such file or folder\n"
+        "  fix: give a folder with data/<subset>/{train,test}.jsonl, a .jsonl, .jsonl.gz or .parquet file, a Hub id as "
+        "hub:OWNER/NAME, or the word `sample` for the rows that come with UPS-RM"
+    )
+
+
+def _hub_id(source: str) -> str | None:
+    """OWNER/NAME of a Hub source. Without the `hub:` in front, it must not look like a path of a folder that exists."""
+    if source.startswith("hub:"):
+        return source.removeprefix("hub:")
+    looks_like_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) and not source.endswith(SUFFIXES)
+    owner = Path(source).parts[0] if source else ""
+    return source if looks_like_id and owner != "Data" and not Path(owner).exists() else None
+
+
+def _file_part(path: Path, split: Split | None, subsets: Sequence[str] | None) -> list[Part]:
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path}: don't know this kind of file; expected one of {', '.join(SUFFIXES)}")
+    if subsets:
+        raise DataError(f"{path}: is one file and has no subsets ({', '.join(subsets)} asked for); leave --subsets out")
+    return [Part(subset="", split="train", path=path)] if split in (None, "train") else []
+
+
+def _folder_parts(root: Path, split: Split | None, subsets: Sequence[str] | None) -> list[Part]:
+    base = root / "data" if (root / "data").is_dir() else root
+    there = {folder.name: folder for folder in sorted(base.iterdir()) if folder.is_dir() and _any_split(folder)}
+    if subsets:
+        missing = [name for name in subsets if name not in there]
+        if missing:
+            raise DataError(
+                f"{base}: subset {', '.join(missing)} has no train or test file there; "
+                f"found {', '.join(there) or 'no subset at all'}"
+            )
+        chosen = list(dict.fromkeys(subsets))
+    else:
+        chosen = [name for name in SUBSETS if name in there] or list(there)
+    folders = [(name, there[name]) for name in chosen]
+    if not folders and _any_split(base):
+        folders = [("", base)]
+    if not folders:
+        raise DataError(
+            f"{root}: found no data/<subset>/train.jsonl or test.jsonl (also .jsonl.gz or .parquet) in this folder"
+        )
+    wanted = [split] if split else SPLITS
+    return [
+        Part(subset=name, split=one, path=path)
+        for one in wanted
+        for name, folder in folders
+        for path in _split_files(folder, one)
+    ]
+
+
+def _any_split(folder: Path) -> bool:
+    return any(_split_files(folder, split) for split in SPLITS)
+
+
+def _split_files(folder: Path, split: Split) -> list[Path]:
+    """The split's file, in the first of the known formats that is there, or its parquet shards by name."""
+    for suffix in SUFFIXES:
+        if (path := folder / f"{split}{suffix}").is_file():
+            return [path]
+    return sorted(folder.glob(f"{split}-*-of-*.parquet"))
+
+
+def iter_records(part: Part, on_bytes: OnBytes | None = None) -> Iterator[Record]:
+    """Streams the records of one part; `on_bytes` hears how many bytes of the file were read so far.
+
+    Raises:
+        DataError: the file as a whole can't be read (not parquet, truncated gzip, unreachable Hub data set).
+    """
+    if part.path is None:
+        from ups_rm.data.hub import iter_hub
+
+        return iter_hub(part)
+    if part.path.name.endswith(".parquet"):
+        return _iter_parquet(part.path, on_bytes)
+    return _iter_jsonl(part.path, on_bytes)
+
+
+def _iter_jsonl(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
+    number = 0
+    try:
+        with path.open("rb") as raw:
+            stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw  # type: ignore[assignment]
+            while line := stream.readline(MAX_ROW_BYTES + 1):
+                number += 1
+                if len(line) > MAX_ROW_BYTES:
+                    _skip_rest(stream, line)
+                    yield _problem(number, f"row is longer than {MAX_ROW_BYTES} bytes", line[: 4 * EXCERPT_CHARS])
+                elif line.strip():
+                    yield parse_line(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                if on_bytes is not None and number % 256 == 0:
+                    on_bytes(raw.tell())
+            if on_bytes is not None:
+                on_bytes(raw.tell())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}: the compressed data is damaged or ends early, after line {number} ({error})\n"
+            "  fix: download or compress the file again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _skip_rest(stream: IO[bytes], piece: bytes) -> None:
+    while piece and not piece.endswith(b"\n"):
+        piece = stream.readline(2**20)
+
+
+def parse_line(number: int, line: bytes) -> Record:
+    """One line of JSONL as a record; a line that isn't UTF-8 or isn't JSON becomes a record with a problem."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return _problem(number, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}", line)
+    try:
+        return Record(number, value=json.loads(text), excerpt=text[:EXCERPT_CHARS])
+    except json.JSONDecodeError as error:
+        return _problem(number, f"not JSON: {error.msg} at column {error.colno}", line)
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or lists nested as deep
+        return _problem(number, f"not JSON that can be read: {error}", line)
+
+
+def _problem(number: int, problem: str, line: bytes) -> Record:
+    excerpt = line[: 4 * EXCERPT_CHARS].decode("utf-8", errors="replace").rstrip("\r\n")[:EXCERPT_CHARS]
+    return Record(number, problem=problem, excerpt=excerpt)
+
+
+def _iter_parquet(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = path.stat().st_size
+    number = 0
+    try:
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            total = file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=256):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Record(number, value=value)
+                if on_bytes is not None:
+                    on_bytes(size * number // max(total, 1))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        where = f" after row {number}" if number else ""
+        raise DataError(f"{path}: is not a readable parquet file{where}: {error}") from error
