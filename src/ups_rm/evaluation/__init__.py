@@ -1,0 +1,19 @@
+"""Before against after: is the policy safer, and did it stay useful? Safe score, refusals, length, variety, KL."""
+
+from ups_rm.evaluation.bootstrap import Interval, paired_bootstrap
+from ups_rm.evaluation.compare import Comparison, Reply, compare
+from ups_rm.evaluation.refusal import is_refusal, refusal_pattern
+from ups_rm.evaluation.text import distinct_n, text_metrics, word_count
+
+__all__ = [
+    "Comparison",
+    "Interval",
+    "Reply",
+    "compare",
+    "distinct_n",
+    "is_refusal",
+    "paired_bootstrap",
+    "refusal_pattern",
+    "text_metrics",
+    "word_count",
+]

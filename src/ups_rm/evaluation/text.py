@@ -1,0 +1,53 @@
+"""Numbers about the replies' text: variety, length in words, refusals. No tokenizer, no model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ups_rm.evaluation.refusal import is_refusal
+
+_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W\u3400-\u9fff\uf900-\ufaff]+(?:['’][^\W\u3400-\u9fff]+)*|[^\w\s]")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and punctuation marks; every Chinese character is a word of its own."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def word_count(text: str) -> int:
+    """Words without punctuation."""
+    return sum(word[0].isalnum() for word in words(text))
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words over all n-grams, counted over all texts together (Li et al., arXiv:1510.03055).
+
+    1 where nothing repeats, towards 0 where all replies say the same. It falls with the amount of text, so compare only
+    sets of the same number of replies. nan if no text has n words.
+    """
+    grams = [tuple(tokens[i : i + n]) for tokens in map(words, texts) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def text_metrics(responses: Sequence[str], kinds: Sequence[str] | None = None) -> dict[str, float]:
+    """What a batch of replies reads like, under the names of `docs/metrics.md`.
+
+    Args:
+        responses: the replies of one batch.
+        kinds: "unsafe" or "benign" per reply, the kind of its prompt; adds the refusal rate of each kind that occurs.
+    """
+    if not responses:
+        return {}
+    refusals = [is_refusal(response) for response in responses]
+    metrics = {
+        "response/refusal_rate": sum(refusals) / len(refusals),
+        "response/distinct_1": distinct_n(responses, 1),
+        "response/distinct_2": distinct_n(responses, 2),
+        "response/unique_share": len(set(responses)) / len(responses),
+    }
+    for kind in ("unsafe", "benign"):
+        of_kind = [refused for refused, its_kind in zip(refusals, kinds or (), strict=False) if its_kind == kind]
+        if of_kind:
+            metrics[f"response/refusal_rate_{kind}"] = sum(of_kind) / len(of_kind)
+    return metrics
