@@ -1,0 +1,229 @@
+"""The actor: log-probabilities of a rollout and the GRPO update.
+
+Sequences are cut into micro batches by length, each trimmed to its longest prompt and reply; a micro batch's loss is scaled
+by the totals of its mini batch, so gradients (and with them the step) do not depend on how it was cut. Gradients add up in
+fp32. Where a rollout is used for exactly one optimizer step, the old log-probabilities are the training forward's own,
+detached: the ratio is exactly 1, whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ups_rm.grpo.kl import kl_penalty
+from ups_rm.grpo.losses import aggregate, batch_totals, policy_loss
+from ups_rm.local.policy import Policy
+from ups_rm.local.rollout import Rollout
+from ups_rm.recipe import Actor as ActorSettings
+from ups_rm.recipe import Optim, Recipe
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and responses as the forward takes them; see `Rollout` for the shapes."""
+
+    prompts: Tensor
+    prompt_mask: Tensor
+    responses: Tensor
+    response_mask: Tensor
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Sequences:
+        return cls(rollout.prompts, rollout.prompt_mask, rollout.responses, rollout.response_mask)
+
+    def trimmed(self, rows: Tensor) -> tuple[Sequences, int]:
+        """The given rows without columns that are all padding, and how many response columns are left."""
+        width = int(self.prompt_mask[rows].sum(1).max())
+        length = max(1, int(self.response_mask[rows].sum(1).max()))
+        start = self.prompts.shape[1] - width
+        return (
+            Sequences(
+                self.prompts[rows, start:],
+                self.prompt_mask[rows, start:],
+                self.responses[rows, :length],
+                self.response_mask[rows, :length],
+            ),
+            length,
+        )
+
+    def micro_batches(self, rows: Tensor, size: int) -> list[Tensor]:
+        """Row numbers, at most `size` together, neighbours in total length."""
+        lengths = self.prompt_mask[rows].sum(1) + self.response_mask[rows].sum(1)
+        return list(rows[lengths.argsort(descending=True, stable=True)].split(size))
+
+
+@torch.no_grad()
+def response_logprobs(policy: Policy, sequences: Sequences, *, micro_batch_size: int, temperature: float) -> Tensor:
+    """Log-probabilities of every response token under the policy's present weights, 0 at padding. Shape (B, R)."""
+    out = torch.zeros(sequences.responses.shape, dtype=torch.float32, device=policy.device)
+    everything = torch.arange(len(out), device=policy.device)
+    for rows in sequences.micro_batches(everything, micro_batch_size):
+        part, length = sequences.trimmed(rows)
+        logprobs, _ = policy.response_logprobs(
+            part.prompts, part.prompt_mask, part.responses, part.response_mask, temperature
+        )
+        out[rows, :length] = logprobs * part.response_mask
+    return out
+
+
+class Actor:
+    """The policy with its optimizer and schedule."""
+
+    def __init__(self, policy: Policy, recipe: Recipe, total_steps: int) -> None:
+        self.policy = policy
+        self.settings: ActorSettings = recipe.actor_rollout_ref.actor
+        self.temperature = recipe.actor_rollout_ref.rollout.temperature
+        self.n = recipe.actor_rollout_ref.rollout.n
+        self.max_response_length = recipe.data.max_response_length
+        optim = self.settings.optim
+        self.optimizer = torch.optim.AdamW(
+            [master for _, master in policy.masters],
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+            weight_decay=optim.weight_decay,
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, optim, total_steps)
+        )
+
+    def on_policy(self, batch_prompts: int) -> bool:
+        """The rollout serves exactly one optimizer step, so its old log-probabilities are the training forward's."""
+        return self.settings.ppo_epochs == 1 and batch_prompts <= self.settings.ppo_mini_batch_size
+
+    def update(
+        self,
+        sequences: Sequences,
+        advantages: Tensor,
+        old_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None,
+        *,
+        step: int,
+    ) -> dict[str, float]:
+        """`ppo_epochs` passes over the batch, one optimizer step per mini batch.
+
+        Args:
+            sequences: B rows, rows of one prompt side by side.
+            advantages: Shape (B, R).
+            old_logprobs: at sampling time (B, R); None where the batch is on-policy (see `on_policy`).
+            ref_logprobs: frozen reference (B, R); needed for the KL loss only.
+
+        Returns:
+            verl's `actor/*` metrics, means over the optimizer steps.
+        """
+        settings, device = self.settings, self.policy.device
+        rows_per_mini = settings.ppo_mini_batch_size * self.n
+        totals: dict[str, float] = {}
+        count = 0
+        for epoch in range(settings.ppo_epochs):
+            order = torch.arange(len(advantages), device=device)
+            if settings.shuffle:
+                seed = settings.data_loader_seed + 1000 * step + epoch
+                order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).to(device)]
+            for mini in order.split(rows_per_mini):
+                for name, value in self._step(sequences, advantages, old_logprobs, ref_logprobs, mini).items():
+                    totals[name] = totals.get(name, 0.0) + value
+                count += 1
+        return {name: value / count for name, value in totals.items()}
+
+    def _step(
+        self, sequences: Sequences, advantages: Tensor, old: Tensor | None, ref: Tensor | None, mini: Tensor
+    ) -> dict[str, float]:
+        whole = batch_totals(sequences.response_mask[mini])
+        sums: dict[str, float] = {}
+        for rows in sequences.micro_batches(mini, self.settings.ppo_micro_batch_size_per_gpu):
+            loss, parts = self._micro_loss(sequences, advantages, old, ref, rows, dict(whole))
+            loss.backward()
+            self._collect_gradients()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value
+        masters = [master for _, master in self.policy.masters]
+        grad_norm = torch.nn.utils.clip_grad_norm_(masters, self.settings.grad_clip)
+        lr = self.scheduler.get_last_lr()[0]
+        if torch.isfinite(grad_norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self._write_back()
+        return sums | {"actor/grad_norm": float(grad_norm), "actor/lr": lr}
+
+    def _micro_loss(
+        self, sequences: Sequences, advantages: Tensor, old: Tensor | None, ref: Tensor | None, rows: Tensor, whole: Any
+    ) -> tuple[Tensor, dict[str, float]]:
+        settings = self.settings
+        part, length = sequences.trimmed(rows)
+        mask = part.response_mask
+        logprobs, entropy = self.policy.response_logprobs(
+            part.prompts, part.prompt_mask, part.responses, mask, self.temperature, settings.entropy_coeff != 0
+        )
+        aggregation: dict[str, Any] = {
+            **whole,
+            "loss_scale_factor": settings.loss_scale_factor or self.max_response_length,
+        }
+        result = policy_loss(
+            logprobs.detach() if old is None else old[rows, :length],
+            logprobs,
+            advantages[rows, :length],
+            mask,
+            clip_ratio_low=settings.clip_ratio_low,
+            clip_ratio_high=settings.clip_ratio_high,
+            clip_ratio_c=settings.clip_ratio_c,
+            loss_agg_mode=settings.loss_agg_mode,
+            **aggregation,
+        )
+        weight = float(result.num_tokens) / whole["batch_num_tokens"]
+        parts = {
+            "actor/pg_loss": float(result.loss.detach()),
+            "actor/pg_clipfrac": float(result.clipfrac) * weight,
+            "actor/ppo_kl": float(result.ppo_kl) * weight,
+            "actor/pg_clipfrac_lower": float(result.clipfrac_lower) * weight,
+        }
+        loss = result.loss
+        if entropy is not None:
+            entropy_mean = aggregate(entropy, mask, settings.loss_agg_mode, **aggregation)
+            loss = loss - settings.entropy_coeff * entropy_mean
+            parts["actor/entropy"] = float(entropy_mean.detach())
+        if settings.use_kl_loss:
+            assert ref is not None
+            divergence = kl_penalty(logprobs, ref[rows, :length], settings.kl_loss_type)
+            kl_loss = aggregate(divergence, mask, settings.loss_agg_mode, **aggregation)
+            loss = loss + settings.kl_loss_coef * kl_loss
+            parts["actor/kl_loss"] = float(kl_loss.detach())
+        parts["actor/loss"] = float(loss.detach())
+        return loss, parts
+
+    def _collect_gradients(self) -> None:
+        """Add this micro batch's gradients to the fp32 masters'."""
+        for parameter, master in self.policy.masters:
+            if parameter is master or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for parameter, master in self.policy.masters:
+            if parameter is not master:
+                parameter.copy_(master)
+
+
+def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
+    """Share of `optim.lr` at optimizer step `step` (0-based): linear warm-up, then constant or cosine.
+
+    With `zero_indexed_step` (verl's default) the first of w warm-up steps has factor 0, otherwise 1 / w.
+    """
+    warmup = optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else round(optim.lr_warmup_steps_ratio * total_steps)
+    if step < warmup:
+        return (step if optim.zero_indexed_step else step + 1) / warmup
+    if optim.lr_scheduler_type == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * 2.0 * optim.num_cycles * min(1.0, progress)))
+    return optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * cosine

@@ -1,0 +1,81 @@
+"""Which prompts step s sees: a pure function of the seed, so that a resumed run continues where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ups_rm.data.prompts import PromptRow
+from ups_rm.errors import RecipeError
+from ups_rm.recipe import Data
+
+
+def select_prompts(rows: Sequence[PromptRow], settings: Data) -> list[PromptRow]:
+    """`unique_prompts` and `train_max_samples` applied, in file order."""
+    chosen = list(rows)
+    if settings.unique_prompts:
+        seen: dict[str, PromptRow] = {}
+        for row in chosen:
+            seen.setdefault("\x1e".join(f"{m['role']}\x1f{m['content']}" for m in row.messages), row)
+        chosen = list(seen.values())
+    return chosen if settings.train_max_samples < 0 else chosen[: settings.train_max_samples]
+
+
+def steps_per_epoch(count: int, settings: Data) -> int:
+    """Full batches in one pass over `count` prompts; the last, incomplete one is dropped (as in verl).
+
+    Raises:
+        RecipeError: fewer prompts than one batch.
+    """
+    if count < settings.train_batch_size:
+        raise RecipeError(
+            f"data.train_batch_size={settings.train_batch_size}, but there are only {count} prompts to train on; "
+            "lower it, or give more data in data.train_files"
+        )
+    return count // settings.train_batch_size
+
+
+def prompt_batches(rows: Sequence[PromptRow], settings: Data) -> Iterator[list[PromptRow]]:
+    """Endless batches of `train_batch_size` prompts.
+
+    As they come (`benign_share` < 0), each epoch is one permutation. With a share, harmless and other prompts are two
+    pools, each shuffled and passed through at its own pace, and every batch holds the same number of each.
+
+    Raises:
+        RecipeError: a share is asked for, but one of the pools is empty.
+    """
+    size = settings.train_batch_size
+    if settings.benign_share < 0:
+        yield from _epochs(list(rows), size, settings.shuffle, settings.seed, drop_last=True)
+        return
+    benign = [row for row in rows if row.kind == "benign"]
+    others = [row for row in rows if row.kind != "benign"]
+    of_benign = round(size * settings.benign_share)
+    if (of_benign and not benign) or (size - of_benign and not others):
+        raise RecipeError(
+            f"data.benign_share={settings.benign_share} needs both kinds of prompts; there are {len(benign)} harmless "
+            f"and {len(others)} others in data.train_files"
+        )
+    pools = zip(
+        _epochs(benign, of_benign, settings.shuffle, settings.seed, drop_last=False),
+        _epochs(others, size - of_benign, settings.shuffle, settings.seed + 1, drop_last=False),
+        strict=False,
+    )
+    for harmless, harmful in pools:
+        yield harmless + harmful
+
+
+def _epochs(
+    rows: list[PromptRow], size: int, shuffle: bool, seed: int, *, drop_last: bool
+) -> Iterator[list[PromptRow]]:
+    """Endless batches; an epoch's rest is dropped, or goes in front of the next epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[PromptRow] = []
+    while True:
+        order = torch.randperm(len(rows), generator=generator).tolist() if shuffle else range(len(rows))
+        waiting = [] if drop_last else waiting
+        waiting += [rows[i] for i in order]
+        while size == 0 or len(waiting) >= size:
+            batch, waiting = waiting[:size], waiting[size:]
+            yield batch

@@ -1,0 +1,133 @@
+"""Checkpoints: written under a temporary name and renamed, so that one that can be seen is whole.
+
+`<dir>/global_step_<N>/` holds `training.pt` (fp32 masters and optimizer state, tensors only) and `state.json`.
+`<dir>/latest_checkpointed_iteration.txt` names the newest (verl's file name). Random state is not stored: every draw is a
+function of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ups_rm.errors import CheckpointError, RunError
+from ups_rm.local.actor import Actor
+from ups_rm.recipe import Recipe
+
+LATEST = "latest_checkpointed_iteration.txt"
+# Settings that may differ between a run and its continuation.
+FREE_TO_CHANGE = ("logger", "total_training_steps", "total_epochs", "test_freq", "save_freq", "val_before_train",
+                  "resume_mode", "resume_from_path", "max_actor_ckpt_to_keep", "default_local_dir", "group_log_dir",
+                  "group_log_freq", "group_log_max_groups", "group_log_max_samples_per_group")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run must know to go on besides its tensors."""
+
+    step: int
+    kl_coef: float
+    recipe_hash: str
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 over the settings that decide what training computes."""
+    settings = recipe.as_dict()
+    settings.pop("evaluation")
+    settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in FREE_TO_CHANGE}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def save_checkpoint(folder: Path, actor: Actor, state: TrainingState, *, keep: int | None = None) -> Path:
+    """Write `global_step_<N>`, make it the latest, and drop all but the newest `keep`.
+
+    Raises:
+        RunError: the disk is full or can't be written; earlier checkpoints are left as they were.
+    """
+    final = folder / f"global_step_{state.step}"
+    temporary = folder / f".global_step_{state.step}.tmp"
+    tensors = {
+        "masters": [master.detach() for _, master in actor.policy.masters],
+        "optimizer": actor.optimizer.state_dict(),
+        "scheduler": actor.scheduler.last_epoch,
+    }
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        torch.save(tensors, temporary / "training.pt")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+        mark = folder / f".{LATEST}.tmp"
+        mark.write_text(str(state.step), encoding="utf-8")
+        os.replace(mark, folder / LATEST)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"checkpoint {final} can't be written: {error}\n  fix: free space or set trainer.save_freq=-1") from error
+    if keep:
+        for old in _checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("global_step_*") if path.name.rsplit("_", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("_", 1)[1]))
+
+
+def find_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint that `trainer.resume_mode` asks for, if there is one.
+
+    Raises:
+        CheckpointError: `resume_path` names a folder that is not a whole checkpoint.
+    """
+    trainer = recipe.trainer
+    if trainer.resume_mode == "disable":
+        return None
+    if trainer.resume_mode == "resume_path":
+        path = Path(str(trainer.resume_from_path))
+        if not (path / "state.json").is_file():
+            raise CheckpointError(f"{path} is not a checkpoint: it has no state.json")
+        return path
+    found = _checkpoints(Path(trainer.default_local_dir))
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path, actor: Actor, recipe: Recipe) -> TrainingState:
+    """Put a checkpoint's weights, optimizer state and schedule into the actor.
+
+    Raises:
+        CheckpointError: truncated or foreign files, other shapes, or another recipe.
+    """
+    try:
+        state = TrainingState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+        tensors: dict[str, Any] = torch.load(path / "training.pt", map_location=actor.policy.device, weights_only=True)
+        saved = tensors["masters"]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}\n  fix: delete it to resume from the one before") from error
+    if state.recipe_hash != recipe_hash(recipe):
+        raise CheckpointError(
+            f"{path} was made with another recipe\n  fix: use the same settings, another trainer.default_local_dir, "
+            "or trainer.resume_mode=disable to start anew"
+        )
+    masters = [master for _, master in actor.policy.masters]
+    if [tuple(m.shape) for m in masters] != [tuple(s.shape) for s in saved]:
+        raise CheckpointError(f"{path} holds {len(saved)} tensors that do not fit the policy's {len(masters)}")
+    with torch.no_grad():
+        for (parameter, master), value in zip(actor.policy.masters, saved, strict=True):
+            master.copy_(value)
+            if parameter is not master:
+                parameter.copy_(master)
+    actor.optimizer.load_state_dict(tensors["optimizer"])
+    actor.scheduler.last_epoch = int(tensors["scheduler"])
+    for group, factor in zip(actor.optimizer.param_groups, actor.scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(actor.scheduler.last_epoch)
+    actor.scheduler._last_lr = [group["lr"] for group in actor.optimizer.param_groups]
+    return state

@@ -1,0 +1,199 @@
+"""A causal language model to be trained: compute copy, fp32 master weights, optional LoRA, tokenizer.
+
+Forward and backward run in the compute dtype (bf16 where the machine has it). The optimizer works on fp32 masters that
+are copied back after each step: an update of 1e-6 would round away in bf16. With fp32 compute the parameters are their
+own masters. With LoRA only the adapters are trained, in fp32, and the frozen base is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ups_rm.device import compute_dtype
+from ups_rm.errors import PolicyError
+from ups_rm.models import resolve_model
+from ups_rm.recipe import Recipe
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise PolicyError(f"trainer.device={name}, but torch sees no CUDA device; use trainer.device=cpu")
+    return torch.device(name)
+
+
+class Policy:
+    """The model that is trained (or a frozen reference), with the tokenizer it came with.
+
+    Attributes:
+        model: the transformers (or peft) model in the compute dtype.
+        masters: (parameter, fp32 master) per trainable parameter; the same tensor twice where compute is fp32.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.masters: list[tuple[Tensor, Tensor]] = []
+        self.is_lora = hasattr(model, "peft_config")
+
+    @classmethod
+    def load(cls, recipe: Recipe, *, trainable: bool = True, path: str | None = None) -> Policy:
+        """Load `actor_rollout_ref.model` (or the folder `path`), with adapters and masters if `trainable`.
+
+        Raises:
+            PolicyError: no such model, not a causal LM, no chat template, no end token.
+        """
+        settings = recipe.actor_rollout_ref.model
+        device = pick_device(recipe.trainer.device)
+        dtype = compute_dtype(recipe.actor_rollout_ref.actor.fsdp_config.dtype, device)
+        source = resolve_model(path or settings.path)
+        model, tokenizer = load_model(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+        model.to(device)
+        if trainable and settings.enable_gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if trainable and settings.lora_rank > 0:
+            model = _with_lora(model, settings.lora_rank, settings.lora_alpha, settings, recipe.trainer.seed)
+        model.eval()  # no dropout: the ratio of a fresh rollout must be exactly 1
+        policy = cls(model, tokenizer, device)
+        if trainable:
+            policy.make_masters()
+        else:
+            model.requires_grad_(False)
+        return policy
+
+    def make_masters(self) -> None:
+        """fp32 copies of the trainable parameters (themselves where they are fp32)."""
+        self.masters = []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                own = parameter.dtype == torch.float32
+                master = parameter if own else parameter.detach().float().requires_grad_(True)
+                self.masters.append((parameter, master))
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Token ids that end a reply: the generation config's and the tokenizer's."""
+        configured = self.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        ids = {int(i) for i in [*listed, self.tokenizer.eos_token_id] if i is not None}
+        return sorted(ids)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.eos_ids[0])
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within: the adapters are off, so the model is the frozen base (LoRA only)."""
+        with self.model.disable_adapter() if self.is_lora else nullcontext():
+            yield
+
+    def response_logprobs(self, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, response_mask: Tensor,
+                          temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Log-probability of each response token given all before it.
+
+        Args:
+            prompts, prompt_mask: left-padded prompt ids. Shape (b, T).
+            responses, response_mask: right-padded response ids. Shape (b, R).
+            temperature: logits are divided by it, as in the rollout (verl does the same).
+
+        Returns:
+            logprobs (b, R) fp32, and the entropy (b, R) if asked. Values at padding are meaningless.
+        """
+        ids = torch.cat([prompts, responses], dim=1)  # (b, T + R)
+        mask = torch.cat([prompt_mask, response_mask], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
+        length = responses.shape[1]
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=length + 1
+        ).logits[:, -length - 1 : -1]  # (b, R, V); the last position predicts a token that is not there
+        logits = logits.float() / temperature
+        flat = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
+        entropy = None
+        if with_entropy:
+            logp = logits.log_softmax(dim=-1)
+            entropy = -(logp.exp() * logp).sum(dim=-1)
+        return -flat.view_as(responses), entropy
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face folder that plain transformers loads; adapters are merged, weights as trained (fp32 masters)."""
+        model = self.model
+        if self.is_lora:
+            import copy
+
+            model = copy.deepcopy(model).merge_and_unload()
+            state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        else:
+            masters = {id(parameter): master for parameter, master in self.masters}
+            state = {
+                name: masters.get(id(tensor), tensor).detach().cpu()
+                for name, tensor in model.state_dict(keep_vars=True).items()
+            }
+        model.save_pretrained(folder, state_dict=state)
+        self.tokenizer.save_pretrained(folder)
+        if any(tensor.dtype == torch.float32 for tensor in state.values()):
+            _set_saved_dtype(folder, "float32")
+
+
+def load_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a causal LM, checked for what a chat rollout needs.
+
+    Raises:
+        PolicyError: with the reason that transformers gave, or what is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PolicyError(f"policy {source} can't be loaded as a causal language model: {reason}") from error
+    if not tokenizer.chat_template:
+        raise PolicyError(
+            f"policy {source} has no chat template\n  fix: use an instruction-tuned model or add chat_template.jinja to its folder"
+        )
+    if tokenizer.eos_token_id is None and model.generation_config.eos_token_id is None:
+        raise PolicyError(f"policy {source} names no end token: replies would never end")
+    return model, tokenizer
+
+
+def _with_lora(model: Any, rank: int, alpha: int, settings: Any, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    modules = settings.target_modules
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        exclude_modules=settings.exclude_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)  # the adapters' A matrices are drawn here
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if settings.enable_gradient_checkpointing:
+        wrapped.enable_input_require_grads()
+    return wrapped
+
+
+def _set_saved_dtype(folder: Path, dtype: str) -> None:
+    import json
+
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = dtype
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

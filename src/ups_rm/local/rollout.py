@@ -1,0 +1,146 @@
+"""Rollout: n sampled replies per prompt, as padded tensors and as text.
+
+Dimension letters: P prompts, n replies per prompt, B = P * n sequences, T prompt tokens, R response tokens.
+Row i answers prompt i // n. Models that `decode.FastDecoder` knows run through it; any other through `generate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ups_rm.errors import PolicyError
+from ups_rm.local.decode import FastDecoder, Sampling
+from ups_rm.local.policy import Policy
+from ups_rm.types import Conversation, Message
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of replies.
+
+    Attributes:
+        prompts: left-padded prompt ids (B, T), prompt_mask alike.
+        responses: right-padded response ids, the end token included (B, R); response_mask is 1 up to and with it.
+        rollout_logprobs: log-probability of each token as it was sampled (B, R), 0 at padding.
+        group_ids: the prompt that each row answers (B,).
+        texts: the reply as text, without the end token.
+        finished: the reply ended by itself; otherwise it was cut at the limit.
+        conversations: prompt messages and the reply, for the reward model.
+    """
+
+    prompts: Tensor
+    prompt_mask: Tensor
+    responses: Tensor
+    response_mask: Tensor
+    rollout_logprobs: Tensor
+    group_ids: Tensor
+    texts: list[str]
+    finished: list[bool]
+    conversations: list[Conversation]
+
+
+def encode_prompts(tokenizer: Any, prompts: list[list[Message]]) -> list[list[int]]:
+    """Token ids of each prompt with the policy's own chat template and the opening of the reply."""
+    return [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for messages in prompts
+    ]
+
+
+class RolloutEngine:
+    """Generates with the policy's present weights; call `refresh()` after each update."""
+
+    def __init__(self, policy: Policy, *, max_num_seqs: int = 256) -> None:
+        self.policy, self.max_num_seqs = policy, max_num_seqs
+        self.decoder = FastDecoder.of(policy.model)
+
+    def refresh(self) -> None:
+        """The policy has changed: take over its weights."""
+        if self.decoder is not None:
+            self.decoder.refresh()
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[Message]], *, n: int, max_new_tokens: int, sampling: Sampling) -> Rollout:
+        """n replies to each prompt, at most `max_new_tokens` long; equal seeds give equal replies."""
+        if not prompts:
+            raise PolicyError("a rollout needs at least one prompt")
+        ids = encode_prompts(self.policy.tokenizer, prompts)
+        uniforms = sampling.uniforms(len(prompts) * n, max_new_tokens)
+        rows: list[tuple[Tensor, Tensor]] = []  # (tokens, logprobs) per sequence
+        per_call = max(1, self.max_num_seqs // n)
+        for start in range(0, len(ids), per_call):
+            chunk = ids[start : start + per_call]
+            drawn = uniforms[start * n : (start + len(chunk)) * n]
+            if self.decoder is not None:
+                rows += self.decoder.generate(chunk, n, max_new_tokens, self.policy.eos_ids, sampling, drawn)
+            else:
+                rows += self._generate_plain(chunk, n, max_new_tokens, sampling, start)
+        return self._pack(prompts, ids, rows, n)
+
+    def _generate_plain(
+        self, ids: list[list[int]], n: int, max_new_tokens: int, sampling: Sampling, start: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """transformers' own `generate`, for architectures that the fast decoder does not know."""
+        device, pad = self.policy.device, self.policy.pad_id
+        width = max(map(len, ids))
+        prompts = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+        greedy = sampling.temperature == 0
+        torch.manual_seed(sampling.seed + start)
+        settings: dict[str, Any] = {"do_sample": not greedy}
+        if not greedy:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "num_return_sequences": n}
+            settings["top_k"] = max(sampling.top_k, 0)
+        output = self.policy.model.generate(
+            input_ids=prompts,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.policy.eos_ids,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **settings,
+        )
+        tokens = output.sequences[:, width:]  # (b, R)
+        logprobs = torch.stack([step.float().log_softmax(-1) for step in output.scores], dim=1)  # (b, R, V)
+        logprobs = logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+        if greedy and n > 1:
+            tokens, logprobs = tokens.repeat_interleave(n, 0), logprobs.repeat_interleave(n, 0)
+        ends = torch.isin(tokens, torch.tensor(self.policy.eos_ids, device=device))
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
+        return [(tokens[i, :k].cpu(), logprobs[i, :k].cpu()) for i, k in enumerate(lengths.tolist())]
+
+    def _pack(self, prompts: list[list[Message]], ids: list[list[int]], rows: list[tuple[Tensor, Tensor]], n: int) -> Rollout:
+        pad, eos = self.policy.pad_id, set(self.policy.eos_ids)
+        batch, width = len(rows), max(map(len, ids))
+        length = max(1, max(len(tokens) for tokens, _ in rows))
+        prompt_ids = torch.full((batch, width), pad)
+        prompt_mask = torch.zeros(batch, width, dtype=torch.long)
+        responses, logprobs = torch.full((batch, length), pad), torch.zeros(batch, length)
+        response_mask = torch.zeros(batch, length, dtype=torch.long)
+        texts, finished = [], []
+        for i, (tokens, lps) in enumerate(rows):
+            own = ids[i // n]
+            prompt_ids[i, width - len(own) :] = torch.tensor(own)
+            prompt_mask[i, width - len(own) :] = 1
+            responses[i, : len(tokens)], logprobs[i, : len(tokens)] = tokens, lps
+            response_mask[i, : len(tokens)] = 1
+            texts.append(self.policy.tokenizer.decode(tokens, skip_special_tokens=True))
+            finished.append(len(tokens) > 0 and int(tokens[-1]) in eos)
+        conversations = [[*prompts[i // n], Message(role="assistant", content=text)] for i, text in enumerate(texts)]
+        device = self.policy.device
+        return Rollout(
+            prompts=prompt_ids.to(device),
+            prompt_mask=prompt_mask.to(device),
+            responses=responses.to(device),
+            response_mask=response_mask.to(device),
+            rollout_logprobs=logprobs.to(device),
+            group_ids=torch.arange(len(prompts), device=device).repeat_interleave(n),
+            texts=texts,
+            finished=finished,
+            conversations=conversations,
+        )

@@ -1,0 +1,503 @@
+"""The recipe: every setting of a run, typed, in verl's own vocabulary.
+
+A recipe is a YAML file over the defaults below, then `key=value` overrides. Keys that verl also has carry verl's names
+and meaning (verl 0.9.1); the sections `prepare`, `reward_training` and `evaluation` are ours. A key that does not exist
+here is an error that names the nearest one: nothing that a recipe asks for is silently dropped.
+
+The text under a field is its documentation: `ups-rm train --dry-run` prints the resolved values, docs/recipe.md lists all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ups_rm.errors import RecipeError
+
+DEFAULT_RECIPE = "quickstart"
+
+# Structured configs of OmegaConf read annotations at run time, so Optional[...] is spelled out (Python 3.10).
+
+
+@dataclass
+class Prepare:
+    """From rows to prompts parquet (`ups-rm data prepare`)."""
+
+    source: str = "sample"
+    """`sample` (packaged), a folder in PKU-SafeRLHF layout, a .jsonl/.jsonl.gz/.parquet file, or a hub id."""
+    subsets: list[str] = field(default_factory=list)
+    """Subsets to read; all that are there if empty."""
+    train_ratio: float = 0.9
+    """Share of train rows that stay train when the source has no test rows."""
+    shuffle: bool = False
+    seed: int = 42
+    dedup: str = "none"
+    """`none` or `prompt`: one row per distinct prompt."""
+    group_split: bool = False
+    """No prompt in both splits."""
+    categories: list[str] = field(default_factory=list)
+    """Keep rows with one of these harm categories; all if empty."""
+    max_rows: int = -1
+    max_bad: float = 0.001
+    """Largest share of bad rows before it is an error."""
+    benign_source: str = "none"
+    """Where harmless prompts come from when `source` has none: `sample`, `none`, or a source as above."""
+
+
+@dataclass
+class RewardTraining:
+    """From rows to an RM folder (`ups-rm rm features|train|merge`), when `reward_model.model.path` is not given."""
+
+    backbone: str = "smollm2-135m-instruct"
+    source: str = ""
+    """Labelled rows; those of `prepare.source` if empty."""
+    benign_source: str = "none"
+    """More labelled rows that are added: `sample` teaches a real RM that helpful answers to harmless questions are safe."""
+    hidden_dims: str = "256,64"
+    loss: str = "bce"
+    """`bce` on unsafe labels, `severity` regression, or `pairs` (Bradley-Terry)."""
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.3
+    max_epochs: int = 60
+    patience: int = 8
+    batch_size: int = 64
+    seed: int = 0
+    lora: bool = False
+    """Train LoRA adapters of the backbone together with the head and merge them."""
+    lora_rank: int = 16
+    lora_epochs: int = 2
+    max_length: int = 2048
+
+
+@dataclass
+class Evaluation:
+    """Before/after comparison on held-out prompts (`ups-rm eval`)."""
+
+    max_unsafe_prompts: int = 64
+    max_benign_prompts: int = 64
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    """Held-out replies are sampled (0 = greedy) with the same seed before and after."""
+    seed: int = 1
+    n_resamples: int = 10_000
+
+
+@dataclass
+class Data:
+    train_files: Any = "Data/pku_saferlhf_verl/train.parquet"
+    """A parquet file or a list of them."""
+    val_files: Any = "Data/pku_saferlhf_verl/val.parquet"
+    prompt_key: str = "prompt"
+    train_batch_size: int = 64
+    """Prompts per step."""
+    train_max_samples: int = -1
+    val_max_samples: int = -1
+    max_prompt_length: int = 512
+    """Tokens of the policy's tokenizer."""
+    max_response_length: int = 512
+    shuffle: bool = True
+    seed: int = 1
+    filter_overlong_prompts: bool = True
+    truncation: str = "error"
+    """What happens to a longer prompt when it is not filtered: `error`, `left`, `right`, `middle`."""
+    unique_prompts: bool = False
+    """Draw every distinct prompt once per epoch, however many rows carry it (not in verl)."""
+    benign_share: float = -1.0
+    """Share of each batch that is drawn from harmless prompts; -1: as they come (not in verl)."""
+
+
+@dataclass
+class Model:
+    path: str = "smollm2-135m-instruct"
+    trust_remote_code: bool = False
+    enable_gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    target_modules: Any = "all-linear"
+    exclude_modules: Any = None
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-6
+    lr_warmup_steps: int = -1
+    lr_warmup_steps_ratio: float = 0.0
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    lr_scheduler_type: str = "constant"
+    """`constant` or `cosine`, after warm-up."""
+    min_lr_ratio: float = 0.0
+    num_cycles: float = 0.5
+    zero_indexed_step: bool = True
+    """The first warm-up step has learning rate 0, as in verl; false: it has 1 / warm-up steps."""
+
+
+@dataclass
+class FsdpConfig:
+    model_dtype: str = "fp32"
+    """Master weights: fp32."""
+    dtype: str = "auto"
+    """Compute type of forward and backward: `bfloat16`, `float32`, or `auto` (bf16 where the machine has it)."""
+
+
+@dataclass
+class Actor:
+    ppo_mini_batch_size: int = 64
+    """Prompts per optimizer step."""
+    ppo_micro_batch_size_per_gpu: int = 8
+    """Replies per forward and backward; results don't depend on it."""
+    ppo_epochs: int = 1
+    shuffle: bool = False
+    data_loader_seed: int = 42
+    clip_ratio: float = 0.2
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    clip_ratio_c: float = 3.0
+    """Dual clip: lower bound of the ratio's influence where the advantage is negative."""
+    loss_agg_mode: str = "token-mean"
+    loss_scale_factor: Optional[int] = None
+    entropy_coeff: float = 0.0
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.001
+    kl_loss_type: str = "low_var_kl"
+    grad_clip: float = 1.0
+    optim: Optim = field(default_factory=Optim)
+    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+
+
+@dataclass
+class ValKwargs:
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = -1
+    do_sample: bool = False
+    n: int = 1
+
+
+@dataclass
+class Rollout:
+    n: int = 4
+    """Replies per prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1: all tokens."""
+    seed: int = 42
+    dtype: str = "auto"
+    max_num_seqs: int = 256
+    """Replies that decode at the same time."""
+    log_prob_micro_batch_size_per_gpu: int = 16
+    val_kwargs: ValKwargs = field(default_factory=ValKwargs)
+
+
+@dataclass
+class Ref:
+    log_prob_micro_batch_size_per_gpu: int = 16
+
+
+@dataclass
+class ActorRolloutRef:
+    model: Model = field(default_factory=Model)
+    actor: Actor = field(default_factory=Actor)
+    rollout: Rollout = field(default_factory=Rollout)
+    ref: Ref = field(default_factory=Ref)
+
+
+@dataclass
+class KlCtrl:
+    type: str = "fixed"
+    """`fixed`, or `adaptive` towards `target_kl` (arXiv:1909.08593)."""
+    kl_coef: float = 0.001
+    horizon: int = 10_000
+    target_kl: float = 0.1
+
+
+@dataclass
+class Algorithm:
+    adv_estimator: str = "grpo"
+    norm_adv_by_std_in_grpo: bool = True
+    """False: A = r - mean(group), as in Dr. GRPO (arXiv:2503.20783)."""
+    use_kl_in_reward: bool = True
+    kl_penalty: str = "kl"
+    kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
+
+
+@dataclass
+class RewardModelModel:
+    path: str = ""
+    """RM folder; made by the run from `reward_training` if empty."""
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+
+
+@dataclass
+class RewardModel:
+    model: RewardModelModel = field(default_factory=RewardModelModel)
+    max_batch_tokens: int = 4096
+    """Padded tokens of one RM batch."""
+
+
+@dataclass
+class Trainer:
+    total_epochs: int = 1
+    total_training_steps: Optional[int] = None
+    """Stops earlier than `total_epochs` if given."""
+    project_name: str = "ups-rm"
+    experiment_name: str = "grpo"
+    logger: Any = field(default_factory=lambda: ["console"])
+    """`console`, `wandb`, `tensorboard`, `jsonl`, or another tracker of accelerate. metrics.jsonl is always written."""
+    val_before_train: bool = True
+    test_freq: int = -1
+    save_freq: int = -1
+    default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
+    resume_mode: str = "auto"
+    """`auto` (newest checkpoint of the same recipe), `disable`, or `resume_path`."""
+    resume_from_path: Optional[str] = None
+    max_actor_ckpt_to_keep: Optional[int] = None
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`."""
+    nnodes: int = 1
+    n_gpus_per_node: int = 1
+    seed: int = 0
+    max_kl: float = -1.0
+    """Early stop: end the training when `kl/mean` (nats per token) of a step exceeds it; -1: never (not in verl)."""
+    group_log_dir: str = "${trainer.default_local_dir}/groups"
+    group_log_freq: int = 1
+    group_log_max_groups: int = -1
+    group_log_max_samples_per_group: int = -1
+
+
+@dataclass
+class Recipe:
+    prepare: Prepare = field(default_factory=Prepare)
+    reward_training: RewardTraining = field(default_factory=RewardTraining)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    data: Data = field(default_factory=Data)
+    actor_rollout_ref: ActorRolloutRef = field(default_factory=ActorRolloutRef)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    reward_model: RewardModel = field(default_factory=RewardModel)
+    trainer: Trainer = field(default_factory=Trainer)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dict of the resolved values."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a packaged recipe name, or the path itself.
+
+    Raises:
+        RecipeError: neither a file nor a packaged recipe.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"no recipe file at {path}")
+        return path
+    packaged = Path(str(resources.files("ups_rm") / "recipes" / f"{name}.yaml"))
+    if not packaged.is_file():
+        known = sorted(entry.stem for entry in packaged.parent.glob("*.yaml"))
+        raise RecipeError(f"no recipe named {name!r}; packaged ones: {', '.join(known)}; or give a .yaml file")
+    return packaged
+
+
+def load_recipe(name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Recipe:
+    """Defaults, then the recipe file, then `key=value` overrides; checked as a whole.
+
+    Args:
+        name: a packaged recipe (`quickstart`) or a YAML file.
+        overrides: verl-style `a.b.c=value`; a leading `+` (Hydra's "add") is accepted for keys that exist.
+
+    Raises:
+        RecipeError: unknown key (with the nearest known one, file and line), wrong type, or values that contradict.
+    """
+    file = recipe_file(str(name))
+    config = OmegaConf.structured(Recipe)
+    config = _merge_file(config, file)
+    for text in overrides:
+        config = _merge_override(config, text)
+    try:
+        recipe = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{error.full_key or 'recipe'}: {_first_line(error)}\n  in {file}") from error
+    assert isinstance(recipe, Recipe)
+    check_recipe(recipe)
+    return recipe
+
+
+def _merge_file(config: DictConfig, file: Path) -> DictConfig:
+    try:
+        text = file.read_text(encoding="utf-8")
+        lines = {key: line for key, line in _key_lines(yaml.compose(text))}
+        loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{file} can't be read as YAML: {error}") from error
+    known = set(known_keys())
+    for key, line in lines.items():
+        if key not in known:
+            raise RecipeError(f"{_unknown(key)}\n  in {file}, line {line}")
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(config, loaded))
+    except OmegaConfBaseException as error:
+        where = lines.get(str(error.full_key), "?")
+        raise RecipeError(f"{error.full_key}: {_first_line(error)}\n  in {file}, line {where}") from error
+
+
+def _merge_override(config: DictConfig, text: str) -> DictConfig:
+    key, equals, value = text.partition("=")
+    key = key.strip().lstrip("+")
+    if not equals or not key:
+        raise RecipeError(f"{text!r} is not an override; write key=value, for example trainer.total_training_steps=20")
+    if key not in set(known_keys()):
+        raise RecipeError(f"{_unknown(key)}\n  in the override {text!r}")
+    if dataclasses.is_dataclass(_field_type(key)):
+        raise RecipeError(f"{key} is a section, not a key; give one of its keys\n  in the override {text!r}")
+    try:
+        parsed = OmegaConf.create({"value": yaml.safe_load(value)}) if value.strip() else OmegaConf.create({"value": ""})
+        merged = config.copy()
+        OmegaConf.update(merged, key, _float_like(parsed["value"]), merge=True)
+        return merged
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise RecipeError(f"{key}: {_first_line(error)}\n  in the override {text!r}") from error
+
+
+def _float_like(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text; numbers in scientific notation are meant as numbers."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _field_type(key: str) -> Any:
+    kind: Any = Recipe
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return None
+        kind = typing.get_type_hints(kind).get(part)
+    return kind
+
+
+def known_keys(kind: type = Recipe, prefix: str = "") -> Iterable[str]:
+    """Every key of the recipe, sections included, dotted."""
+    for name, hint in typing.get_type_hints(kind).items():
+        key = f"{prefix}{name}"
+        yield key
+        if dataclasses.is_dataclass(hint):
+            yield from known_keys(typing.cast(type, hint), f"{key}.")
+
+
+def _unknown(key: str) -> str:
+    known = list(known_keys())
+    leaf = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near = near or [other for other in known if other.rsplit(".", 1)[-1] == leaf][:1]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"{key} is not a key of the recipe; did you mean {near[0]}?"
+
+
+def _key_lines(node: Any, prefix: str = "") -> Iterable[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        yield key, key_node.start_mark.line + 1
+        yield from _key_lines(value_node, f"{key}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def as_list(value: Any) -> list[str]:
+    """A file or a list of files, as a list."""
+    if isinstance(value, (list, tuple, ListConfig)):
+        return [str(item) for item in value]
+    return [str(value)]
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Values that are wrong by themselves or against each other.
+
+    Raises:
+        RecipeError: names the key, its value and what is allowed.
+    """
+    actor, rollout, data = recipe.actor_rollout_ref.actor, recipe.actor_rollout_ref.rollout, recipe.data
+    one_of = {
+        "algorithm.adv_estimator": (recipe.algorithm.adv_estimator, ("grpo",)),
+        "algorithm.kl_penalty": (recipe.algorithm.kl_penalty.rstrip("+"), KL_ESTIMATORS),
+        "algorithm.kl_ctrl.type": (recipe.algorithm.kl_ctrl.type, ("fixed", "adaptive")),
+        "actor_rollout_ref.actor.kl_loss_type": (actor.kl_loss_type.rstrip("+"), KL_ESTIMATORS),
+        "actor_rollout_ref.actor.loss_agg_mode": (actor.loss_agg_mode, LOSS_AGG_MODES),
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": (actor.optim.lr_scheduler_type, ("constant", "cosine")),
+        "actor_rollout_ref.actor.fsdp_config.model_dtype": (actor.fsdp_config.model_dtype, ("fp32", "float32")),
+        "actor_rollout_ref.actor.fsdp_config.dtype": (actor.fsdp_config.dtype, DTYPES),
+        "actor_rollout_ref.rollout.dtype": (rollout.dtype, DTYPES),
+        "reward_model.model.dtype": (recipe.reward_model.model.dtype, DTYPES),
+        "data.truncation": (data.truncation, ("error", "left", "right", "middle")),
+        "prepare.dedup": (recipe.prepare.dedup, ("none", "prompt")),
+        "reward_training.loss": (recipe.reward_training.loss, ("bce", "severity", "pairs")),
+        "trainer.resume_mode": (recipe.trainer.resume_mode, ("auto", "disable", "resume_path")),
+    }
+    for key, (value, allowed) in one_of.items():
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
+            raise RecipeError(f"{key}={value} is not one of {', '.join(allowed)}; did you mean {near}?")
+    at_least = {
+        "data.train_batch_size": (data.train_batch_size, 1),
+        "data.max_prompt_length": (data.max_prompt_length, 1),
+        "data.max_response_length": (data.max_response_length, 1),
+        "actor_rollout_ref.rollout.n": (rollout.n, 1),
+        "actor_rollout_ref.actor.ppo_mini_batch_size": (actor.ppo_mini_batch_size, 1),
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": (actor.ppo_micro_batch_size_per_gpu, 1),
+        "actor_rollout_ref.actor.ppo_epochs": (actor.ppo_epochs, 1),
+        "actor_rollout_ref.rollout.max_num_seqs": (rollout.max_num_seqs, 1),
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": (rollout.log_prob_micro_batch_size_per_gpu, 1),
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": (
+            recipe.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu,
+            1,
+        ),
+        "actor_rollout_ref.actor.optim.lr": (actor.optim.lr, 0),
+        "actor_rollout_ref.rollout.temperature": (rollout.temperature, 1e-3),
+        "algorithm.kl_ctrl.kl_coef": (recipe.algorithm.kl_ctrl.kl_coef, 0),
+        "trainer.total_epochs": (recipe.trainer.total_epochs, 1),
+        "trainer.group_log_freq": (recipe.trainer.group_log_freq, 0),
+    }
+    for key, (number, least) in at_least.items():
+        if not number >= least:
+            raise RecipeError(f"{key}={number} must be at least {least}")
+    if not 0 < rollout.top_p <= 1:
+        raise RecipeError(f"actor_rollout_ref.rollout.top_p={rollout.top_p} must lie in (0, 1]")
+    if data.train_batch_size % actor.ppo_mini_batch_size:
+        raise RecipeError(
+            f"data.train_batch_size={data.train_batch_size} is not a multiple of "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
+        )
+    if recipe.trainer.nnodes != 1 or recipe.trainer.n_gpus_per_node > 1:
+        raise RecipeError(
+            f"trainer.nnodes={recipe.trainer.nnodes}, trainer.n_gpus_per_node={recipe.trainer.n_gpus_per_node}: "
+            "the local engine runs one process on one device; several come with the verl engine"
+        )
+    if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
+        raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
+
+
+KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+DTYPES = ("auto", "bfloat16", "float32")
