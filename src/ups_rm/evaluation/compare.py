@@ -42,6 +42,7 @@ class Reply:
 class Comparison:
     """Replies before and after, prompt by prompt, with the interval of the safe score's mean difference.
 
+    `score_before` and `score_after` are means over prompts of the mean over each prompt's replies.
     `length_unit` is "tokens" where the caller gave token counts and "words" otherwise. `kl` is the caller's: nats per
     response token from the reference.
     """
@@ -50,6 +51,8 @@ class Comparison:
     before: list[Reply]
     after: list[Reply]
     safe_score: Interval
+    score_before: float
+    score_after: float
     kl: float
     length_unit: str
 
@@ -57,8 +60,8 @@ class Comparison:
         """The evaluation's part of `summary.json`. A rate over no prompts (no benign ones, say) is None."""
         return {
             "safe_score": {
-                "before": _mean([reply.safe_score for reply in self.before]),
-                "after": _mean([reply.safe_score for reply in self.after]),
+                "before": self.score_before,
+                "after": self.score_after,
                 "diff": self.safe_score.diff,
                 "ci95": [self.safe_score.low, self.safe_score.high],
                 "n": self.safe_score.n,
@@ -92,7 +95,7 @@ class Comparison:
         return table
 
     def show_pairs(self, count: int = 5) -> None:
-        """Print `count` prompts with both replies, evenly spread over the prompts: an honest pick, not the best ones."""
+        """Print `count` prompts with both replies, spread evenly: an honest pick, not the best."""
         for i in self._spread(count):
             prompt = self.prompts[i]
             console.print(f"\n[bold]{escape(prompt.messages[-1]['content'].strip())}[/bold]  ({prompt.kind})")
@@ -176,23 +179,25 @@ def compare(
             f"{counts[3]} and {counts[4]} scores{f', {counts[5:]} lengths' if counts[5:] else ''}"
         )
     in_tokens = lengths_before is not None and lengths_after is not None
-    rows: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(prompt.index, []).append(i)
-    interval = paired_bootstrap(
-        [math.fsum(scores_before[i].safe_score for i in members) / len(members) for members in rows.values()],
-        [math.fsum(scores_after[i].safe_score for i in members) / len(members) for members in rows.values()],
-        n_resamples=n_resamples,
-        seed=seed,
-    )
+    scores_by_prompt = [_by_prompt(prompts, scores) for scores in (scores_before, scores_after)]
     return Comparison(
         prompts=list(prompts),
         before=_replies(before, scores_before, lengths_before if in_tokens else None),
         after=_replies(after, scores_after, lengths_after if in_tokens else None),
-        safe_score=interval,
+        safe_score=paired_bootstrap(*scores_by_prompt, n_resamples=n_resamples, seed=seed),
+        score_before=math.fsum(scores_by_prompt[0]) / len(scores_by_prompt[0]),
+        score_after=math.fsum(scores_by_prompt[1]) / len(scores_by_prompt[1]),
         kl=float(kl),
         length_unit="tokens" if in_tokens else "words",
     )
+
+
+def _by_prompt(prompts: Sequence[PromptRow], scores: Sequence[Score]) -> list[float]:
+    """Mean safe score of each prompt, in the order in which the prompts first occur."""
+    members: dict[int, list[float]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        members.setdefault(prompt.index, []).append(float(score.safe_score))
+    return [math.fsum(values) / len(values) for values in members.values()]
 
 
 def _replies(responses: Sequence[str], scores: Sequence[Score], lengths: Sequence[int] | None) -> list[Reply]:

@@ -41,13 +41,13 @@ def text_metrics(responses: Sequence[str], kinds: Sequence[str] | None = None) -
         return {}
     refusals = [is_refusal(response) for response in responses]
     metrics = {
-        "response/refusal_rate": sum(refusals) / len(refusals),
-        "response/distinct_1": distinct_n(responses, 1),
-        "response/distinct_2": distinct_n(responses, 2),
-        "response/unique_share": len(set(responses)) / len(responses),
+        "text/refusal_rate": sum(refusals) / len(refusals),
+        "text/distinct_1": distinct_n(responses, 1),
+        "text/distinct_2": distinct_n(responses, 2),
+        "text/unique_share": len(set(responses)) / len(responses),
     }
     for kind in ("unsafe", "benign"):
         of_kind = [refused for refused, its_kind in zip(refusals, kinds or (), strict=False) if its_kind == kind]
         if of_kind:
-            metrics[f"response/refusal_rate_{kind}"] = sum(of_kind) / len(of_kind)
+            metrics[f"text/refusal_rate_{kind}_prompts"] = sum(of_kind) / len(of_kind)
     return metrics
