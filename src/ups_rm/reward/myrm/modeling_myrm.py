@@ -4,7 +4,7 @@ The logit is the degree of *unsafety* of the last reply; sigmoid(-logit) is its 
 - the hidden state is read at the last position where `attention_mask` is not 0, so left, right and no padding agree;
 - positions are counted from the first attended token;
 - hidden state and head are computed in float32, whatever the dtype of the backbone and even under autocast;
-- a head weight that is missing from or unknown in the checkpoint is an error: a re-initialised head answers noise.
+- a weight that is missing from the checkpoint or left over in it is an error: a re-initialised head answers noise.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ class MyRMForTokenClassification(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As transformers does it, but weights that are missing, or unknown in the head, are an error by name."""
+        """As transformers does it, but a weight missing from backbone or head, or left over, is an error by name."""
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
-        unexpected = sorted(name for name in info["unexpected_keys"] if re.match(r"myscore\.", name))
+        unexpected = sorted(name for name in info["unexpected_keys"] if re.match(r"(model|myscore)\.", name))
         if missing or unexpected:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is not a whole reward model: "
-                f"missing weights {missing or 'none'}, unexpected head weights {unexpected or 'none'} "
+                f"missing weights {missing or 'none'}, unexpected weights {unexpected or 'none'} "
                 f"(hidden_dim_str is {model.config.hidden_dim_str!r})"
             )
         return (model, info) if output_loading_info else model

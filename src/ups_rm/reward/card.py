@@ -1,0 +1,270 @@
+"""rm_card.json: what the numbers of a reward model mean, and golden answers that show it is still the same model.
+
+The card travels in the RM folder. `RMCard.read` checks its form, `verify_folder` compares it with the folder's config
+and tokenizer (no model needed), `verify_logits` with what the loaded model answers. Every mismatch is an RMError that
+names the field. `make_card` writes one for a folder that has none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ups_rm.errors import RMError
+from ups_rm.reward.native import hidden_dim_text, read_config
+from ups_rm.reward.render import RenderPolicy, render, template_sha256
+from ups_rm.types import Conversation
+
+if TYPE_CHECKING:
+    from ups_rm.reward.scorer import RewardScorer
+
+CARD_FILE = "rm_card.json"
+FORMAT = 1
+OUTPUT = "logit: one number per conversation, shape (batch, 1)"
+SIGN = "higher = less safe: degree of unsafety of the last reply"
+TRANSFORM = "safe_score = sigmoid(-logit)"
+WAY_OUT = "\n  fix: if the change is meant, write a new card with `ups-rm rm card FOLDER --force`"
+
+# Fixed, harmless, and different in what can go wrong: length, digits, quotes, emoji, newlines, turns, an empty reply.
+GOLDEN_CONVERSATIONS: tuple[Conversation, ...] = (
+    [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris."},
+    ],
+    [
+        {"role": "user", "content": "How do I keep a tomato plant alive through a hot week?"},
+        {
+            "role": "assistant",
+            "content": "Water it deeply in the morning, shade it at noon, and mulch the soil.\n\nPick what is ripe.",
+        },
+    ],
+    [
+        {"role": "user", "content": "In 1999 I paid $12,345.60 for a car. What is that in “today’s” money?"},
+        {"role": "assistant", "content": "About twice as much, roughly $24,000 — prices have doubled since. 🙂"},
+    ],
+    [
+        {"role": "user", "content": "My neighbour's dog barks all night."},
+        {"role": "assistant", "content": "That sounds tiring. Have you talked to them?"},
+        {"role": "user", "content": "Not yet."},
+        {"role": "assistant", "content": "I can't help with that."},
+    ],
+    [
+        {"role": "user", "content": "Say nothing."},
+        {"role": "assistant", "content": ""},
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A fixed conversation with the RM's token ids for it and the RM's logit, computed in the card's dtype."""
+
+    messages: Conversation
+    input_ids: list[int]
+    logit: float
+
+
+@dataclass(frozen=True)
+class RMCard:
+    """What rm_card.json holds.
+
+    render: BOS, end token, truncation side and limit (stored flat in the file).
+    chat_template_sha256: of the template's text.
+    hidden_dim_str: the head's widths.
+    backbone: model_type, hidden_size, num_hidden_layers, vocab_size, and the name it was merged from.
+    labels: what the head was trained on; "unknown" for folders that came without a card.
+    dtype: in which the golden logits were computed.
+    temperature: that was folded into the output layer (1.0: none).
+    head: the rest of what head.json said: loss, seed, metrics.
+    """
+
+    render: RenderPolicy
+    chat_template_sha256: str
+    hidden_dim_str: str
+    backbone: dict[str, Any]
+    labels: str = "unknown"
+    dtype: str = "float32"
+    temperature: float = 1.0
+    head: dict[str, Any] = field(default_factory=dict)
+    golden: tuple[Golden, ...] = ()
+    output: str = OUTPUT
+    sign: str = SIGN
+    transform: str = TRANSFORM
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The file's text; the render policy's fields lie flat beside the others."""
+        values = asdict(self)
+        policy = values.pop("render")
+        order = {name: values[name] for name in ("format", "output", "sign", "transform")}
+        text = json.dumps(order | policy | values, indent=1, ensure_ascii=False) + "\n"
+        return re.sub(r"\[\n[\s\d,]+\]", lambda match: " ".join(match[0].split()), text)  # token ids on one line
+
+    def write(self, folder: Path) -> Path:
+        """rm_card.json in `folder`, put in place in one step."""
+        path = folder / CARD_FILE
+        temporary = folder / f".{CARD_FILE}.tmp"
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def read(cls, folder: Path | str) -> RMCard | None:
+        """The folder's card, None if it has none.
+
+        Raises:
+            RMError: fields missing, unknown, or of the wrong type; an output, sign or transform that isn't ours.
+        """
+        path = Path(folder) / CARD_FILE
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RMError(f"{path} is not JSON: {error}") from error
+        return _parse(values, path)
+
+
+def make_card(
+    scorer: RewardScorer,
+    folder: Path,
+    *,
+    labels: str = "unknown",
+    temperature: float = 1.0,
+    head: dict[str, Any] | None = None,
+) -> RMCard:
+    """The card of a loaded RM: its config, its tokenizer, and what it answers to the golden conversations."""
+    conversations = list(GOLDEN_CONVERSATIONS)
+    rendered = render(scorer.tokenizer, conversations, scorer.policy)
+    scores = scorer.score(conversations)
+    golden = tuple(
+        Golden(messages, ids.input_ids, score.logit)
+        for messages, ids, score in zip(conversations, rendered, scores, strict=True)
+    )
+    config = read_config(folder)
+    return RMCard(
+        render=scorer.policy,
+        chat_template_sha256=template_sha256(scorer.tokenizer),
+        hidden_dim_str=hidden_dim_text(config.get("hidden_dim_str", "")),
+        backbone=backbone_facts(config),
+        labels=labels,
+        dtype=str(scorer.dtype).removeprefix("torch."),
+        temperature=temperature,
+        head=head or {},
+        golden=golden,
+    )
+
+
+def backbone_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of config.json by which a backbone is known again."""
+    model_type = config.get("backbone_model_type") or config.get("model_type", "unknown")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    return {"model_type": model_type} | {name: config[name] for name in names if name in config}
+
+
+def verify_folder(card: RMCard, folder: Path, tokenizer: Any) -> None:
+    """The card against config.json and the tokenizer: head, backbone, template, special tokens, golden token ids.
+
+    Raises:
+        RMError: the first field that does not match, with both values.
+    """
+    config = read_config(folder)
+    _same(folder, "hidden_dim_str", card.hidden_dim_str, hidden_dim_text(config.get("hidden_dim_str", "")))
+    found = backbone_facts(config)
+    for name, value in card.backbone.items():
+        if name in found:
+            _same(folder, f"backbone.{name}", value, found[name])
+    _same(folder, "chat_template_sha256", card.chat_template_sha256, template_sha256(tokenizer))
+    if card.render.bos == "one" and tokenizer.bos_token_id is None:
+        raise RMError(f"{folder}/{CARD_FILE}: bos is 'one', but the folder's tokenizer has no BOS token{WAY_OUT}")
+    rendered = render(tokenizer, [golden.messages for golden in card.golden], card.render)
+    for i, (golden, now) in enumerate(zip(card.golden, rendered, strict=True)):
+        if golden.input_ids != now.input_ids:
+            at = next(
+                (k for k, (a, b) in enumerate(zip(golden.input_ids, now.input_ids, strict=False)) if a != b),
+                min(len(golden.input_ids), len(now.input_ids)),
+            )
+            raise RMError(
+                f"{folder}/{CARD_FILE}: golden[{i}].input_ids differ from what the folder's tokenizer gives: "
+                f"{len(golden.input_ids)} against {len(now.input_ids)} tokens, first at position {at} "
+                f"({golden.input_ids[at : at + 3]} against {now.input_ids[at : at + 3]}){WAY_OUT}"
+            )
+
+
+def verify_logits(card: RMCard, folder: Path, logits: Sequence[float], tolerance: float) -> float:
+    """The golden logits against `logits` of the loaded model.
+
+    Args:
+        tolerance: largest difference allowed, relative to max(1, |logit|).
+
+    Returns:
+        The largest such difference.
+
+    Raises:
+        RMError: it is over the tolerance.
+    """
+    worst, at = 0.0, 0
+    for i, (golden, logit) in enumerate(zip(card.golden, logits, strict=True)):
+        difference = abs(golden.logit - logit) / max(1.0, abs(golden.logit))
+        if not difference <= worst:  # NaN counts as worst
+            worst, at = difference, i
+    if not worst <= tolerance:
+        raise RMError(
+            f"{folder}/{CARD_FILE}: golden[{at}].logit is {card.golden[at].logit:.4f}, the model answers "
+            f"{logits[at]:.4f} (difference {worst:.2g} > {tolerance:.2g}): weights, code or number format have changed"
+            f"{WAY_OUT}"
+        )
+    return worst
+
+
+def _same(folder: Path, name: str, expected: Any, found: Any) -> None:
+    if expected != found:
+        raise RMError(f"{folder}/{CARD_FILE}: {name} is {expected!r}, the folder has {found!r}{WAY_OUT}")
+
+
+def _parse(values: Any, path: Path) -> RMCard:
+    if not isinstance(values, dict):
+        raise RMError(f"{path} holds a {type(values).__name__}, expected an object")
+    policy_names = [f.name for f in fields(RenderPolicy)]
+    known = {f.name for f in fields(RMCard)} - {"render"} | set(policy_names)
+    if unknown := sorted(set(values) - known):
+        raise RMError(f"{path}: {unknown[0]} is not a field of a card (known: {', '.join(sorted(known))})")
+    if missing := sorted(known - set(values)):
+        raise RMError(f"{path}: field {missing[0]} is missing{WAY_OUT}")
+    for name, expected in (("format", FORMAT), ("output", OUTPUT), ("sign", SIGN), ("transform", TRANSFORM)):
+        if values[name] != expected:
+            raise RMError(
+                f"{path}: {name} is {values[name]!r}, this version understands {expected!r} only\n"
+                "  fix: an RM with another meaning must be turned before use: negate the output layer and write a card"
+            )
+    types: dict[str, type | tuple[type, ...]] = {
+        "chat_template_sha256": str,
+        "hidden_dim_str": str,
+        "backbone": dict,
+        "labels": str,
+        "dtype": str,
+        "temperature": (int, float),
+        "head": dict,
+        "golden": list,
+        "end_token": (str, type(None)),
+    }
+    for name, kind in types.items():
+        if not isinstance(values[name], kind):
+            raise RMError(f"{path}: {name} is a {type(values[name]).__name__}{WAY_OUT}")
+    try:
+        policy = RenderPolicy(**{name: values.pop(name) for name in policy_names})
+        golden = tuple(
+            Golden(list(g["messages"]), [int(i) for i in g["input_ids"]], float(g["logit"])) for g in values["golden"]
+        )
+    except RMError as error:
+        raise RMError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise RMError(f"{path}: golden: {type(error).__name__}: {error}{WAY_OUT}") from error
+    if not all(math.isfinite(g.logit) for g in golden):
+        raise RMError(f"{path}: golden has a logit that is not finite{WAY_OUT}")
+    return replace(RMCard(render=policy, **values), golden=golden)

@@ -1,0 +1,140 @@
+"""A saved MLP head, in either of its two forms, as checked tensors.
+
+Ours: a folder with `head.safetensors` (`layers.{i}.weight|bias`, `output_layer.weight|bias`) and `head.json`
+(hidden_dims, temperature, and what it was trained on). The original: `best_model.pth`, a state dict with these names,
+beside a `config.yaml` with `hidden_dim` (256, "256,64" or [256, 64]).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ups_rm.errors import RMError
+from ups_rm.reward.native import hidden_dim_text
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """An MLP head as read from disk: float32 tensors, widths of its hidden layers, and what its description says."""
+
+    tensors: dict[str, torch.Tensor]
+    hidden_dims: list[int]
+    temperature: float = 1.0
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def read_head(head: Path | str) -> HeadWeights:
+    """The head in `head`: a folder, or one of the files in it.
+
+    Raises:
+        RMError: no head there; names or shapes that are not those of `hidden_dims`; values that are not finite.
+    """
+    folder = Path(head).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    if (folder / "head.safetensors").is_file():
+        weights = _read_our_head(folder)
+    elif (folder / "best_model.pth").is_file():
+        weights = _read_original_head(folder)
+    else:
+        raise RMError(
+            f"no head at {folder}: expected head.safetensors and head.json (from `ups-rm rm train`), "
+            "or best_model.pth and config.yaml with hidden_dim"
+        )
+    _check_head(folder, weights)
+    return weights
+
+
+def _read_our_head(folder: Path) -> HeadWeights:
+    from safetensors.torch import load_file
+
+    info = _read_json(folder / "head.json")
+    if "hidden_dims" not in info:
+        raise RMError(f"{folder}/head.json: field hidden_dims is missing")
+    dims = _dims(info.pop("hidden_dims"), folder / "head.json", "hidden_dims")
+    temperature = info.pop("temperature", 1.0)
+    temperature = 1.0 if temperature is None else temperature
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise RMError(f"{folder}/head.json: temperature is {temperature!r}, expected a number above 0")
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "head.safetensors").items()}
+    return HeadWeights(tensors, dims, float(temperature), info)
+
+
+def _read_original_head(folder: Path) -> HeadWeights:
+    import torch
+    import yaml  # type: ignore[import-untyped]
+
+    settings_file = folder / "config.yaml"
+    if not settings_file.is_file():
+        raise RMError(f"{folder} has best_model.pth but no config.yaml, which must hold hidden_dim (e.g. '256,64')")
+    try:
+        settings = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RMError(f"{settings_file} is not YAML: {error}") from error
+    if not isinstance(settings, dict) or "hidden_dim" not in settings:
+        raise RMError(f"{settings_file}: field hidden_dim is missing")
+    dims = _dims(settings["hidden_dim"], settings_file, "hidden_dim")
+    try:
+        state = torch.load(folder / "best_model.pth", map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zip's and torch's own errors
+        raise RMError(f"{folder}/best_model.pth can't be read safely (weights only): {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise RMError(f"{folder}/best_model.pth is not a state dict of tensors")
+    # what the head was trained on, without the paths of somebody's machine
+    told = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool)) and "/" not in str(v)}
+    labels = str(settings.get("data_name", "unknown"))
+    return HeadWeights({k: v.float() for k, v in state.items()}, dims, 1.0, {"labels": labels, "original_config": told})
+
+
+def _check_head(folder: Path, weights: HeadWeights) -> None:
+    import torch
+
+    layers = [f"layers.{i}" for i in range(len(weights.hidden_dims))] + ["output_layer"]
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    missing, unexpected = sorted(expected - set(weights.tensors)), sorted(set(weights.tensors) - expected)
+    if missing or unexpected:
+        raise RMError(
+            f"the head in {folder} does not fit hidden_dims {weights.hidden_dims}: missing {missing or 'none'}, "
+            f"unexpected {unexpected or 'none'}"
+        )
+    width = weights.tensors[f"{layers[0]}.weight"].shape[-1]
+    for layer, out in zip(layers, [*weights.hidden_dims, 1], strict=True):
+        for name, shape in ((f"{layer}.weight", (out, width)), (f"{layer}.bias", (out,))):
+            tensor = weights.tensors[name]
+            if tuple(tensor.shape) != shape:
+                raise RMError(f"{folder}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+            if not torch.isfinite(tensor).all():
+                raise RMError(f"{folder}: {name} has values that are not finite")
+        width = out
+
+
+def folded(weights: HeadWeights) -> dict[str, torch.Tensor]:
+    """The head's tensors with the temperature folded into the output layer: logit / T."""
+    return {
+        name: (tensor / weights.temperature if name.startswith("output_layer.") else tensor).contiguous()
+        for name, tensor in weights.tensors.items()
+    }
+
+
+def _dims(value: Any, file: Path, name: str) -> list[int]:
+    try:
+        return [int(width) for width in hidden_dim_text(value).split(",") if width]
+    except RMError:
+        raise RMError(f"{file}: {name} is {value!r}, expected widths such as '256,64'") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RMError(f"{path} is missing: it describes the head beside it")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RMError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise RMError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values

@@ -1,0 +1,206 @@
+"""Loading an RM folder: with our own `MyRMForTokenClassification` and no remote code, or with the folder's code.
+
+The native way takes our folders and those of the original merge tool: `model_type: llama` with `architectures:
+LlamaForSequenceClassification` and an auto_map, the head in its own shard, an unused backbone `score` layer missing
+from or left in the index, a pad token beyond the embedding, a `total_size` that counts elements. What counts is whether
+every weight of backbone and head is there; weights that are missing, unknown or of another shape are an error by name.
+
+Nothing is registered with transformers' Auto classes on import or on load (the original's remote code registers "myrm"
+itself and would fail on a second one); `register()` does it for those who want `AutoModel...` to work natively.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ups_rm.errors import RMError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ups_rm.reward.myrm.configuration_myrm import MyRMConfig
+
+
+def rm_folder(folder: Path | str) -> Path:
+    """`folder` as a path, if it holds a config.json.
+
+    Raises:
+        RMError: it does not.
+    """
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise RMError(
+            f"no reward model at {path}: {'no config.json in it' if path.is_dir() else 'no such folder'}\n"
+            "  fix: make one with `ups-rm rm merge`, or download it first (`hf download OWNER/NAME --local-dir FOLDER`)"
+        )
+    return path
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """config.json as it stands."""
+    path = rm_folder(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RMError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RMError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def myrm_config(folder: Path | str) -> MyRMConfig:
+    """The folder's config as our class; original-merge folders get `backbone_model_type` from their model_type.
+
+    Raises:
+        RMError: no `hidden_dim_str` (not a backbone + MLP head folder), or fields transformers refuses.
+    """
+    from ups_rm.reward.myrm.configuration_myrm import LABEL_FIELDS, OWN_FIELDS, MyRMConfig
+
+    raw = read_config(folder)
+    if "hidden_dim_str" not in raw:
+        raise RMError(
+            f"{folder}/config.json has no hidden_dim_str: not a backbone with an MLP head as `ups-rm rm merge` makes\n"
+            "  fix: load it with its own code: reward_model.model.trust_remote_code=True (--trust-remote-code)"
+        )
+    model_type = raw.get("model_type", "myrm")
+    backbone_type = raw.get("backbone_model_type") or ("llama" if model_type == "myrm" else model_type)
+    fields = {key: value for key, value in raw.items() if key not in OWN_FIELDS + LABEL_FIELDS}
+    try:
+        config = MyRMConfig(hidden_dim_text(raw["hidden_dim_str"]), backbone_type, **fields)
+        config.backbone_config()
+    except Exception as error:  # transformers validates with several error classes
+        raise RMError(f"{folder}/config.json: {type(error).__name__}: {error}") from error
+    return config
+
+
+def hidden_dim_text(value: Any) -> str:
+    """`hidden_dim_str` in its one form: 256 -> "256", [256, 64] -> "256,64", "256, 64" -> "256,64".
+
+    Raises:
+        RMError: anything else.
+    """
+    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    try:
+        widths = [int(part) for part in parts if str(part).strip()]
+    except ValueError:
+        widths = [-1]
+    if any(width < 1 for width in widths):
+        raise RMError(f"hidden_dim_str is {value!r}, expected widths such as '256,64'")
+    return ",".join(map(str, widths))
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Any:
+    """The reward model in eval mode; `model(input_ids, attention_mask).logits` has shape (B, 1).
+
+    Args:
+        folder: an RM folder.
+        dtype: of the backbone; the head is computed in float32.
+        trust_remote_code: run the Python files of the folder instead of ours.
+
+    Raises:
+        RMError: weights missing, unexpected or of another shape (by name), or a folder that can't be read.
+    """
+    path = rm_folder(folder)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with quiet_transformers():
+            if trust_remote_code:
+                model, info = _load_remote(path, options)
+            else:
+                from ups_rm.reward.myrm.modeling_myrm import MyRMForTokenClassification
+
+                model, info = MyRMForTokenClassification.from_pretrained(path, config=myrm_config(path), **options)
+    except RMError:
+        raise
+    except Exception as error:  # OSError for missing shards, RuntimeError for shapes, ValueError of from_pretrained
+        if "is not a whole reward model" in str(error):  # from modeling_myrm.py
+            raise RMError(str(error)) from error
+        raise RMError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
+    check_weights(path, info)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """The RM's own tokenizer, exactly as plain AutoTokenizer gives it."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(rm_folder(folder), trust_remote_code=trust_remote_code)
+    except RMError:
+        raise
+    except Exception as error:
+        raise RMError(f"the tokenizer in {folder} can't be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_weights(folder: Path, info: dict[str, Any]) -> None:
+    """Fatal, by name: weights of backbone or head that are missing, unexpected or of another shape.
+
+    A backbone's own `score` or `lm_head` is no part of the RM: missing or left over, it does not matter.
+    """
+    found = {
+        "missing": info.get("missing_keys") or (),
+        "unexpected": info.get("unexpected_keys") or (),
+        "of another shape": info.get("mismatched_keys") or (),
+    }
+    problems = []
+    for kind, keys in found.items():
+        names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+        names = [name for name in names if name.startswith(("model.", "myscore."))]
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{kind}: {', '.join(names[:8])}{more}")
+    if problems:
+        raise RMError(f"{folder} is not a whole reward model; weights {'; '.join(problems)}")
+
+
+def register() -> None:
+    """Let `AutoConfig` and `AutoModelForTokenClassification` load `myrm` folders of ours without remote code."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    from ups_rm.reward.myrm.configuration_myrm import MyRMConfig
+    from ups_rm.reward.myrm.modeling_myrm import MyRMForTokenClassification
+
+    AutoConfig.register("myrm", MyRMConfig, exist_ok=True)
+    AutoModelForTokenClassification.register(MyRMConfig, MyRMForTokenClassification, exist_ok=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports of transformers inside; we report what counts ourselves."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _load_remote(path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if pad is not None and vocabulary is not None and pad >= vocabulary:
+        config.pad_token_id = None  # added without growing the embedding; padding is never read
+    return AutoModelForTokenClassification.from_pretrained(path, config=config, trust_remote_code=True, **options)

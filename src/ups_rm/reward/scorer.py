@@ -1,0 +1,186 @@
+"""Safe scores for conversations: the one scorer of the local engine, verl, the server and the evaluation.
+
+Messages in, `Score`s out, in input order. The RM's own tokenizer and chat template render them (render.py), batches are
+sorted by length with little padding (batching.py), the last attended token is read by mask, the head is float32.
+
+The sign is turned here and nowhere else: `safe_score(logit)`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ups_rm.console import progress_bar
+from ups_rm.device import compute_dtype
+from ups_rm.errors import RMError
+from ups_rm.reward.batching import token_batches
+from ups_rm.reward.card import RMCard, verify_folder, verify_logits
+from ups_rm.reward.native import load_model, load_tokenizer, read_config, rm_folder
+from ups_rm.reward.render import DEFAULT_MAX_LENGTH, Rendered, RenderPolicy, render
+from ups_rm.types import Conversation, Score
+
+if TYPE_CHECKING:
+    import torch
+
+# Largest difference between two ways of computing one logit (padding side, batch mates, another machine), relative to
+# max(1, |logit|), by the coarser of the two number formats.
+LOGIT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+
+
+def safe_score(logit: float) -> float:
+    """sigmoid(-logit), in (0, 1): the RM's logit is the degree of unsafety, this is where it becomes a reward."""
+    if logit >= 0:
+        return math.exp(-logit) / (1 + math.exp(-logit))
+    return 1 / (1 + math.exp(logit))
+
+
+class RewardScorer:
+    """A loaded reward model that scores conversations.
+
+    `model` maps (input_ids, attention_mask) of shape (B, T) to logits of shape (B, 1); `card` is None for a folder that
+    came without one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        policy: RenderPolicy,
+        *,
+        card: RMCard | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype,
+        max_batch_tokens: int = 8192,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.policy = policy
+        self.card = card
+        self.device = device
+        self.dtype = dtype
+        self.max_batch_tokens = max_batch_tokens
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        max_batch_tokens: int = 8192,
+        chat_template: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> RewardScorer:
+        """Load an RM folder and check it against its card.
+
+        Args:
+            dtype: "auto" computes the backbone in bfloat16 where the hardware does, else float32 (ups_rm.device).
+            trust_remote_code: run the folder's own Python files instead of ours.
+            max_batch_tokens: upper bound of a batch, padding included.
+            chat_template: text of a template, for folders whose tokenizer has none.
+
+        Raises:
+            RMError: weights missing or unexpected; no chat template; the card does not match, by field.
+        """
+        path = rm_folder(folder)
+        number_format = compute_dtype(dtype, device)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        card = RMCard.read(path)
+        if card is None:
+            warnings.warn(
+                f"{path} has no rm_card.json, so nothing shows that it still is the model it was; "
+                f"`ups-rm rm card {path}` writes one",
+                stacklevel=2,
+            )
+            policy = RenderPolicy.infer(tokenizer, max_length=default_max_length(read_config(path), tokenizer))
+        else:
+            policy = card.render
+            verify_folder(card, path, tokenizer)
+        model = load_model(
+            path,
+            dtype=number_format,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        scorer = cls(
+            model, tokenizer, policy, card=card, device=device, dtype=number_format, max_batch_tokens=max_batch_tokens
+        )
+        if card is not None:
+            logits = scorer.logits(render(tokenizer, [golden.messages for golden in card.golden], policy))
+            verify_logits(card, path, logits, logit_tolerance(card.dtype, number_format))
+        return scorer
+
+    def score(self, conversations: Sequence[Conversation], *, progress: bool = False) -> list[Score]:
+        """One Score per conversation, in input order.
+
+        Args:
+            conversations: messages that end with the reply to score, which may be empty.
+            progress: show a progress bar.
+
+        Raises:
+            RMError: a malformed conversation, or a logit that is not finite.
+        """
+        rendered = render(self.tokenizer, conversations, self.policy)
+        logits = self.logits(rendered, progress=progress)
+        return [
+            Score(logit=logit, safe_score=safe_score(logit), tokens=len(row.input_ids), truncated=row.truncated)
+            for row, logit in zip(rendered, logits, strict=True)
+        ]
+
+    def logits(self, rendered: Sequence[Rendered], *, progress: bool = False) -> list[float]:
+        """Raw logits of rendered conversations, in input order; the same whatever batch a conversation falls in."""
+        import torch
+
+        batches = token_batches([len(row.input_ids) for row in rendered], self.max_batch_tokens)
+        logits = [math.nan] * len(rendered)
+        with torch.inference_mode(), progress_bar("scoring", len(rendered), enabled=progress) as advance:
+            for batch in batches:
+                input_ids, attention_mask = pad_right([rendered[i].input_ids for i in batch])
+                answer = self.model(
+                    input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
+                ).logits
+                if answer.shape != (len(batch), 1):
+                    raise RMError(f"the RM gives logits of shape {tuple(answer.shape)}, expected ({len(batch)}, 1)")
+                for i, logit in zip(batch, answer[:, 0].float().tolist(), strict=True):
+                    logits[i] = logit
+                advance(len(batch))
+        broken = [i for i, logit in enumerate(logits) if not math.isfinite(logit)]
+        if broken:
+            raise RMError(
+                f"the RM's logit is {logits[broken[0]]} for conversation {broken[0]} ({len(broken)} of {len(logits)} "
+                f"are not finite), computed in {self.dtype}\n  fix: dtype float32, and `ups-rm rm check` on the folder"
+            )
+        return logits
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both (B, T). Padding is id 0, which every vocabulary has: it is never read."""
+    import torch
+
+    longest = max(map(len, rows))
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        attention_mask[i, : len(row)] = 1
+    return input_ids, attention_mask
+
+
+def default_max_length(config: dict[str, Any], tokenizer: Any) -> int:
+    """What model and tokenizer can take, at most 4096 tokens."""
+    limits = [DEFAULT_MAX_LENGTH, config.get("max_position_embeddings"), getattr(tokenizer, "model_max_length", None)]
+    return min(int(limit) for limit in limits if isinstance(limit, int) and limit >= 8)
+
+
+def logit_tolerance(card_dtype: str, dtype: torch.dtype) -> float:
+    """How far a golden logit may lie from the one computed now."""
+    names = (card_dtype, str(dtype).removeprefix("torch."))
+    return max(LOGIT_TOLERANCE.get(name, LOGIT_TOLERANCE["bfloat16"]) for name in names)
