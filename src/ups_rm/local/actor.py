@@ -1,6 +1,6 @@
 """The actor: log-probabilities of a rollout and the GRPO update.
 
-Sequences are cut into micro batches by length, each trimmed to its longest prompt and reply; a micro batch's loss is scaled
+Sequences are cut into micro batches of whole groups where they fit, each trimmed to its longest prompt and reply; a micro batch's loss is scaled
 by the totals of its mini batch, so gradients (and with them the step) do not depend on how it was cut. Gradients add up in
 fp32. Where a rollout is used for exactly one optimizer step, the old log-probabilities are the training forward's own,
 detached: the ratio is exactly 1, whatever the compute dtype.
@@ -9,7 +9,6 @@ detached: the ratio is exactly 1, whatever the compute dtype.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,43 +17,9 @@ from torch import Tensor
 from ups_rm.grpo.kl import kl_penalty
 from ups_rm.grpo.losses import aggregate, batch_totals, policy_loss
 from ups_rm.local.policy import Policy
-from ups_rm.local.rollout import Rollout
+from ups_rm.local.sequences import Sequences
 from ups_rm.recipe import Actor as ActorSettings
 from ups_rm.recipe import Optim, Recipe
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Prompts and responses as the forward takes them; see `Rollout` for the shapes."""
-
-    prompts: Tensor
-    prompt_mask: Tensor
-    responses: Tensor
-    response_mask: Tensor
-
-    @classmethod
-    def of(cls, rollout: Rollout) -> Sequences:
-        return cls(rollout.prompts, rollout.prompt_mask, rollout.responses, rollout.response_mask)
-
-    def trimmed(self, rows: Tensor) -> tuple[Sequences, int]:
-        """The given rows without columns that are all padding, and how many response columns are left."""
-        width = int(self.prompt_mask[rows].sum(1).max())
-        length = max(1, int(self.response_mask[rows].sum(1).max()))
-        start = self.prompts.shape[1] - width
-        return (
-            Sequences(
-                self.prompts[rows, start:],
-                self.prompt_mask[rows, start:],
-                self.responses[rows, :length],
-                self.response_mask[rows, :length],
-            ),
-            length,
-        )
-
-    def micro_batches(self, rows: Tensor, size: int) -> list[Tensor]:
-        """Row numbers, at most `size` together, neighbours in total length."""
-        lengths = self.prompt_mask[rows].sum(1) + self.response_mask[rows].sum(1)
-        return list(rows[lengths.argsort(descending=True, stable=True)].split(size))
 
 
 @torch.no_grad()
@@ -63,11 +28,9 @@ def response_logprobs(policy: Policy, sequences: Sequences, *, micro_batch_size:
     out = torch.zeros(sequences.responses.shape, dtype=torch.float32, device=policy.device)
     everything = torch.arange(len(out), device=policy.device)
     for rows in sequences.micro_batches(everything, micro_batch_size):
-        part, length = sequences.trimmed(rows)
-        logprobs, _ = policy.response_logprobs(
-            part.prompts, part.prompt_mask, part.responses, part.response_mask, temperature
-        )
-        out[rows, :length] = logprobs * part.response_mask
+        part = sequences.trimmed(rows)
+        logprobs, _ = policy.response_logprobs(part, temperature)
+        out[rows, : part.responses.shape[1]] = logprobs * part.response_mask
     return out
 
 
@@ -84,6 +47,7 @@ class Actor:
         self.optimizer = torch.optim.AdamW(
             [master for _, master in policy.masters],
             lr=optim.lr,
+            fused=True,
             betas=(optim.betas[0], optim.betas[1]),
             weight_decay=optim.weight_decay,
         )
@@ -155,11 +119,9 @@ class Actor:
         self, sequences: Sequences, advantages: Tensor, old: Tensor | None, ref: Tensor | None, rows: Tensor, whole: Any
     ) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
-        part, length = sequences.trimmed(rows)
-        mask = part.response_mask
-        logprobs, entropy = self.policy.response_logprobs(
-            part.prompts, part.prompt_mask, part.responses, mask, self.temperature, settings.entropy_coeff != 0
-        )
+        part = sequences.trimmed(rows)
+        mask, length = part.response_mask, part.responses.shape[1]
+        logprobs, entropy = self.policy.response_logprobs(part, self.temperature, settings.entropy_coeff != 0)
         aggregation: dict[str, Any] = {
             **whole,
             "loss_scale_factor": settings.loss_scale_factor or self.max_response_length,

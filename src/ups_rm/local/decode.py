@@ -20,6 +20,19 @@ from torch import Tensor
 KNOWN = ("llama", "qwen2", "qwen3")
 
 
+def is_known(model: Any) -> bool:
+    """The model is of a kind whose layers this module and `shared_prefix` compute themselves."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        config.model_type in KNOWN
+        and not getattr(config, "sliding_window", None)
+        and config.hidden_act == "silu"
+        and not getattr(config, "mlp_bias", False)
+        and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+    )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn. temperature 0 is greedy; top_k -1 and top_p 1 keep all tokens."""
@@ -89,13 +102,7 @@ class FastDecoder:
     @classmethod
     def of(cls, model: Any) -> FastDecoder | None:
         """A decoder for the model, or None where the architecture is not known."""
-        config = model.config
-        sliding = getattr(config, "use_sliding_window", False) or getattr(config, "sliding_window", None)
-        rope = getattr(config, "rope_parameters", None) or {}
-        plain = config.model_type in KNOWN and not sliding and getattr(config, "hidden_act", "") == "silu"
-        if not plain or getattr(config, "mlp_bias", False) or rope.get("rope_type") in ("dynamic", "longrope"):
-            return None
-        return cls(model)
+        return cls(model) if is_known(model.get_base_model() if hasattr(model, "peft_config") else model) else None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -133,7 +140,7 @@ class FastDecoder:
         q, k, v = y.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
         gate, up = F.linear(self._rms(x, layer.norm2), layer.gate_up).chunk(2, dim=-1)
@@ -214,7 +221,8 @@ class FastDecoder:
         return x[:, 0]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding as Llama applies it: halves of the head, not pairs."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ups_rm.device import compute_dtype
 from ups_rm.errors import PolicyError
+from ups_rm.local.sequences import Sequences
+from ups_rm.local.shared_prefix import SharedPrefixForward
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Recipe
 
@@ -43,6 +45,7 @@ class Policy:
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.masters: list[tuple[Tensor, Tensor]] = []
         self.is_lora = hasattr(model, "peft_config")
+        self.shared = SharedPrefixForward.of(model)
 
     @classmethod
     def load(cls, recipe: Recipe, *, trainable: bool = True, path: str | None = None) -> Policy:
@@ -97,32 +100,43 @@ class Policy:
         with self.model.disable_adapter() if self.is_lora else nullcontext():
             yield
 
-    def response_logprobs(self, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, response_mask: Tensor,
-                          temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Log-probability of each response token given all before it.
+    def response_logprobs(
+        self, part: Sequences, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each response token given all before it, by the shared-prefix forward where it applies.
 
         Args:
-            prompts, prompt_mask: left-padded prompt ids. Shape (b, T).
-            responses, response_mask: right-padded response ids. Shape (b, R).
+            part: a micro batch of b rows, R response columns.
             temperature: logits are divided by it, as in the rollout (verl does the same).
 
         Returns:
-            logprobs (b, R) fp32, and the entropy (b, R) if asked. Values at padding are meaningless.
+            logprobs (b, R) fp32, and the entropy (b, R) in nats if asked. Values at padding are meaningless.
         """
-        ids = torch.cat([prompts, responses], dim=1)  # (b, T + R)
-        mask = torch.cat([prompt_mask, response_mask], dim=1)
+        if self.shared is None or with_entropy:
+            return self.plain_logprobs(part, temperature, with_entropy)
+        prompts, prompt_mask, group = part.unique_prompts()
+        return self.shared.response_logprobs(
+            prompts, prompt_mask, part.responses, part.response_mask, group, temperature
+        ), None
+
+    def plain_logprobs(
+        self, part: Sequences, temperature: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same through transformers' own forward, for any causal LM: the reference that the fast path is tested with."""
+        ids = torch.cat([part.prompts, part.responses], dim=1)  # (b, T + R)
+        mask = torch.cat([part.prompt_mask, part.response_mask], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
-        length = responses.shape[1]
+        length = part.responses.shape[1]
         logits = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=length + 1
         ).logits[:, -length - 1 : -1]  # (b, R, V); the last position predicts a token that is not there
         logits = logits.float() / temperature
-        flat = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
+        flat = F.cross_entropy(logits.flatten(0, 1), part.responses.flatten(), reduction="none")
         entropy = None
         if with_entropy:
             logp = logits.log_softmax(dim=-1)
             entropy = -(logp.exp() * logp).sum(dim=-1)
-        return -flat.view_as(responses), entropy
+        return -flat.view_as(part.responses), entropy
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder that plain transformers loads; adapters are merged, weights as trained (fp32 masters)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from ups_rm.errors import PolicyError
 from ups_rm.local.decode import FastDecoder, Sampling
 from ups_rm.local.policy import Policy
+from ups_rm.local.sequences import Sequences
 from ups_rm.types import Conversation, Message
 
 
@@ -23,21 +24,15 @@ class Rollout:
     """One batch of replies.
 
     Attributes:
-        prompts: left-padded prompt ids (B, T), prompt_mask alike.
-        responses: right-padded response ids, the end token included (B, R); response_mask is 1 up to and with it.
+        sequences: token ids and masks; the response mask is 1 up to and with the end token.
         rollout_logprobs: log-probability of each token as it was sampled (B, R), 0 at padding.
-        group_ids: the prompt that each row answers (B,).
         texts: the reply as text, without the end token.
         finished: the reply ended by itself; otherwise it was cut at the limit.
         conversations: prompt messages and the reply, for the reward model.
     """
 
-    prompts: Tensor
-    prompt_mask: Tensor
-    responses: Tensor
-    response_mask: Tensor
+    sequences: Sequences
     rollout_logprobs: Tensor
-    group_ids: Tensor
     texts: list[str]
     finished: list[bool]
     conversations: list[Conversation]
@@ -133,13 +128,16 @@ class RolloutEngine:
             finished.append(len(tokens) > 0 and int(tokens[-1]) in eos)
         conversations = [[*prompts[i // n], Message(role="assistant", content=text)] for i, text in enumerate(texts)]
         device = self.policy.device
-        return Rollout(
+        sequences = Sequences(
             prompts=prompt_ids.to(device),
             prompt_mask=prompt_mask.to(device),
             responses=responses.to(device),
             response_mask=response_mask.to(device),
-            rollout_logprobs=logprobs.to(device),
             group_ids=torch.arange(len(prompts), device=device).repeat_interleave(n),
+        )
+        return Rollout(
+            sequences=sequences,
+            rollout_logprobs=logprobs.to(device),
             texts=texts,
             finished=finished,
             conversations=conversations,

@@ -38,7 +38,7 @@ from ups_rm.grpo import (
     throughput_metrics,
     timing_metrics,
 )
-from ups_rm.local.actor import Actor, Sequences, response_logprobs
+from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.batches import prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.local.checkpoint import TrainingState, find_checkpoint, load_checkpoint, recipe_hash, save_checkpoint
 from ups_rm.local.decode import Sampling
@@ -132,7 +132,7 @@ class Trainer:
         with clock("reward"):
             scores = self.scorer.score(rollout.conversations)
             safe_score = self._safe_score(scores)  # (B,)
-        sequences, mask = Sequences.of(rollout), rollout.response_mask
+        sequences, mask = rollout.sequences, rollout.sequences.response_mask
         old_logprobs = ref_logprobs = None
         if algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
             with clock("old_log_prob"):
@@ -150,7 +150,7 @@ class Trainer:
             kl_coef = self.kl_control.value if algorithm.use_kl_in_reward else 0.0
             token_level_rewards = penalize(token_level_scores, kl, mask, kl_coef)
             advantages = group_advantages(
-                token_level_rewards, mask, rollout.group_ids, scale_by_std=algorithm.norm_adv_by_std_in_grpo
+                token_level_rewards, mask, sequences.group_ids, scale_by_std=algorithm.norm_adv_by_std_in_grpo
             )
         with clock("update_actor"):
             old = None if self.actor.on_policy(len(prompts)) else old_logprobs
@@ -250,29 +250,30 @@ class Trainer:
             if bool(rows.any()):
                 metrics[f"val-aux/{kind}/reward/mean@{n}"] = float(scores.cpu()[rows].mean())
                 metrics[f"val-aux/{kind}/refusal_rate"] = float(refused[rows].mean())
-        metrics["val-aux/response_length/mean"] = float(rollout.response_mask.sum(1).float().mean())
+        metrics["val-aux/response_length/mean"] = float(rollout.sequences.response_mask.sum(1).float().mean())
         metrics["timing_s/testing"] = perf_counter() - started
         return metrics
 
     def metrics(self, record: StepRecord, number: int) -> dict[str, float]:
         """All metrics of contract 8 for one step (docs/metrics.md)."""
-        rollout, recipe = record.rollout, self.recipe
+        rollout, sequences, recipe = record.rollout, record.rollout.sequences, self.recipe
+        device, mask = self.policy.device, sequences.response_mask
         n = recipe.actor_rollout_ref.rollout.n
         benign = torch.tensor([row.kind == "benign" for row in record.prompts]).repeat_interleave(n)
         refused = torch.tensor([float(is_refusal(text)) for text in rollout.texts])
-        prompt_lengths = rollout.prompt_mask.sum(1)
+        prompt_lengths = sequences.prompt_mask.sum(1)
         metrics = rollout_metrics(
             token_level_scores=record.token_level_scores,
             token_level_rewards=record.token_level_rewards,
             advantages=record.advantages,
-            response_mask=rollout.response_mask,
+            response_mask=mask,
             prompt_lengths=prompt_lengths,
-            group_ids=rollout.group_ids,
-            safe_score=torch.tensor([score.safe_score for score in record.scores], device=rollout.prompts.device),
+            group_ids=sequences.group_ids,
+            safe_score=torch.tensor([score.safe_score for score in record.scores], device=device),
             kl=record.kl,
-            truncated=torch.tensor([not ended for ended in rollout.finished], device=rollout.prompts.device),
-            rm_truncated=torch.tensor([score.truncated for score in record.scores], device=rollout.prompts.device),
-            benign=benign.to(rollout.prompts.device),
+            truncated=torch.tensor([not ended for ended in rollout.finished], device=device),
+            rm_truncated=torch.tensor([score.truncated for score in record.scores], device=device),
+            benign=benign.to(device),
             max_prompt_length=recipe.data.max_prompt_length,
             max_response_length=recipe.data.max_response_length,
         )
@@ -285,11 +286,11 @@ class Trainer:
         coefficient = self.kl_control.value if recipe.algorithm.use_kl_in_reward else 0.0
         metrics |= {"actor/reward_kl_penalty_coeff": coefficient}
         if record.old_logprobs is not None:
-            gap = ((record.old_logprobs - rollout.rollout_logprobs).abs() * rollout.response_mask)
-            metrics["rollout/logprob_gap_mean"] = float(gap.sum() / rollout.response_mask.sum().clamp(min=1))
+            gap = ((record.old_logprobs - rollout.rollout_logprobs).abs() * mask)
+            metrics["rollout/logprob_gap_mean"] = float(gap.sum() / mask.sum().clamp(min=1))
             metrics["rollout/logprob_gap_max"] = float(gap.max())
         metrics |= record.update
-        replies, whole = int(rollout.response_mask.sum()), int(prompt_lengths.sum())
+        replies, whole = int(mask.sum()), int(prompt_lengths.sum())
         metrics |= timing_metrics(record.seconds, num_prompt_tokens=whole, num_response_tokens=replies)
         metrics |= throughput_metrics(total_num_tokens=whole + replies, seconds=record.seconds["step"])
         return metrics | {"training/global_step": float(number), "training/epoch": self._epoch(number)}
@@ -319,14 +320,14 @@ class Trainer:
     def _groups(self, record: StepRecord) -> list[Any]:
         n = self.recipe.actor_rollout_ref.rollout.n
         return group_records(
-            group_ids=record.rollout.group_ids,
+            group_ids=record.rollout.sequences.group_ids,
             prompt_ids=[row.index for row in record.prompts for _ in range(n)],
             messages=[row.messages for row in record.prompts for _ in range(n)],
             responses=record.rollout.texts,
             scores=record.scores,
             token_level_rewards=record.token_level_rewards,
             advantages=record.advantages,
-            response_mask=record.rollout.response_mask,
+            response_mask=record.rollout.sequences.response_mask,
             kl=record.kl,
             truncated=[not ended for ended in record.rollout.finished],
             kinds=[row.kind for row in record.prompts for _ in range(n)],

@@ -1,0 +1,170 @@
+"""Forward and backward with the prompt of a group computed once, for Llama- and Qwen-type models.
+
+The n replies to a prompt share every prompt token. Here a micro batch is G prompts (G, T) and b replies (b, R) side by
+side in one flat sequence of tokens: the linear layers see G*T + b*R tokens instead of b*(T + R), and a reply's queries
+attend to its group's prompt keys and to its own. Same mathematics as the plain forward, which is the reference in
+tests. `lm_head` runs only where a response token is predicted, in chunks, with the closed-form gradient of
+log softmax: no logits are stored.
+
+`SharedPrefixForward.of` returns None for an architecture it does not know; the caller then uses the plain forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ups_rm.local.decode import is_known, rotate
+
+
+class SelectedLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature) at the target, chunk by chunk.
+
+    d logp_t / d logits = onehot(t) - softmax, so with g = d loss / d logp:
+    dh = g (W_t - softmax W) / temperature, dW = g (onehot - softmax)^T h / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
+        """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,) fp32."""
+        logprobs, norms = [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = F.linear(h, weight).float().div_(temperature)
+            norm = logits.logsumexp(dim=-1)
+            logprobs.append(logits.gather(1, t[:, None]).squeeze(1) - norm)
+            norms.append(norm)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms))
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+        hidden, weight, targets, norms = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            h, g = hidden[rows], grad[rows, None].float() / ctx.temperature
+            logits = F.linear(h, weight).float().div_(ctx.temperature)
+            d_logits = logits.sub_(norms[rows, None]).exp_().mul_(-g)
+            d_logits.scatter_add_(1, targets[rows, None], g)
+            low = d_logits.to(weight.dtype)
+            d_hidden[rows] = low @ weight
+            if d_weight is not None:
+                d_weight += low.t() @ h
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+class SharedPrefixForward:
+    """See the module. Letters: G prompts, b replies, S heads, K key/value heads, D head size."""
+
+    def __init__(self, model: Any, chunk: int = 256) -> None:
+        self.causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        config = self.causal.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.eps, self.chunk = config.rms_norm_eps, chunk
+
+    @classmethod
+    def of(cls, model: Any) -> SharedPrefixForward | None:
+        """A forward for the model, or None: unknown architecture, or adapters on the head."""
+        causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        if not is_known(causal) or hasattr(causal.lm_head, "lora_A"):
+            return None
+        return cls(model)
+
+    def response_logprobs(
+        self, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, response_mask: Tensor, group: Tensor, temperature: float
+    ) -> Tensor:
+        """Log-probability of each response token.
+
+        Args:
+            prompts, prompt_mask: one row per distinct prompt, left-padded. Shape (G, T).
+            responses, response_mask: right-padded. Shape (b, R).
+            group: the prompt row that each reply answers. Shape (b,).
+
+        Returns:
+            logprobs (b, R) fp32, 0 at padding.
+        """
+        base, device = self.causal.model, prompts.device
+        (count, width), (batch, length) = prompts.shape, responses.shape
+        lengths = prompt_mask.sum(1)
+        prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
+        response_positions = lengths[group, None] + torch.arange(length, device=device)
+        positions = torch.cat([prompt_positions.flatten(), response_positions.flatten()])[None]
+        x = F.embedding(torch.cat([prompts.flatten(), responses.flatten()]), base.embed_tokens.weight)[None]  # (1, N, H)
+        cos, sin = (part[0, :, None] for part in base.rotary_emb(x, positions))  # (N, 1, D)
+        masks = self._masks(prompt_mask, length, group, x.dtype)
+        shape = (count, width, batch, length)
+        for layer in base.layers:
+            if self.causal.is_gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._layer, layer, x, cos, sin, masks, group, shape, use_reentrant=False)
+            else:
+                x = self._layer(layer, x, cos, sin, masks, group, shape)
+        hidden = x[0]
+        last_prompt = hidden[: count * width].view(count, width, -1)[:, -1]  # left padding: the last column is real
+        replies = hidden[count * width :].view(batch, length, -1)
+        hidden = torch.cat([last_prompt[group, None], replies[:, :-1]], dim=1)  # position r predicts response token r
+        keep = response_mask.bool()
+        hidden = F.rms_norm(hidden[keep], (hidden.shape[-1],), base.norm.weight, self.eps)
+        flat = SelectedLogprobs.apply(hidden, self.causal.lm_head.weight, responses[keep], temperature, self.chunk)
+        out = torch.zeros(batch, length, dtype=torch.float32, device=device)
+        return out.masked_scatter(keep, flat)
+
+    def _masks(self, prompt_mask: Tensor, length: int, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Additive masks: prompts (G, 1, T, T), and replies over [prompt | reply] (b, 1, groups * R, T + R)."""
+        width, device = prompt_mask.shape[1], prompt_mask.device
+        hidden = torch.finfo(dtype).min
+        seen = prompt_mask.bool()
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        # a padded query sees itself, so that no row of the softmax is empty
+        prompts = (causal & seen[:, None]) | torch.eye(width, dtype=torch.bool, device=device)
+        replies = torch.cat([seen[group, None].expand(-1, length, -1), own.expand(len(group), -1, -1)], dim=-1)
+        replies = replies.repeat(1, self.heads // self.kv_heads, 1)
+        full = [torch.zeros(part.shape, dtype=dtype, device=device).masked_fill_(~part, hidden) for part in (prompts, replies)]
+        return full[0][:, None], full[1][:, None]
+
+    def _layer(
+        self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, masks: tuple[Tensor, Tensor], group: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        attention, mlp = layer.self_attn, layer.mlp
+        h = F.rms_norm(x, (x.shape[-1],), layer.input_layernorm.weight, self.eps)
+        heads = (x.shape[1], -1, self.head_dim)
+        q, k, v = (part(h)[0].view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        if hasattr(attention, "q_norm"):
+            q = F.rms_norm(q, (self.head_dim,), attention.q_norm.weight, self.eps)
+            k = F.rms_norm(k, (self.head_dim,), attention.k_norm.weight, self.eps)
+        a = self._attention(rotate(q, cos, sin), rotate(k, cos, sin), v, masks, group, shape)
+        x = x + attention.o_proj(a[None])
+        h = F.rms_norm(x, (x.shape[-1],), layer.post_attention_layernorm.weight, self.eps)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, Tensor], group: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        """q (N, S, D), k and v (N, K, D) -> (N, S * D): prompts among themselves, replies over prompt and self."""
+        count, width, batch, length = shape
+        split, groups = count * width, self.heads // self.kv_heads
+
+        def as_prompts(y: Tensor) -> Tensor:  # (G, heads, T, D)
+            return y[:split].view(count, width, -1, self.head_dim).transpose(1, 2)
+
+        def as_replies(y: Tensor) -> Tensor:  # (b, heads, R, D)
+            return y[split:].view(batch, length, -1, self.head_dim).transpose(1, 2)
+
+        qp, kp, vp = as_prompts(q), as_prompts(k), as_prompts(v)
+        ap = F.scaled_dot_product_attention(
+            qp, kp.repeat_interleave(groups, 1), vp.repeat_interleave(groups, 1), attn_mask=masks[0]
+        )
+        keys = torch.cat([kp[group], as_replies(k)], dim=2)  # (b, K, T + R, D)
+        values = torch.cat([vp[group], as_replies(v)], dim=2)
+        # the heads that share a key head stand as further query rows: keys are not copied per head
+        qr = as_replies(q).reshape(batch, self.kv_heads, groups * length, self.head_dim)
+        ar = F.scaled_dot_product_attention(qr, keys, values, attn_mask=masks[1])
+        ar = ar.view(batch, self.heads, length, self.head_dim)
+        return torch.cat([part.transpose(1, 2).reshape(-1, self.heads * self.head_dim) for part in (ap, ar)])
