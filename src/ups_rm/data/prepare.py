@@ -23,10 +23,11 @@ import numpy.typing as npt
 from ups_rm.console import progress_bar
 from ups_rm.data.files import file_sha256, publish, staging
 from ups_rm.data.prompts import kind_of
-from ups_rm.data.rows import Reject, Row, read_rows, source_bytes
+from ups_rm.data.reading import bad_rows_message, read_counted, too_many_bad
+from ups_rm.data.rows import Reject, Row
 from ups_rm.data.schema import ABILITY, DATA_SOURCE, SPLITS, Split, verl_schema
 from ups_rm.data.spool import Kept, Spool
-from ups_rm.data.stats import SourceStats, StatsCollector
+from ups_rm.data.stats import SourceStats
 from ups_rm.errors import DataError
 
 TRAIN, VAL, REJECTED, REPORT = "train.parquet", "val.parquet", "rejected.jsonl", "report.json"
@@ -171,58 +172,34 @@ def _read(
     out: Path,
     progress: bool,
 ) -> SourceStats:
-    """Streams the source into the spools and the statistics; bad rows into rejected.jsonl, which may be too many."""
-    collector = StatsCollector()
+    """Streams the source into the spools; bad rows into rejected.jsonl, which may be too many."""
     wanted = set(settings.categories)
-    first_reject: list[Reject] = []
-    total = source_bytes(source, subsets=subsets) if progress else 0
-    with (
-        (stage / REJECTED).open("w", encoding="utf-8") as rejected,
-        progress_bar("reading rows", total // 2**20, unit="MiB", enabled=progress) as advance,
-    ):
-        shown = 0
+
+    def on_row(row: Row) -> None:
+        if not wanted or wanted & {name for names in row.categories for name in names or ()}:
+            spools[row.split].append(row, row.prompt_source if kind_of(row.prompt_source) else None)
+
+    with (stage / REJECTED).open("w", encoding="utf-8") as rejected:
 
         def on_reject(reject: Reject) -> None:
-            collector.reject()
-            first_reject[:] = first_reject or [reject]
-            rejected.write(json.dumps(asdict(reject), ensure_ascii=True) + "\n")
+            rejected.write(json.dumps(asdict(reject)) + "\n")
 
-        def on_bytes(count: int) -> None:
-            nonlocal shown
-            if (now := count // 2**20) > shown:
-                advance(now - shown)
-                shown = now
-
-        for row in read_rows(source, subsets=subsets, on_reject=on_reject, on_bytes=on_bytes):
-            collector.add(row)
-            if not wanted or wanted & _harms(row):
-                spools[row.split].append(row, row.prompt_source if kind_of(row.prompt_source) else None)
-    stats = collector.result()
-    _check_bad_rows(stats, settings.max_bad, first_reject, stage, out)
+        stats, first = read_counted(source, subsets=subsets, on_row=on_row, on_reject=on_reject, progress=progress)
+    if too_many_bad(stats, settings.max_bad):
+        # the rejected.jsonl that is there belongs to the parquet that is there, and stays with it
+        name = REJECTED_BY_FAILED_RUN if (out / TRAIN).exists() else REJECTED
+        (stage / REJECTED).rename(stage / name)
+        publish(stage, out, [name])
+        raise DataError(
+            f"{bad_rows_message(stats, settings.max_bad, first)}; see {out / name}\n"
+            "  fix: mend these rows, or raise --max-bad; nothing was replaced"
+        )
     if unseen := wanted - set(stats.category_names()):
         raise DataError(
             f"{source}: no response is flagged with {', '.join(sorted(unseen))}; "
             f"the categories there are: {', '.join(stats.category_names()) or 'none'}"
         )
     return stats
-
-
-def _harms(row: Row) -> set[str]:
-    return {name for names in row.categories for name in names or ()}
-
-
-def _check_bad_rows(stats: SourceStats, max_bad: float, first: list[Reject], stage: Path, out: Path) -> None:
-    read = stats.total_rows + stats.rejected
-    if not stats.rejected or stats.rejected <= max_bad * read:
-        return
-    # the rejected.jsonl that is there belongs to the parquet that is there, and stays with it
-    name = REJECTED_BY_FAILED_RUN if (out / TRAIN).exists() else REJECTED
-    (stage / REJECTED).rename(stage / name)
-    publish(stage, out, [name])
-    raise DataError(
-        f"{first[0]}\n  {stats.rejected} of {read} rows rejected ({stats.rejected / read:.2%}), more than --max-bad "
-        f"{max_bad:.2%} allows; see {out / name}\n  fix: mend these rows, or raise --max-bad; nothing was replaced"
-    )
 
 
 @dataclass(frozen=True)
@@ -313,8 +290,9 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
                 advance(len(group))
                 group, chars = [], 0
-        writer.write_table(pa.Table.from_pylist(group, schema=schema))
-        advance(len(group))
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            advance(len(group))
     return file_sha256(path)
 
 
