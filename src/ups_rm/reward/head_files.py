@@ -61,7 +61,7 @@ def _read_our_head(folder: Path) -> HeadWeights:
     temperature = 1.0 if temperature is None else temperature
     if not isinstance(temperature, (int, float)) or not temperature > 0:
         raise RMError(f"{folder}/head.json: temperature is {temperature!r}, expected a number above 0")
-    tensors = {name: tensor.float() for name, tensor in load_file(folder / "head.safetensors").items()}
+    tensors = {name: tensor.float().clone() for name, tensor in load_file(folder / "head.safetensors").items()}
     return HeadWeights(tensors, dims, float(temperature), info)
 
 
@@ -88,7 +88,9 @@ def _read_original_head(folder: Path) -> HeadWeights:
     # what the head was trained on, without the paths of somebody's machine
     told = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool)) and "/" not in str(v)}
     labels = str(settings.get("data_name", "unknown"))
-    return HeadWeights({k: v.float() for k, v in state.items()}, dims, 1.0, {"labels": labels, "original_config": told})
+    return HeadWeights(
+        {k: v.float().clone() for k, v in state.items()}, dims, 1.0, {"labels": labels, "original_config": told}
+    )
 
 
 def _check_head(folder: Path, weights: HeadWeights) -> None:
@@ -114,9 +116,9 @@ def _check_head(folder: Path, weights: HeadWeights) -> None:
 
 
 def folded(weights: HeadWeights) -> dict[str, torch.Tensor]:
-    """The head's tensors with the temperature folded into the output layer: logit / T."""
+    """The head's tensors with the temperature folded into the output layer: logit / T. Fresh, aligned memory."""
     return {
-        name: (tensor / weights.temperature if name.startswith("output_layer.") else tensor).contiguous()
+        name: tensor / weights.temperature if name.startswith("output_layer.") else tensor.clone()
         for name, tensor in weights.tensors.items()
     }
 

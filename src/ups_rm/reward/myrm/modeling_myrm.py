@@ -137,6 +137,10 @@ class MyRMForTokenClassification(PreTrainedModel):
                 f"missing weights {missing or 'none'}, unexpected weights {unexpected or 'none'} "
                 f"(hidden_dim_str is {model.config.hidden_dim_str!r})"
             )
+        # Weights mapped from a file lie at any address, and BLAS rounds a matrix-vector product by alignment: with
+        # fresh memory the head gives bitwise what the head alone gives.
+        for parameter in model.myscore.parameters():
+            parameter.data = parameter.data.clone()
         return (model, info) if output_loading_info else model
 
 
