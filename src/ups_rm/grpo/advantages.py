@@ -8,6 +8,7 @@ verl's `gae` needs a critic, `remax` a greedy baseline rollout, `gdpo` several r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,9 +84,12 @@ def pass_at_k_advantages(
 
 
 @torch.no_grad()
-def leave_one_out_advantages(token_level_rewards: Tensor, response_mask: Tensor, group_ids: Tensor) -> Tensor:
-    """RLOO: A_i = r_i - mean of the *other* rewards of the group; a group of one has A = r (verl's rloo).
+def leave_one_out_advantages(
+    token_level_rewards: Tensor, response_mask: Tensor, group_ids: Tensor, *, keep_single: bool = True
+) -> Tensor:
+    """RLOO: A_i = r_i - mean of the *other* rewards of the group.
 
+    A group of one has A = r with keep_single (verl's rloo) and A = 0 without (verl's rloo_vectorized).
     Shapes as in `group_advantages`. Source: arXiv:2402.14740.
     """
     rewards = token_level_rewards.sum(-1)
@@ -94,6 +98,8 @@ def leave_one_out_advantages(token_level_rewards: Tensor, response_mask: Tensor,
         group, n = rewards[members], len(members)
         if n > 1:
             advantages[members] = (group - group.mean()) * n / (n - 1)
+        elif not keep_single:
+            advantages[members] = 0
     return advantages.unsqueeze(-1) * response_mask
 
 
@@ -163,7 +169,7 @@ ADVANTAGES: Mapping[str, AdvantageFunction] = {
     "grpo_vectorized": group_advantages,
     "grpo_passk": pass_at_k_advantages,
     "rloo": leave_one_out_advantages,
-    "rloo_vectorized": leave_one_out_advantages,
+    "rloo_vectorized": partial(leave_one_out_advantages, keep_single=False),
     "opo": length_weighted_advantages,
     "reinforce_plus_plus": whitened_return_advantages,
     "reinforce_plus_plus_baseline": whitened_group_advantages,
