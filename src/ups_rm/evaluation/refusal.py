@@ -134,8 +134,8 @@ def refusal_pattern(text: str) -> str | None:
 
 
 def _normalize(text: str) -> str:
-    """Lower case, plain quotes and spaces, no markup, no quoted speech."""
+    """Lower case, plain quotes and spaces, no markup, no quoted speech (unless all of it is in quotes)."""
     text = unicodedata.normalize("NFKC", text).lower()
     text = text.translate(_PLAIN)
-    unquoted = _QUOTED.sub(" ", text)
-    return " ".join((unquoted if len(unquoted) > len(text) / 2 else text.replace('"', "")).split())
+    own_words = _QUOTED.sub(" ", text).split()
+    return " ".join(own_words if len(own_words) > 2 else text.replace('"', "").split())
