@@ -8,6 +8,7 @@ in two of the files given.
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,9 +104,9 @@ class _FileChecker:
     def __init__(self, path: Path, result: CheckResult) -> None:
         self.path, self.result = path, result
         self.summary = FileSummary(str(path))
-        self.hashes: list[int] = []
+        self.hashes = array("Q")
         self._kinds_seen: Counter[str] = Counter()
-        self._indices: list[int] = []
+        self._indices = array("q")
 
     def run(self) -> None:
         import pyarrow as pa
@@ -125,8 +126,7 @@ class _FileChecker:
                 raise DataError(f"{self.path}: is damaged after row {self.summary.rows}: {error}") from error
         if not self.summary.rows:
             self._report("error", None, "has no rows")
-        if len(set(self._indices)) < len(self._indices):
-            repeated = len(self._indices) - len(set(self._indices))
+        if repeated := len(self._indices) - len(np.unique(np.array(self._indices, dtype=np.int64))):
             self._report("warning", None, f"`extra_info.index` is not unique: {repeated} rows repeat another's")
         self._compare_with_report()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from ups_rm.console import progress_bar
 from ups_rm.data.files import file_sha256, publish, staging
 from ups_rm.data.prompts import kind_of
 from ups_rm.data.reading import bad_rows_message, read_counted, too_many_bad
-from ups_rm.data.rows import Reject, Row
+from ups_rm.data.rows import Reject, Row, source_parts
 from ups_rm.data.schema import ABILITY, DATA_SOURCE, SPLITS, Split, verl_schema
+from ups_rm.data.sources import Part
 from ups_rm.data.spool import Kept, Spool
 from ups_rm.data.stats import SourceStats
 from ups_rm.errors import DataError
@@ -33,8 +34,10 @@ from ups_rm.errors import DataError
 TRAIN, VAL, REJECTED, REPORT = "train.parquet", "val.parquet", "rejected.jsonl", "report.json"
 REJECTED_BY_FAILED_RUN = "rejected.failed.jsonl"
 
-ROW_GROUP_ROWS = 20_000
-ROW_GROUP_CHARS = 8_000_000
+BATCH_ROWS = 500
+BATCH_CHARS = 4_000_000
+ROW_GROUP_BATCHES = 40
+ROW_GROUP_BYTES = 8_000_000
 
 Index = npt.NDArray[np.int64]
 
@@ -129,11 +132,12 @@ def prepare(
     """
     settings = Settings(train_ratio, shuffle, seed, dedup, group_split, tuple(categories), max_rows, max_bad)
     settings.check()
+    parts = source_parts(source, subsets=subsets)
     out = Path(out)
     with staging(out) as stage:
         spools = {split: Spool(stage / f"{split}.spool") for split in SPLITS}
         try:
-            stats = _read(source, subsets, settings, spools, stage, out, progress)
+            stats = _read(parts, settings, spools, stage, out, progress)
             train, val = _arrange(spools, settings)
             written = {
                 TRAIN: _write(stage / TRAIN, spools, train, "writing train", progress),
@@ -164,8 +168,7 @@ def prepare(
 
 
 def _read(
-    source: Path | str,
-    subsets: Sequence[str] | None,
+    parts: Sequence[Part],
     settings: Settings,
     spools: dict[Split, Spool],
     stage: Path,
@@ -184,7 +187,7 @@ def _read(
         def on_reject(reject: Reject) -> None:
             rejected.write(json.dumps(asdict(reject)) + "\n")
 
-        stats, first = read_counted(source, subsets=subsets, on_row=on_row, on_reject=on_reject, progress=progress)
+        stats, first = read_counted(parts, on_row=on_row, on_reject=on_reject, progress=progress)
     if too_many_bad(stats, settings.max_bad):
         # the rejected.jsonl that is there belongs to the parquet that is there, and stays with it
         name = REJECTED_BY_FAILED_RUN if (out / TRAIN).exists() else REJECTED
@@ -196,7 +199,7 @@ def _read(
         )
     if unseen := wanted - set(stats.category_names()):
         raise DataError(
-            f"{source}: no response is flagged with {', '.join(sorted(unseen))}; "
+            f"no response is flagged with {', '.join(sorted(unseen))}; "
             f"the categories there are: {', '.join(stats.category_names()) or 'none'}"
         )
     return stats
@@ -273,27 +276,37 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    spool = spools[rows.split]
-    schema = verl_schema(with_prompt_source=spools["train"].names_kinds or spools["test"].names_kinds)
+    schema = verl_schema(with_prompt_source=any(spool.names_kinds for spool in spools.values()))
     with (
         path.open("wb") as file,
         pq.ParquetWriter(file, schema, compression="snappy") as writer,
         progress_bar(label, len(rows.rows), unit="rows", enabled=progress) as advance,
     ):
-        group: list[dict[str, Any]] = []
-        chars = 0
-        for number, index in zip(rows.rows.tolist(), rows.index.tolist(), strict=True):
-            kept = spool[number]
-            group.append(_verl_row(kept, rows.split, index))
-            chars += len(kept.prompt)
-            if len(group) == ROW_GROUP_ROWS or chars >= ROW_GROUP_CHARS:
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
-                advance(len(group))
-                group, chars = [], 0
+        group: list[pa.Table] = []
+        for batch in _batches(spools[rows.split], rows):
+            group.append(pa.Table.from_pylist(batch, schema=schema))
+            advance(len(batch))
+            if len(group) == ROW_GROUP_BATCHES or sum(table.nbytes for table in group) >= ROW_GROUP_BYTES:
+                writer.write_table(pa.concat_tables(group))
+                group = []
         if group:
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            advance(len(group))
+            writer.write_table(pa.concat_tables(group))
     return file_sha256(path)
+
+
+def _batches(spool: Spool, rows: Arrangement) -> Iterator[list[dict[str, Any]]]:
+    """The rows as verl has them, in batches small enough to be Python objects: few when the prompts are huge."""
+    batch: list[dict[str, Any]] = []
+    chars = 0
+    for number, index in zip(rows.rows, rows.index, strict=True):
+        kept = spool[int(number)]
+        batch.append(_verl_row(kept, rows.split, int(index)))
+        chars += len(kept.prompt)
+        if len(batch) == BATCH_ROWS or chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def _verl_row(kept: Kept, split: Split, index: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ups_rm.console import progress_bar
-from ups_rm.data.rows import Reject, Row, read_rows, source_bytes
+from ups_rm.data.rows import Reject, Row, read_parts, size_of, source_parts
+from ups_rm.data.sources import Part
 from ups_rm.data.stats import SourceStats, StatsCollector
 from ups_rm.errors import DataError
 
@@ -14,14 +15,13 @@ MIB = 2**20
 
 
 def read_counted(
-    source: Path | str,
+    parts: Sequence[Part],
     *,
-    subsets: Sequence[str] | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
     on_reject: Callable[[Reject], None] = lambda reject: None,
     progress: bool = False,
 ) -> tuple[SourceStats, Reject | None]:
-    """Reads all rows of a source once; returns their statistics and the first bad row, if there is one."""
+    """Reads all rows of some parts once; returns their statistics and the first bad row, if there is one."""
     collector = StatsCollector()
     first: list[Reject] = []
     shown = 0
@@ -31,7 +31,7 @@ def read_counted(
         first[:] = first or [reject]
         on_reject(reject)
 
-    total = source_bytes(source, subsets=subsets) if progress else 0
+    total = size_of(parts)
     with progress_bar("reading rows", total // MIB, unit="MiB", enabled=progress) as advance:
 
         def on_bytes(count: int) -> None:
@@ -40,7 +40,7 @@ def read_counted(
                 advance(now - shown)
                 shown = now
 
-        for row in read_rows(source, subsets=subsets, on_reject=hear_reject, on_bytes=on_bytes):
+        for row in read_parts(parts, hear_reject, on_bytes):
             collector.add(row)
             on_row(row)
     return collector.result(), first[0] if first else None
@@ -64,7 +64,7 @@ def source_stats(
     source: Path | str, *, subsets: Sequence[str] | None = None, max_bad: float = 0.001, progress: bool = False
 ) -> SourceStats:
     """Statistics of a source. Raises DataError when more than `max_bad` of its rows are unusable, or it has none."""
-    stats, first = read_counted(source, subsets=subsets, progress=progress)
+    stats, first = read_counted(source_parts(source, subsets=subsets), progress=progress)
     if too_many_bad(stats, max_bad):
         raise DataError(
             bad_rows_message(stats, max_bad, first)

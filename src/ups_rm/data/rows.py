@@ -111,8 +111,7 @@ def read_rows(
     Raises:
         DataError: the source does not exist, lacks a subset, or one of its files is unreadable as a whole.
     """
-    parts = list_parts(resolve_source(source), split=split, subsets=subsets)
-    return _read_parts(parts, on_reject or _raise_reject, on_bytes)
+    return read_parts(source_parts(source, split=split, subsets=subsets), on_reject or _raise_reject, on_bytes)
 
 
 def resolve_source(source: Path | str) -> Path | str:
@@ -124,13 +123,20 @@ def resolve_source(source: Path | str) -> Path | str:
     return source
 
 
-def source_bytes(source: Path | str, *, subsets: Sequence[str] | None = None) -> int:
-    """Size of all files that `read_rows` would read, for a progress bar; 0 for a Hub data set."""
-    parts = list_parts(resolve_source(source), subsets=subsets)
+def source_parts(source: Path | str, *, split: Split | None = None, subsets: Sequence[str] | None = None) -> list[Part]:
+    """The parts that `read_rows` would read. Raises DataError when there is something amiss with the source."""
+    return list_parts(resolve_source(source), split=split, subsets=subsets)
+
+
+def size_of(parts: Sequence[Part]) -> int:
+    """Bytes of all local files together; parts on the Hub count 0."""
     return sum(part.path.stat().st_size for part in parts if part.path is not None)
 
 
-def _read_parts(parts: list[Part], on_reject: Callable[[Reject], None], on_bytes: OnBytes | None) -> Iterator[Row]:
+def read_parts(
+    parts: Sequence[Part], on_reject: Callable[[Reject], None], on_bytes: OnBytes | None = None
+) -> Iterator[Row]:
+    """Streams the rows of parts, one after the other; see `read_rows`."""
     done = 0
     for part in parts:
         hear = None if on_bytes is None else (lambda count, base=done: on_bytes(base + count))
@@ -139,7 +145,7 @@ def _read_parts(parts: list[Part], on_reject: Callable[[Reject], None], on_bytes
                 yield parse_row(record, part)
             except _BadRow as error:
                 on_reject(Reject(part.name, record.line, str(error), record.excerpt))
-        done += part.path.stat().st_size if part.path is not None else 0
+        done += size_of([part])
 
 
 def _raise_reject(reject: Reject) -> None:

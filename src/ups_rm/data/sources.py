@@ -187,7 +187,7 @@ def _skip_rest(stream: IO[bytes], piece: bytes) -> None:
 def parse_line(number: int, line: bytes) -> Record:
     """One line of JSONL as a record; a line that isn't UTF-8 or isn't JSON becomes a record with a problem."""
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         return _problem(number, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}", line)
     try:
