@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.console import progress_bar
 from ups_rm.device import compute_dtype
 from ups_rm.errors import RMError
-from ups_rm.reward.batching import token_batches
+from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
 from ups_rm.reward.card import RMCard, verify_folder, verify_logits
-from ups_rm.reward.native import load_model, load_tokenizer, read_config, rm_folder
+from ups_rm.reward.native import compute_context, load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import DEFAULT_MAX_LENGTH, Rendered, RenderPolicy, render
 from ups_rm.types import Conversation, Score
 
@@ -55,6 +56,7 @@ class RewardScorer:
         device: str | torch.device = "cpu",
         dtype: torch.dtype,
         max_batch_tokens: int = 8192,
+        native: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -63,6 +65,7 @@ class RewardScorer:
         self.device = device
         self.dtype = dtype
         self.max_batch_tokens = max_batch_tokens
+        self.native = native
 
     @classmethod
     def load(
@@ -111,7 +114,14 @@ class RewardScorer:
             attn_implementation=attn_implementation,
         )
         scorer = cls(
-            model, tokenizer, policy, card=card, device=device, dtype=number_format, max_batch_tokens=max_batch_tokens
+            model,
+            tokenizer,
+            policy,
+            card=card,
+            device=device,
+            dtype=number_format,
+            max_batch_tokens=max_batch_tokens,
+            native=not trust_remote_code,
         )
         if card is not None:
             logits = scorer.logits(render(tokenizer, [golden.messages for golden in card.golden], policy))
@@ -139,9 +149,16 @@ class RewardScorer:
         """Raw logits of rendered conversations, in input order; the same whatever batch a conversation falls in."""
         import torch
 
-        batches = token_batches([len(row.input_ids) for row in rendered], self.max_batch_tokens)
+        on_cpu = torch.device(self.device).type == "cpu"
+        batches = token_batches(
+            [len(row.input_ids) for row in rendered],
+            self.max_batch_tokens,
+            enough_tokens=ENOUGH_TOKENS if on_cpu else self.max_batch_tokens // 2,
+        )
         logits = [math.nan] * len(rendered)
-        with torch.inference_mode(), progress_bar("scoring", len(rendered), enabled=progress) as advance:
+        number_format = compute_context(self.dtype, self.device) if self.native else nullcontext()
+        bar = progress_bar("scoring", len(rendered), enabled=progress)
+        with torch.inference_mode(), number_format, bar as advance:
             for batch in batches:
                 input_ids, attention_mask = pad_right([rendered[i].input_ids for i in batch])
                 answer = self.model(
