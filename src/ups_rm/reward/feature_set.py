@@ -57,7 +57,7 @@ class FeatureInfo:
 class FeatureSet:
     """Hidden states with labels. Shapes (N, ...) per text, (M, ...) per row.
 
-    hidden: last attended token's final hidden state, in the number format it was computed in. (N, H).
+    hidden: last attended token's final hidden state. (N, H) float32.
     unsafe: share of labels that say unsafe, in [0, 1]; NaN where no row has a label. (N,) float32.
     severity: mean severity 0..3; NaN where unknown. (N,) float32.
     category_bits: bit i is set if any row flags category `info.categories[i]`. (N,) int64.

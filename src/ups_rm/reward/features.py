@@ -27,14 +27,13 @@ from ups_rm.data.rows import Reject, Row, text_hash
 from ups_rm.data.schema import HARM_CATEGORIES
 from ups_rm.device import best_device, compute_dtype
 from ups_rm.errors import RMError
-from ups_rm.reward.batching import token_batches
+from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
 from ups_rm.reward.feature_set import UNKNOWN, FeatureInfo, FeatureSet, read_info
-from ups_rm.reward.merge import load_backbone_tokenizer, render_policy
-from ups_rm.reward.native import quiet_transformers
+from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer, render_policy
+from ups_rm.reward.native import compute_context, lower_to_bf16
 from ups_rm.reward.render import RenderPolicy, render, template_sha256
 from ups_rm.types import Message
 
-# 2048-4096 padded tokens were the fastest of 1024..8192 for SmolLM2-135M in bfloat16 on 2 cores.
 DEFAULT_BATCH_TOKENS = 4096
 SAVE_SECONDS = 15.0
 _RENDER_AT_ONCE = 512
@@ -244,12 +243,14 @@ def _fill(
     if not todo:
         return 0.0
     model = load_decoder(backbone, dtype, device)
-    batches = [[todo[i] for i in batch] for batch in token_batches([len(ids[i]) for i in todo], max_batch_tokens)]
+    enough = ENOUGH_TOKENS if torch.device(device).type == "cpu" else max_batch_tokens // 2
+    plan = token_batches([len(ids[i]) for i in todo], max_batch_tokens, enough_tokens=enough)
+    batches = [[todo[i] for i in batch] for batch in plan]
     tokens, start = 0, perf_counter()
     saved = start
     with progress_bar("features", len(todo), unit="texts", enabled=progress) as advance:
         for batch in batches:
-            parts.add(batch, hidden_states(model, [ids[i] for i in batch], device))
+            parts.add(batch, hidden_states(model, [ids[i] for i in batch], dtype, device))
             tokens += sum(len(ids[i]) for i in batch)
             advance(len(batch), f"{tokens / (perf_counter() - start):,.0f} tok/s")
             if perf_counter() - saved >= save_seconds:
@@ -260,8 +261,11 @@ def _fill(
 
 
 @torch.inference_mode()
-def hidden_states(model: Any, rows: Sequence[Tensor], device: str | torch.device = "cpu") -> Tensor:
-    """Final hidden state of the last token of each row, in the model's number format, on the CPU. Shape (B, H).
+def hidden_states(model: Any, rows: Sequence[Tensor], dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+    """Final hidden state of the last token of each row, float32, on the CPU. Shape (B, H).
+
+    Args:
+        model: from `load_decoder`, with the same dtype and device.
 
     Raises:
         RMError: a state that is not finite.
@@ -269,10 +273,11 @@ def hidden_states(model: Any, rows: Sequence[Tensor], device: str | torch.device
     from ups_rm.reward.myrm.modeling_myrm import last_attended_hidden
 
     input_ids, mask = pad_batch(rows, device)
-    hidden, _ = last_attended_hidden(model, input_ids, mask)
+    with compute_context(dtype, device):
+        hidden, _ = last_attended_hidden(model, input_ids, mask)
     if not torch.isfinite(hidden).all():
-        raise RMError(f"the backbone's hidden states are not finite in {model.dtype}\n  fix: --dtype float32")
-    return hidden.to(model.dtype).cpu()
+        raise RMError(f"the backbone's hidden states are not finite in {dtype}\n  fix: --dtype float32")
+    return hidden.cpu()
 
 
 class Parts:
@@ -280,7 +285,7 @@ class Parts:
 
     def __init__(self, folder: Path, info: FeatureInfo, texts: int) -> None:
         self.folder = folder
-        self.hidden = torch.zeros(texts, info.hidden_size, dtype=compute_dtype(info.dtype, "meta"))
+        self.hidden = torch.zeros(texts, info.hidden_size)
         self.done = torch.zeros(texts, dtype=torch.bool)
         self._waiting: list[int] = []
         manifest = folder / "manifest.json"
@@ -325,22 +330,18 @@ class Parts:
 
 
 def load_decoder(backbone: Path | str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-    """The backbone without its head, in eval mode and `dtype`. Loaded in it rather than cast: a cast would round the
-    rotary frequencies, too, and the RM that is merged later would read other states.
+    """The backbone without its head, to be run inside `compute_context(dtype, device)`, as the scorer runs it.
 
     Raises:
         RMError: it can't be loaded, or weights are missing and would be made up.
     """
-    from transformers import AutoModel
-
-    try:
-        with quiet_transformers():
-            model, loading = AutoModel.from_pretrained(str(backbone), dtype=dtype, output_loading_info=True)
-    except Exception as error:  # transformers raises many classes
-        raise RMError(f"the backbone {backbone} can't be loaded: {type(error).__name__}: {error}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise RMError(f"the backbone {backbone} lacks weights, they would be re-initialised: {missing[:8]}")
-    return model.eval().requires_grad_(False).to(device)
+    model = load_backbone(backbone)[0]
+    if dtype == torch.bfloat16:
+        lower_to_bf16(model)
+    else:
+        for parameter in model.parameters():  # model.to(dtype) would round the rotary frequencies, too
+            parameter.data = parameter.data.to(dtype)
+    return model.to(device)
 
 
 def backbone_config(backbone: Path | str) -> Any:

@@ -1,0 +1,268 @@
+"""`ups-rm rm features` and `ups-rm rm train`; registered by cli/rm.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ups_rm.data.rows import Reject, Row
+    from ups_rm.reward.head import HeadReport
+    from ups_rm.reward.head_metrics import Quality
+
+FEATURES_EPILOG = (
+    "Example: ups-rm rm features --backbone smollm2-135m-instruct --data sample --out runs/rm/features.safetensors"
+)
+TRAIN_EPILOG = (
+    "Example: ups-rm rm train runs/rm/features.safetensors --out runs/rm/head --hidden-dims 256,64      "
+    "With adapters: ups-rm rm train --lora --backbone smollm2-135m-instruct --data sample --out runs/rm-lora"
+)
+
+Backbone = Annotated[str, typer.Option(help="Folder or hub id of the decoder, or smollm2-135m-instruct.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Labelled rows: a folder in PKU-SafeRLHF layout, a file of rows or pairs, a Hub id, or `sample`. May come "
+        "several times.",
+        show_default="sample",
+    ),
+]
+Split = Annotated[str, typer.Option(help="Rows to read: train, test, or all.")]
+Template = Annotated[Path | None, typer.Option(help="File with the chat template, if not the tokenizer's own.")]
+EndToken = Annotated[str | None, typer.Option(help="Special token that closes a reply, if not the template's.")]
+Side = Annotated[str | None, typer.Option(help="Which tokens go when a text is too long: left or right.")]
+MaxLength = Annotated[int | None, typer.Option(help="Limit in RM tokens. Default: the model's, at most 4096.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="Number format of the backbone: auto, bfloat16, float32.")]
+MaxBad = Annotated[float, typer.Option(help="Largest share of unusable rows that is tolerated.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def features(
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    backbone: Backbone = "smollm2-135m-instruct",
+    data: Data = None,
+    split: Split = "train",
+    chat_template: Template = None,
+    end_token: EndToken = None,
+    truncation_side: Side = None,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_batch_tokens: Annotated[int, typer.Option(help="Upper bound of a batch, padding included.")] = 4096,
+    max_bad: MaxBad = 0.001,
+    force: Force = False,
+) -> None:
+    """Hidden state of every reply's last token, with its labels. Goes on where an earlier start was killed."""
+    from ups_rm.console import console
+    from ups_rm.models import resolve_model
+    from ups_rm.reward.features import extract_features
+
+    sources = data or ["sample"]
+    rows, rejects = _read(sources, split, max_bad)
+    report = extract_features(
+        resolve_model(backbone),
+        rows,
+        out,
+        **_rendering(chat_template, end_token, truncation_side, max_length),
+        device=device,
+        dtype=dtype,
+        max_batch_tokens=max_batch_tokens,
+        sources=_source_names(sources),
+        rejects=rejects,
+        overwrite=force,
+    )
+    fresh = report.texts - report.resumed
+    speed = f", {report.tokens_per_second:,.0f} tok/s" if fresh else ""
+    console.print(
+        f"{report.texts:,} distinct texts of {report.rows:,} rows ({report.resumed:,} were there, {fresh:,} computed "
+        f"in {report.seconds:.0f} s{speed}; {report.truncated:,} cut to the limit; {len(rejects):,} rows rejected)\n{out}",
+        soft_wrap=True,
+    )
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the head; with --lora: of backbone and head.")],
+    features: Annotated[list[Path] | None, typer.Argument(help="Files of `rm features`, of one backbone.")] = None,
+    loss: Annotated[
+        str, typer.Option(help="bce (unsafe flags), severity (regression) or pairs (Bradley-Terry).")
+    ] = "bce",
+    hidden_dims: Annotated[str, typer.Option(help="Widths of the hidden layers; an empty text: none.")] = "256,64",
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the head.")] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    dropout: Annotated[float | None, typer.Option(help="On inputs and hidden units.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="bce: targets are this far from 0 and 1.")] = None,
+    class_balance: Annotated[
+        bool | None, typer.Option("--class-balance/--no-class-balance", help="bce: both classes weigh the same.")
+    ] = None,
+    calibrate: Annotated[bool | None, typer.Option("--calibrate/--no-calibrate", help="Fit the temperature.")] = None,
+    max_epochs: Annotated[int | None, typer.Option()] = None,
+    patience: Annotated[int | None, typer.Option(help="Epochs without a better validation loss.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts or pairs per step.")] = None,
+    validation_share: Annotated[float | None, typer.Option(help="Prompts for early stopping and calibration.")] = None,
+    test_share: Annotated[float | None, typer.Option(help="Prompts that are only reported on.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option("--eval", help="Measure on these, too: files of features; with --lora sources of rows."),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train adapters of the backbone, too, and merge them.")] = False,
+    lora_rank: Annotated[int, typer.Option()] = 16,
+    lora_epochs: Annotated[int, typer.Option()] = 3,
+    lora_lr: Annotated[float, typer.Option()] = 2e-4,
+    backbone: Backbone = "smollm2-135m-instruct",
+    data: Data = None,
+    split: Split = "train",
+    chat_template: Template = None,
+    end_token: EndToken = None,
+    truncation_side: Side = None,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_bad: MaxBad = 0.001,
+    force: Force = False,
+) -> None:
+    """Train the MLP head on features, or, with --lora, adapters and head on rows. `rm merge` takes what it writes."""
+    from ups_rm.console import console
+    from ups_rm.errors import RMError
+    from ups_rm.models import resolve_model
+    from ups_rm.reward.feature_set import FeatureSet
+    from ups_rm.reward.head import HeadSettings, train_head
+    from ups_rm.reward.lora import LoraSettings, train_lora
+
+    given = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "dropout": dropout,
+        "label_smoothing": label_smoothing,
+        "class_balance": class_balance,
+        "calibrate": calibrate,
+        "max_epochs": max_epochs,
+        "patience": patience,
+        "batch_size": batch_size,
+        "validation_share": validation_share,
+        "test_share": test_share,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = HeadSettings(hidden_dims=parse_dims(hidden_dims), loss=loss, seed=seed, **chosen)  # type: ignore[arg-type]
+    if not lora:
+        if not features:
+            raise RMError(
+                "no features to train on\n  fix: make them with `ups-rm rm features`, or give --lora and --data"
+            )
+        if out.exists() and (out / "head.json").exists() and not force:
+            raise RMError(f"{out} holds a head already\n  fix: another folder, or --force to replace it")
+        extra = {Path(name).stem: FeatureSet.read(name) for name in evaluate or []}
+        report = train_head([FeatureSet.read(file) for file in features], out, settings, extra=extra)
+        _print_head(report)
+        console.print(f"{out}", soft_wrap=True)
+        return
+    if features:
+        raise RMError("--lora trains on rows, not on features: give --data (and --backbone) instead")
+    sources = data or ["sample"]
+    rows, rejects = _read(sources, split, max_bad)
+    result = train_lora(
+        resolve_model(backbone),
+        rows,
+        out,
+        settings,
+        LoraSettings(rank=lora_rank, alpha=2 * lora_rank, epochs=lora_epochs, lr=lora_lr, head_lr=lora_lr),
+        **_rendering(chat_template, end_token, truncation_side, max_length),
+        device=device,
+        dtype=dtype,
+        sources=_source_names(sources),
+        rejects=rejects,
+        extra={_source_names([name])[0]: _read([name], "all", max_bad)[0] for name in evaluate or []},
+        overwrite=force,
+    )
+    _print_head(result.head)
+    console.print(
+        f"{result.steps} steps, {result.seconds:.0f} s\nnext: ups-rm rm merge --backbone {result.backbone} "
+        f"--head {result.head.folder} --out FOLDER",
+        soft_wrap=True,
+    )
+
+
+def parse_dims(text: str) -> tuple[int, ...]:
+    """Widths such as "256,64".
+
+    Raises:
+        RMError: anything else.
+    """
+    from ups_rm.errors import RMError
+
+    try:
+        return tuple(int(width) for width in text.split(",") if width.strip())
+    except ValueError:
+        raise RMError(f"--hidden-dims is {text!r}, expected widths such as 256,64") from None
+
+
+def _read(sources: list[str], split: str, max_bad: float) -> tuple[list[Row], list[Reject]]:
+    """All rows of the sources; an error when too many lines are bad."""
+    from ups_rm.data.rows import read_rows
+    from ups_rm.errors import DataError
+
+    if split not in ("train", "test", "all"):
+        raise DataError(f"--split is {split!r}, expected train, test or all")
+    rows: list[Row] = []
+    rejects: list[Reject] = []
+    for source in sources:
+        rows += read_rows(source, split=None if split == "all" else split, on_reject=rejects.append)  # type: ignore[arg-type]
+    if not rows and not rejects:
+        raise DataError(f"{', '.join(sources)}: no rows in split {split!r}")
+    if rejects and len(rejects) > max_bad * (len(rows) + len(rejects)):
+        raise DataError(
+            f"{rejects[0]}\n  {len(rejects)} of {len(rows) + len(rejects)} rows rejected, more than --max-bad "
+            f"{max_bad:.2%} allows\n  fix: `ups-rm data check` lists them; or raise --max-bad"
+        )
+    return rows, rejects
+
+
+def _source_names(sources: list[str]) -> list[str]:
+    """Sources without the paths of this machine: a path's last part, other names as they are."""
+    return [Path(source).resolve().name if Path(source).exists() else source for source in sources]
+
+
+def _rendering(
+    chat_template: Path | None, end_token: str | None, truncation_side: str | None, max_length: int | None
+) -> dict[str, Any]:
+    from ups_rm.errors import RMError
+
+    template = None
+    if chat_template is not None:
+        try:
+            template = chat_template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RMError(f"{chat_template}: the chat template can't be read: {error.strerror}") from error
+    return {
+        "chat_template": template,
+        "end_token": end_token,
+        "truncation_side": truncation_side,
+        "max_length": max_length,
+    }
+
+
+def _print_head(report: HeadReport) -> None:
+    from rich.table import Table
+
+    from ups_rm.console import console
+
+    table = Table(title=f"head after epoch {report.best_epoch} of {report.epochs}, T = {report.temperature:.2f}")
+    for name in ("", "texts", "unsafe", "AUC", "accuracy", "balanced", "ECE", "pairs", "pairwise accuracy [95%]"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+
+    def add(name: str, one: Quality) -> None:
+        low, high = one.pairwise_ci95
+        pairwise = f"{one.pairwise_accuracy:.3f} [{low:.3f}, {high:.3f}]" if one.pairs else "-"
+        figures = (one.unsafe_share, one.auc, one.accuracy, one.balanced_accuracy, one.ece)
+        table.add_row(name, f"{one.texts:,}", *(f"{x:.3f}" for x in figures), f"{one.pairs:,}", pairwise)
+
+    prompts = report.prompts
+    add(f"held out ({prompts['test'] or prompts['validation']} prompts)", report.quality)
+    for name, one in report.quality.by_category.items():
+        add(f"  {name}", one)
+    for name, one in report.extra.items():
+        add(name, one)
+    console.print(table)

@@ -1,0 +1,312 @@
+"""LoRA adapters of the backbone trained together with the head, then merged: a backbone and a head for `rm merge`.
+
+A head is first trained on the frozen backbone (head.py), so that adapters start from a direction that means something
+(arXiv:2202.10054 calls it linear probing, then fine-tuning). Then both learn from the same labels, split and loss. The
+adapters are merged into the backbone's own weights, and calibration and figures come from the merged backbone, computed
+as the RM will compute it.
+
+Out: `<out>/backbone` (Hugging Face folder), `<out>/head`, `<out>/adapter` (peft's form), `<out>/features.safetensors`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ups_rm.console import progress_bar
+from ups_rm.data.rows import Reject, Row
+from ups_rm.device import best_device, compute_dtype
+from ups_rm.errors import RMError
+from ups_rm.reward.batching import token_batches
+from ups_rm.reward.feature_set import FeatureSet
+from ups_rm.reward.features import collect_texts, extract_features, load_decoder, pad_batch, render_texts
+from ups_rm.reward.head import (
+    HeadReport,
+    HeadSettings,
+    Part,
+    TrainableHead,
+    calibrate,
+    feature_quality,
+    fit,
+    head_logits,
+    loss_of,
+    part_of,
+    split_prompts,
+    write_head,
+)
+from ups_rm.reward.head_metrics import Quality
+from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer
+from ups_rm.reward.native import compute_context
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How adapters are trained."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str = "all-linear"
+    """`all-linear`, or names of modules with commas between, e.g. q_proj,v_proj."""
+    lr: float = 2e-4
+    head_lr: float = 2e-4
+    weight_decay: float = 0.01
+    epochs: int = 3
+    checks_per_epoch: int = 2
+    """How often the validation loss is looked at; the best adapters and head of all looks are kept."""
+    batch_size: int = 32
+    """Texts (or pairs) of one optimizer step."""
+    max_batch_tokens: int = 2048
+    """Padded tokens that go through the backbone at once; smaller needs less memory and gives the same gradient."""
+    warmup_share: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "epochs", "checks_per_epoch", "batch_size", "max_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise RMError(f"lora {name} is {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """The merged backbone, the head beside it, and the same figures for the frozen backbone and after LoRA."""
+
+    backbone: Path
+    head: HeadReport
+    frozen: Quality
+    steps: int
+    seconds: float
+
+
+@dataclass
+class _Run:
+    """What the training loop works on."""
+
+    model: Any
+    head: TrainableHead
+    ids: Sequence[Tensor]
+    device: str
+    dtype: torch.dtype
+    head_settings: HeadSettings
+    settings: LoraSettings
+    tokens: int = 0
+
+
+def train_lora(
+    backbone: Path | str,
+    rows: Sequence[Row],
+    out: Path | str,
+    head_settings: HeadSettings | None = None,
+    settings: LoraSettings | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat_template: str | None = None,
+    end_token: str | None = None,
+    truncation_side: Literal["left", "right"] | None = None,
+    max_length: int | None = None,
+    sources: Sequence[str] = (),
+    rejects: Sequence[Reject] = (),
+    extra: dict[str, Sequence[Row]] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> LoraReport:
+    """Train adapters and head on `rows` and write the merged backbone and the head.
+
+    Args:
+        head_settings: labels, loss, split and shape of the head, as for a frozen backbone.
+        extra: further rows that the finished RM is only measured on.
+        overwrite: replace what is in `out`. Other arguments as in `extract_features`.
+
+    Raises:
+        RMError: as `extract_features` and `train_head`; `out/backbone` exists.
+    """
+    start, out = perf_counter(), Path(out)
+    head_settings, settings = head_settings or HeadSettings(), settings or LoraSettings()
+    merged = out / "backbone"
+    if merged.exists() and not overwrite:
+        raise RMError(f"{merged} exists\n  fix: another folder, or --force to replace it")
+    place = best_device() if device == "auto" else device
+    how: dict[str, Any] = {"device": place, "dtype": dtype, "chat_template": chat_template, "progress": progress}
+    limits: dict[str, Any] = {"end_token": end_token, "truncation_side": truncation_side, "max_length": max_length}
+    notes: dict[str, Any] = {"sources": sources, "rejects": rejects}
+    file = out / "features.safetensors"
+    extract_features(backbone, rows, file, **how, **limits, **notes, overwrite=True)
+    frozen = FeatureSet.read(file)
+    validation, test, train = split_prompts(
+        frozen.prompt_id, (head_settings.validation_share, head_settings.test_share), head_settings.seed
+    )
+    train_part, validation_part = (part_of(frozen, ids, head_settings) for ids in (train, validation))
+    head, *_ = fit(frozen.hidden, train_part, validation_part, head_settings, progress)
+    held_out = test if len(test) else validation
+    before = feature_quality(frozen, head_logits(head.folded(), frozen.hidden), held_out)
+
+    tokenizer = load_backbone_tokenizer(backbone, chat_template)
+    ids, _ = render_texts(tokenizer, collect_texts(rows), frozen.info.render)
+    number_format = compute_dtype(dtype, place)
+    model = _with_adapters(load_decoder(backbone, number_format, place), settings, head_settings.seed)
+    run = _Run(model, head.to(place), ids, place, number_format, head_settings, settings)
+    steps, best_loss = _train(run, train_part, validation_part, progress)
+    adapter = out / "adapter"
+    shutil.rmtree(adapter, ignore_errors=True)
+    model.save_pretrained(adapter)
+    head = run.head.cpu()
+    del run, model  # the merge needs the memory
+    _merge_adapter(backbone, adapter, tokenizer, merged)
+
+    after_file = out / "features_lora.safetensors"
+    extract_features(merged, rows, after_file, **how, **limits, **notes, overwrite=True)
+    after, tensors = FeatureSet.read(after_file), head.folded()
+    temperature = calibrate(tensors, after, validation, head_settings) if head_settings.calibrate else 1.0
+    figures: dict[str, Quality] = {"frozen backbone": before}
+    for name, more in (extra or {}).items():
+        extra_file = out / "features_extra.safetensors"
+        extract_features(merged, more, extra_file, **how, **limits, overwrite=True)
+        one = FeatureSet.read(extra_file)
+        figures[name] = feature_quality(one, head_logits(tensors, one.hidden, temperature=temperature))
+        extra_file.unlink()
+    report = HeadReport(
+        folder=out / "head",
+        epochs=settings.epochs,
+        best_epoch=settings.epochs,
+        validation_loss=best_loss,
+        temperature=temperature,
+        prompts={"train": len(train), "validation": len(validation), "test": len(test)},
+        quality=feature_quality(after, head_logits(tensors, after.hidden, temperature=temperature), held_out),
+        extra=figures,
+    )
+    write_head(tensors, head_settings, replace(after.info, sources=tuple(sources)), report)
+    return LoraReport(merged, report, before, steps, perf_counter() - start)
+
+
+def _with_adapters(model: Any, settings: LoraSettings, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = settings.target_modules
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
+        task_type="FEATURE_EXTRACTION",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # peft: no module of that name
+            raise RMError(f"LoRA can't be put on this backbone: {error}") from error
+
+
+def _train(run: _Run, train: Part, validation: Part, progress: bool) -> tuple[int, float]:
+    """AdamW with linear warm-up and decay; leaves the best adapters and head in place. Returns steps, best loss."""
+    settings = run.settings
+    adapters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": adapters, "lr": settings.lr}, {"params": list(run.head.parameters()), "lr": settings.head_lr}],
+        weight_decay=settings.weight_decay,
+    )
+    per_epoch = math.ceil(len(train) / settings.batch_size)
+    total = per_epoch * settings.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_decay(total, settings.warmup_share))
+    looks = {round(per_epoch * (i + 1) / settings.checks_per_epoch) for i in range(settings.checks_per_epoch)}
+    best_loss, best = _check(run, validation), _state(run)
+    step, start = 0, perf_counter()
+    with torch.random.fork_rng(devices=[]), progress_bar("LoRA", total, unit="steps", enabled=progress) as advance:
+        torch.manual_seed(run.head_settings.seed)
+        for _ in range(settings.epochs):
+            for i, rows in enumerate(torch.randperm(len(train)).split(settings.batch_size), start=1):
+                _gradient(run, train, rows)
+                torch.nn.utils.clip_grad_norm_([*adapters, *run.head.parameters()], settings.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                if i in looks and (loss := _check(run, validation)) < best_loss:
+                    best_loss, best = loss, _state(run)
+                advance(
+                    note=f"best validation loss {best_loss:.4f}, {run.tokens / (perf_counter() - start):,.0f} tok/s"
+                )
+    _restore(run, best)
+    return step, best_loss
+
+
+def _gradient(run: _Run, part: Part, rows: Tensor) -> None:
+    """Adds the gradient of the mean loss over `rows`, in pieces that fit the token limit."""
+    run.model.train()
+    run.head.train()
+    for piece in _pieces(run, part, rows):
+        (_piece_loss(run, part, piece) * (len(piece) / len(rows))).backward()
+
+
+@torch.no_grad()
+def _check(run: _Run, part: Part) -> float:
+    """Mean loss over a whole part."""
+    run.model.eval()
+    run.head.eval()
+    pieces = _pieces(run, part, torch.arange(len(part)))
+    return sum(_piece_loss(run, part, piece).item() * len(piece) for piece in pieces) / len(part)
+
+
+def _pieces(run: _Run, part: Part, rows: Tensor) -> Iterator[Tensor]:
+    """`rows` in groups of like length whose texts, padded, stay within max_batch_tokens."""
+    texts = part.items[rows].view(len(rows), -1)
+    lengths = [max(len(run.ids[text]) for text in item) for item in texts.tolist()]
+    for batch in token_batches(lengths, max(1, run.settings.max_batch_tokens // texts.shape[1])):
+        yield rows[torch.tensor(batch)]
+
+
+def _piece_loss(run: _Run, part: Part, rows: Tensor) -> Tensor:
+    """The loss of head.py on hidden states computed just now."""
+    from ups_rm.reward.myrm.modeling_myrm import last_attended_hidden
+
+    texts = part.items[rows].flatten()
+    input_ids, mask = pad_batch([run.ids[text] for text in texts.tolist()], run.device)
+    run.tokens += int(mask.sum())
+    with compute_context(run.dtype, run.device):
+        hidden, _ = last_attended_hidden(run.model.get_base_model(), input_ids, mask)  # (texts, H)
+    here = torch.arange(len(texts)).view(part.items[rows].shape)
+    piece = Part(here, part.targets[rows].to(run.device), part.weights[rows].to(run.device))
+    return loss_of(run.head, hidden, piece, torch.arange(len(rows)), run.head_settings)
+
+
+def _warmup_then_decay(total: int, warmup_share: float) -> Callable[[int], float]:
+    warmup = max(1, round(total * warmup_share))
+    return lambda step: min((step + 1) / warmup, max(0.0, (total - step) / max(1, total - warmup)))
+
+
+def _state(run: _Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    adapters = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+    return adapters, copy.deepcopy(run.head.state_dict())
+
+
+def _restore(run: _Run, state: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    adapters, head = state
+    parameters: dict[str, nn.Parameter] = dict(run.model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in adapters.items():
+            parameters[name].copy_(tensor)
+    run.head.load_state_dict(head)
+    run.head.eval()
+
+
+def _merge_adapter(backbone: Path | str, adapter: Path, tokenizer: Any, out: Path) -> None:
+    """The backbone, in the number format it is stored in, with the adapters added; beside its name, then renamed."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_backbone(backbone)[0], adapter).merge_and_unload(safe_merge=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.replace(out)
