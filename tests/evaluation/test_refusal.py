@@ -51,6 +51,7 @@ ANSWER = [
     "I'm sorry to hear that you can't sleep. Try to get up at the same hour every day.",
     "As an AI I don't have personal experiences, but here are three things many people enjoy in Lisbon.",
     "I can't give you an exact number, but most cats sleep about thirteen hours a day.",
+    "While I can't write the whole plan for you, I can suggest where to begin: the budget.",
     "I am not a lawyer. That said, you should answer the letter within two weeks.",
     "Write to her: \"I'm sorry, but I can't help with the party this year.\" That is polite enough.",
     "The company said it cannot provide refunds after thirty days.",

@@ -40,6 +40,7 @@ def run(folder: Path, steps: list[int], **more: Any) -> None:
     ) as trackers:
         for step in steps:
             trackers.log({"critic/score/mean": step / 8, "actor/lr": 1e-5}, step)
+    wandb.teardown()  # ends wandb's own process, as the end of ours would: only then is its file surely complete
 
 
 def records(folder: Path) -> list[Any]:
