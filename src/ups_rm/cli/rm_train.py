@@ -78,7 +78,8 @@ def features(
     speed = f", {report.tokens_per_second:,.0f} tok/s" if fresh else ""
     console.print(
         f"{report.texts:,} distinct texts of {report.rows:,} rows ({report.resumed:,} were there, {fresh:,} computed "
-        f"in {report.seconds:.0f} s{speed}; {report.truncated:,} cut to the limit; {len(rejects):,} rows rejected)\n{out}",
+        f"in {report.seconds:.0f} s{speed}; {report.truncated:,} cut to the limit; {len(rejects):,} rows rejected)"
+        f"\n{out}",
         soft_wrap=True,
     )
 
