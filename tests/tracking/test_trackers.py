@@ -58,6 +58,14 @@ class Recording(accelerate_tracking.GeneralTracker):
         self.closed += 1
 
 
+class Mlflow(Recording):
+    name = "mlflow"
+
+    def __init__(self, experiment_name: str, run_name: str) -> None:
+        assert run_name == "exp"
+        super().__init__(experiment_name)
+
+
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recording]]:
     monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "recording", Recording)
@@ -189,6 +197,18 @@ def test_any_tracker_that_accelerate_knows_works_by_name(tmp_path: Path, recordi
     assert recording.latest.closed == 1
     trackers.finish()
     assert recording.latest.closed == 1
+
+
+def test_mlflow_gets_names_that_it_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen with mlflow 3.17: one "@" in a name makes it refuse the whole step."""
+    monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Mlflow)
+    monkeypatch.setattr(accelerate_tracking, "_available_trackers", ["mlflow"])
+    with start(["mlflow"], tmp_path) as trackers:
+        trackers.log({"val-core/PKU-SafeRLHF/reward/mean@1": 0.5}, 1)
+    assert Mlflow.latest is not None
+    assert Mlflow.latest.lines == [(1, {"val-core/PKU-SafeRLHF/reward/mean_at_1": 0.5})]
+    assert Mlflow.latest.closed == 1
+    assert "val-core/PKU-SafeRLHF/reward/mean@1" in read_metrics(tmp_path / "metrics.jsonl")[0]
 
 
 def test_known_names() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -135,6 +136,19 @@ class Trackers:
             del self._trackers[name]
 
 
+@dataclass
+class _MlflowNames:
+    """mlflow refuses "@" in a metric's name; verl writes `mean@1` as `mean_at_1` there, and so do we."""
+
+    tracker: Tracker
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.tracker.log({name.replace("@", "_at_"): value for name, value in values.items()}, step=step)
+
+    def finish(self) -> None:
+        self.tracker.finish()
+
+
 def known_trackers() -> list[str]:
     """Every name that `trainer.logger` may hold."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -196,8 +210,10 @@ def _start(
         arguments[RUN_NAME_ARGUMENT[name]] = experiment_name
     if tracker_class.requires_logging_directory:
         arguments["logging_dir"] = str(folder / name)
+    if name == "dvclive":
+        arguments["dir"] = str(folder / name)
     tracker: Tracker = _started(tracker_class(project_name, **arguments), config)
-    return tracker
+    return _MlflowNames(tracker) if name == "mlflow" else tracker
 
 
 def _start_wandb(
