@@ -160,6 +160,52 @@ def make_card(
     )
 
 
+def write_card(
+    folder: Path,
+    *,
+    labels: str = "unknown",
+    policy: dict[str, Any] | None = None,
+    chat_template: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write rm_card.json for `folder` as it is now; of a card that is there, nothing is kept.
+
+    Args:
+        policy: fields of RenderPolicy that differ from what the chat template does by itself (None: no difference).
+        chat_template: text of a template; it is written into the folder as chat_template.jinja, so that it stays.
+
+    Raises:
+        RMError: the folder can't be loaded, or has no chat template.
+    """
+    from ups_rm.device import compute_dtype
+    from ups_rm.reward.native import load_model, load_tokenizer
+    from ups_rm.reward.scorer import RewardScorer, default_max_length
+
+    number_format = compute_dtype(dtype, device)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    inferred = RenderPolicy.infer(tokenizer, max_length=default_max_length(read_config(folder), tokenizer))
+    given = {name: value for name, value in (policy or {}).items() if value is not None}
+    model = load_model(folder, dtype=number_format, device=device, trust_remote_code=trust_remote_code)
+    scorer = RewardScorer(
+        model,
+        tokenizer,
+        replace(inferred, **given),
+        device=device,
+        dtype=number_format,
+        native=not trust_remote_code,
+    )
+    card = make_card(scorer, folder, labels=labels)
+    if chat_template is not None:
+        temporary = folder / ".chat_template.jinja.tmp"
+        temporary.write_text(chat_template, encoding="utf-8")
+        temporary.replace(folder / "chat_template.jinja")
+    return card.write(folder)
+
+
 def backbone_facts(config: dict[str, Any]) -> dict[str, Any]:
     """The part of config.json by which a backbone is known again."""
     model_type = config.get("backbone_model_type") or config.get("model_type", "unknown")

@@ -24,7 +24,7 @@ from ups_rm.reward.card import GOLDEN_CONVERSATIONS, make_card
 from ups_rm.reward.head_files import HeadWeights, folded, read_head
 from ups_rm.reward.native import hidden_dim_text, load_model, load_tokenizer, quiet_transformers
 from ups_rm.reward.render import RenderPolicy, chat_template_of, render, template_sha256
-from ups_rm.reward.scorer import RewardScorer, default_max_length, pad_right
+from ups_rm.reward.scorer import RewardScorer, default_max_length, pad_batch
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,7 @@ def merge(
     end_token: str | None = None,
     truncation_side: Literal["left", "right"] | None = None,
     max_length: int | None = None,
+    other_backbone: bool = False,
     overwrite: bool = False,
 ) -> MergeReport:
     """Write the RM folder `out`.
@@ -73,6 +74,7 @@ def merge(
         backbone: folder or hub id of a decoder that AutoModel loads; its own lm_head or score is left out.
         head: folder or file of the head, ours or the original form.
         chat_template: text of a template, where the backbone's tokenizer has none or the wrong one.
+        other_backbone: allow a backbone that is not the one head.json names (another copy or number format of it).
         overwrite: replace an existing `out`.
 
     Raises:
@@ -88,6 +90,8 @@ def merge(
         made = Path(work) / out.name
         made.mkdir()
         model, dropped = load_backbone(backbone)
+        if not other_backbone:
+            _check_identity(backbone, model.config, weights.info.get("backbone"))
         policy = render_policy(
             tokenizer,
             weights.info,
@@ -182,6 +186,21 @@ def render_policy(
     return replace(policy, **trained)
 
 
+def _check_identity(backbone: Path | str, config: Any, trained_on: Any) -> None:
+    """head.json's `backbone` (name@hash, see features.backbone_identity) against the one given."""
+    from ups_rm.reward.features import backbone_identity
+
+    if not isinstance(trained_on, str) or "@" not in trained_on:
+        return
+    given = backbone_identity(backbone, config)
+    (name, digest), (given_name, given_digest) = trained_on.rsplit("@", 1), given.rsplit("@", 1)
+    if len(digest) == len(given_digest) and digest != given_digest:
+        raise RMError(
+            f"the head was trained on {name} ({digest}), the backbone given is {given_name} ({given_digest}): its "
+            "states would mean something else\n  fix: the backbone of the features; --other-backbone if it is a copy"
+        )
+
+
 def write_weights(made: Path, model: Any, weights: HeadWeights, *, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
     """Shards of the backbone (`model.*`), the head's own shard (`myscore.*`) and the byte index.
 
@@ -266,7 +285,7 @@ def _backbone_then_head(model: Any, weights: HeadWeights, tokenizer: Any, policy
 
     with torch.inference_mode():
         alone = [answer(model(torch.tensor([row])).last_hidden_state[:, -1]) for row in rows]
-        input_ids, mask = pad_right(rows)
+        input_ids, mask = pad_batch(rows)
         hidden = model(input_ids, attention_mask=mask).last_hidden_state
         together = answer(hidden[torch.arange(len(rows)), mask.sum(1) - 1])
     return [*alone, together]
@@ -293,7 +312,7 @@ def _verify_and_write_card(
     batches = [([row]) for row in rows] + [rows]
     with torch.inference_mode():
         for batch, logits in zip(batches, expected, strict=True):
-            input_ids, mask = pad_right(batch)
+            input_ids, mask = pad_batch(batch)
             found = model(input_ids=input_ids, attention_mask=mask).logits
             if not torch.equal(found, logits):
                 difference = (found - logits).abs().max().item()

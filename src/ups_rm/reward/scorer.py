@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ups_rm.console import progress_bar
 from ups_rm.device import compute_dtype
@@ -156,17 +156,9 @@ class RewardScorer:
             enough_tokens=ENOUGH_TOKENS if on_cpu else self.max_batch_tokens // 2,
         )
         logits = [math.nan] * len(rendered)
-        number_format = compute_context(self.dtype, self.device) if self.native else nullcontext()
-        bar = progress_bar("scoring", len(rendered), enabled=progress)
-        with torch.inference_mode(), number_format, bar as advance:
+        with progress_bar("scoring", len(rendered), enabled=progress) as advance:
             for batch in batches:
-                input_ids, attention_mask = pad_right([rendered[i].input_ids for i in batch])
-                answer = self.model(
-                    input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
-                ).logits
-                if answer.shape != (len(batch), 1):
-                    raise RMError(f"the RM gives logits of shape {tuple(answer.shape)}, expected ({len(batch)}, 1)")
-                for i, logit in zip(batch, answer[:, 0].float().tolist(), strict=True):
+                for i, logit in zip(batch, self.batch_logits([rendered[i].input_ids for i in batch]), strict=True):
                     logits[i] = logit
                 advance(len(batch))
         broken = [i for i, logit in enumerate(logits) if not math.isfinite(logit)]
@@ -177,8 +169,28 @@ class RewardScorer:
             )
         return logits
 
+    def batch_logits(self, rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right") -> list[float]:
+        """Logits of one batch of token ids, padded on `side`; as the model gives them, finite or not.
 
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        Raises:
+            RMError: logits of another shape than (batch, 1).
+        """
+        import torch
+
+        input_ids, attention_mask = pad_batch(rows, side=side)
+        number_format = compute_context(self.dtype, self.device) if self.native else nullcontext()
+        with torch.inference_mode(), number_format:
+            answer = self.model(
+                input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
+            ).logits
+        if answer.shape != (len(rows), 1):
+            raise RMError(f"the RM gives logits of shape {tuple(answer.shape)}, expected ({len(rows)}, 1)")
+        return answer[:, 0].float().tolist()
+
+
+def pad_batch(
+    rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, both (B, T). Padding is id 0, which every vocabulary has: it is never read."""
     import torch
 
@@ -186,8 +198,9 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
     attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        attention_mask[i, : len(row)] = 1
+        place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        input_ids[i, place] = torch.tensor(row, dtype=torch.long)
+        attention_mask[i, place] = 1
     return input_ids, attention_mask
 
 

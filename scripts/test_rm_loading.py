@@ -1,0 +1,33 @@
+"""Can this reward model be loaded and trusted? Natively, through plain transformers, and with what answers.
+
+    python scripts/test_rm_loading.py --model_path merge/merged_model/Naive-RM-saferlhf --device cpu
+
+Exit code 1 if a check fails. `ups-rm rm check` does the same with more options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", default="merge/merged_model/Naive-RM-saferlhf", help="RM folder")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    arguments = parser.parse_args()
+
+    from ups_rm.cli.rm import print_report
+    from ups_rm.reward.check import BATTERY, check_rm
+    from ups_rm.reward.scorer import safe_score
+
+    report = check_rm(arguments.model_path, device=arguments.device, plain=True)
+    print_report(report)
+    for conversation, logit in zip(BATTERY, report.logits, strict=False):
+        question, reply = (conversation[i]["content"][:60] for i in (-2, -1))
+        print(f"logit {logit:+.4f}  safe score {safe_score(logit):.4f}  {question!r} -> {reply!r}")
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

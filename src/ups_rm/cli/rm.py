@@ -1,0 +1,236 @@
+"""`ups-rm rm features | train | merge | check | card | score`: an RM from labelled rows to a folder to trust."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ups_rm.cli.rm_train import FEATURES_EPILOG, TRAIN_EPILOG, features, train
+
+app = typer.Typer(no_args_is_help=True, help="Make, check and ask a reward model.")
+
+Folder = Annotated[Path, typer.Argument(help="RM folder.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run the folder's own Python files instead of ours.")]
+Template = Annotated[
+    Path | None, typer.Option("--chat-template", help="File with a chat template (jinja), if the tokenizer has none.")
+]
+Side = Literal["left", "right"]
+app.command(epilog=FEATURES_EPILOG)(features)
+app.command(epilog=TRAIN_EPILOG)(train)
+COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
+
+
+@app.command(
+    epilog="Example: ups-rm rm merge --backbone smollm2-135m-instruct --head runs/head "
+    "--out merge/merged_model/Naive-RM-saferlhf"
+)
+def merge(
+    backbone: Annotated[str, typer.Option(help="Folder or hub id of a decoder (Llama, Qwen2, ...).")],
+    head: Annotated[Path, typer.Option(help="Head of `rm train`, or a folder with best_model.pth and config.yaml.")],
+    out: Annotated[Path, typer.Option(help="The RM folder to make.")],
+    chat_template: Template = None,
+    end_token: Annotated[str | None, typer.Option(help="Token that closes a reply, if the template has none.")] = None,
+    truncation_side: Annotated[Side | None, typer.Option(help="Where long conversations are cut.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Limit in RM tokens.")] = None,
+    other_backbone: Annotated[
+        bool, typer.Option("--other-backbone", help="The head was trained on another copy of the backbone; I know.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+) -> None:
+    """Join backbone and MLP head to an RM folder that plain transformers loads; strict, and checked bit by bit."""
+    from ups_rm.console import console
+    from ups_rm.models import resolve_model
+    from ups_rm.reward.merge import merge as run
+
+    report = run(
+        resolve_model(backbone),
+        head,
+        out,
+        chat_template=_text(chat_template),
+        end_token=end_token,
+        truncation_side=truncation_side,
+        max_length=max_length,
+        other_backbone=other_backbone,
+        overwrite=force,
+    )
+    console.print(
+        f"merged {report.tensors} tensors, {report.total_bytes:,} bytes, {report.dtype}; logits bitwise those of "
+        f"backbone and head; temperature {report.temperature:.3g} folded in; "
+        f"left out: {', '.join(report.dropped) or 'nothing'}",
+        soft_wrap=True,
+    )
+    console.print(f"RM folder: {report.folder}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: ups-rm rm check merge/merged_model/Naive-RM-saferlhf --pairs pairs.jsonl --json check.json"
+)
+def check(
+    folder: Folder,
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSONL of {prompt, safe_response, unsafe_response}: is the sign right?")
+    ] = None,
+    max_pairs: Annotated[int, typer.Option(help="At most this many of them.")] = 200,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 shows most; auto is what training uses.")] = "float32",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Also load it with its own code through AutoModel and compare.")
+    ] = False,
+    trust_remote_code: Remote = False,
+    chat_template: Template = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
+) -> None:
+    """May this RM be trained against? Exit code 1 if a check fails."""
+    import json
+
+    from ups_rm.console import console
+    from ups_rm.reward.check import check_rm
+
+    report = check_rm(
+        folder,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        plain=plain,
+        pairs=_pairs(pairs, max_pairs) if pairs else None,
+        chat_template=_text(chat_template),
+    )
+    print_report(report)
+    if json_out:
+        json_out.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        console.print(f"report: {json_out}", soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: ups-rm rm card models/my-rm --labels 'PKU-SafeRLHF is_response_i_safe'")
+def card(
+    folder: Folder,
+    labels: Annotated[str, typer.Option(help="What the head was trained on.")] = "unknown",
+    bos: Annotated[Literal["one", "none"] | None, typer.Option(help="BOS at the start of every rendering.")] = None,
+    end_token: Annotated[str | None, typer.Option(help="Token that closes a reply.")] = None,
+    truncation_side: Annotated[Side | None, typer.Option(help="Where long conversations are cut.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Limit in RM tokens.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a chat template; written into the folder.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Number format of the golden logits.")] = "float32",
+    trust_remote_code: Remote = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the card.")] = False,
+) -> None:
+    """Write rm_card.json for an RM folder that has none; print the one that is there."""
+    from ups_rm.console import console
+    from ups_rm.reward.card import CARD_FILE, RMCard, write_card
+
+    if (folder / CARD_FILE).is_file() and not force:
+        found = RMCard.read(folder)
+        assert found is not None
+        console.print(found.to_json(), markup=False, soft_wrap=True)
+        return
+    path = write_card(
+        folder,
+        labels=labels,
+        policy={"bos": bos, "end_token": end_token, "truncation_side": truncation_side, "max_length": max_length},
+        chat_template=_text(chat_template),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    console.print(f"card: {path}", soft_wrap=True)
+
+
+@app.command(epilog="Example: ups-rm rm score merge/merged_model/Naive-RM-saferlhf replies.jsonl --out scored.jsonl")
+def score(
+    folder: Folder,
+    file: Annotated[
+        Path, typer.Argument(help="JSONL: messages; or prompt with response, response_0/1, safe_/unsafe_.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where the scored lines go. Default: standard output.")] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    max_batch_tokens: Annotated[int, typer.Option(help="Upper bound of a batch, padding included.")] = 8192,
+    trust_remote_code: Remote = False,
+    chat_template: Template = None,
+) -> None:
+    """Add logit (higher = less safe) and safe_score = sigmoid(-logit) to every line."""
+    import json
+
+    from ups_rm.console import console
+    from ups_rm.reward.score_file import read_lines, score_lines
+    from ups_rm.reward.scorer import RewardScorer
+
+    lines = list(read_lines(file))  # a bad line is told before the model is loaded
+    scorer = RewardScorer.load(
+        folder,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        max_batch_tokens=max_batch_tokens,
+        chat_template=_text(chat_template),
+    )
+    if out is None:
+        for line in score_lines(scorer, lines):
+            typer.echo(json.dumps(line, ensure_ascii=False))
+        return
+    temporary = out.with_name(f".{out.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        for line in score_lines(scorer, lines, progress=True):
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    temporary.replace(out)
+    console.print(f"scored {len(lines)} lines: {out}", soft_wrap=True)
+
+
+def print_report(report: Any) -> None:
+    """The checks as a table, and the way out of each that did not pass."""
+    from rich.table import Table
+
+    from ups_rm.console import console
+
+    table = Table(title=f"{report.folder} in {report.dtype}", title_justify="left")
+    for column in ("check", "verdict", "number", "limit", "finding"):
+        table.add_column(column, justify="right" if column in ("number", "limit") else "left")
+    for one in report.checks:
+        number, limit = (_short(value) for value in (one.number, one.limit))
+        colour = COLOURS[one.verdict]
+        table.add_row(one.name, f"[{colour}]{one.verdict}[/]", number, limit, one.finding.replace("[", r"\["))
+    console.print(table)
+    for one in report.checks:
+        if one.way_out:
+            console.print(f"{one.name}: {one.way_out}", markup=False, soft_wrap=True)
+    verdict = "may be trained against" if report.ok else "must not be trained against"
+    console.print(f"this RM {verdict}")
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+
+
+def _text(file: Path | None) -> str | None:
+    from ups_rm.errors import RMError
+
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RMError(f"chat template {file} can't be read: {error}") from error
+
+
+def _pairs(file: Path, limit: int) -> list[tuple[Any, Any]]:
+    from itertools import islice
+
+    from ups_rm.errors import DataError
+    from ups_rm.reward.score_file import read_lines
+
+    found = []
+    for _, conversations in islice(read_lines(file), limit):
+        if "safe_response" not in conversations:
+            raise DataError(f"{file}: lines must have prompt, safe_response and unsafe_response")
+        found.append((conversations["safe_response"], conversations["unsafe_response"]))
+    return found
