@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -66,18 +66,18 @@ class RewardTraining:
     hidden_dims: str = "256,64"
     loss: str = "bce"
     """`bce` on unsafe labels, `severity` regression, or `pairs` (Bradley-Terry)."""
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    dropout: float = 0.3
-    max_epochs: int = 60
-    patience: int = 8
-    batch_size: int = 64
+    lr: float | None = None
+    """This and the next three: those of `ups-rm rm train` where not given."""
+    weight_decay: float | None = None
+    dropout: float | None = None
+    max_epochs: int | None = None
     seed: int = 0
     lora: bool = False
     """Train LoRA adapters of the backbone together with the head and merge them."""
     lora_rank: int = 16
-    lora_epochs: int = 2
-    max_length: int = 2048
+    lora_epochs: int = 3
+    max_length: int | None = None
+    """Limit in RM tokens; the backbone's, at most 4096, where not given."""
 
 
 @dataclass
@@ -86,6 +86,8 @@ class Evaluation:
 
     max_unsafe_prompts: int = 64
     max_benign_prompts: int = 64
+    n: int = 4
+    """Replies per prompt, averaged."""
     max_new_tokens: int = 64
     temperature: float = 1.0
     """Held-out replies are sampled (0 = greedy) with the same seed before and after."""
@@ -166,7 +168,7 @@ class Actor:
     clip_ratio_c: float = 3.0
     """Dual clip: lower bound of the ratio's influence where the advantage is negative."""
     loss_agg_mode: str = "token-mean"
-    loss_scale_factor: Optional[int] = None
+    loss_scale_factor: int | None = None
     entropy_coeff: float = 0.0
     use_kl_loss: bool = False
     kl_loss_coef: float = 0.001
@@ -251,7 +253,7 @@ class RewardModel:
 @dataclass
 class Trainer:
     total_epochs: int = 1
-    total_training_steps: Optional[int] = None
+    total_training_steps: int | None = None
     """Stops earlier than `total_epochs` if given."""
     project_name: str = "ups-rm"
     experiment_name: str = "grpo"
@@ -263,8 +265,8 @@ class Trainer:
     default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
     resume_mode: str = "auto"
     """`auto` (newest checkpoint of the same recipe), `disable`, or `resume_path`."""
-    resume_from_path: Optional[str] = None
-    max_actor_ckpt_to_keep: Optional[int] = None
+    resume_from_path: str | None = None
+    max_actor_ckpt_to_keep: int | None = None
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`."""
     nnodes: int = 1
@@ -367,7 +369,9 @@ def _merge_override(config: DictConfig, text: str) -> DictConfig:
     if dataclasses.is_dataclass(_field_type(key)):
         raise RecipeError(f"{key} is a section, not a key; give one of its keys\n  in the override {text!r}")
     try:
-        parsed = OmegaConf.create({"value": yaml.safe_load(value)}) if value.strip() else OmegaConf.create({"value": ""})
+        parsed = (
+            OmegaConf.create({"value": yaml.safe_load(value)}) if value.strip() else OmegaConf.create({"value": ""})
+        )
         merged = config.copy()
         OmegaConf.update(merged, key, _float_like(parsed["value"]), merge=True)
         return merged

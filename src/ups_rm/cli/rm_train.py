@@ -157,7 +157,7 @@ def train(
             raise RMError(f"{out} holds a head already\n  fix: another folder, or --force to replace it")
         extra = {Path(name).stem: FeatureSet.read(name) for name in evaluate or []}
         report = train_head([FeatureSet.read(file) for file in features], out, settings, extra=extra)
-        _print_head(report)
+        print_head(report)
         console.print(f"{out}", soft_wrap=True)
         return
     if features:
@@ -178,7 +178,7 @@ def train(
         extra={_source_names([name])[0]: _read([name], "all", max_bad)[0] for name in evaluate or []},
         overwrite=force,
     )
-    _print_head(result.head)
+    print_head(result.head)
     console.print(
         f"{result.steps} steps, {result.seconds:.0f} s\nnext: ups-rm rm merge --backbone {result.backbone} "
         f"--head {result.head.folder} --out FOLDER",
@@ -245,7 +245,7 @@ def _rendering(
     }
 
 
-def _print_head(report: HeadReport) -> None:
+def print_head(report: HeadReport) -> None:
     from rich.table import Table
 
     from ups_rm.console import console

@@ -80,19 +80,7 @@ class Comparison:
 
     def table(self) -> Table:
         """Before, after and the change of each number, as a table for the console."""
-        summary = self.summary()
-        low, high = summary["safe_score"]["ci95"]
-        table = Table(title=f"Before and after, {self.safe_score.n} prompts")
-        for heading in ("", "before", "after", "change"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        score = _row("safe score", summary["safe_score"], 3)
-        table.add_row(*score[:3], f"{score[3]}  95% [{low:+.3f}, {high:+.3f}]")
-        table.add_row(*_row("refusals, unsafe prompts", summary["refusal_rate"]["unsafe"], 1, percent=True))
-        table.add_row(*_row("refusals, benign prompts", summary["refusal_rate"]["benign"], 1, percent=True))
-        table.add_row(*_row(f"length, {self.length_unit}", summary["length"], 1))
-        table.add_row(*_row("distinct-2", summary["distinct_2"], 3))
-        table.add_row("KL, nats per token", "", f"{self.kl:.4f}", "")
-        return table
+        return summary_table(self.summary(), self.length_unit)
 
     def show_pairs(self, count: int = 5) -> None:
         """Print `count` prompts with both replies, spread evenly: an honest pick, not the best."""
@@ -142,6 +130,22 @@ class Comparison:
             share = min(share, len(rows))
             picked += [rows[k * len(rows) // share] for k in range(share)]
         return picked
+
+
+def summary_table(summary: dict[str, Any], length_unit: str = "tokens") -> Table:
+    """The table of a `Comparison.summary()`, or of a `summary.json` read from disk."""
+    low, high = summary["safe_score"]["ci95"]
+    table = Table(title=f"Before and after, {summary['safe_score']['n']} held-out prompts")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    score = _row("safe score", summary["safe_score"], 3)
+    table.add_row(*score[:3], f"{score[3]}  95% [{low:+.3f}, {high:+.3f}]")
+    table.add_row(*_row("refusals, unsafe prompts", summary["refusal_rate"]["unsafe"], 1, percent=True))
+    table.add_row(*_row("refusals, benign prompts", summary["refusal_rate"]["benign"], 1, percent=True))
+    table.add_row(*_row(f"length, {length_unit}", summary["length"], 1))
+    table.add_row(*_row("distinct-2", summary["distinct_2"], 3))
+    table.add_row("KL, nats per token", "", f"{summary['kl']:.4f}", "")
+    return table
 
 
 def compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,14 +12,17 @@ from ups_rm.errors import RecipeError
 from ups_rm.recipe import Data
 
 
+def distinct_prompts(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """The first row of every distinct prompt, in file order."""
+    first: dict[str, PromptRow] = {}
+    for row in rows:
+        first.setdefault(json.dumps(row.messages, sort_keys=True), row)
+    return list(first.values())
+
+
 def select_prompts(rows: Sequence[PromptRow], settings: Data) -> list[PromptRow]:
     """`unique_prompts` and `train_max_samples` applied, in file order."""
-    chosen = list(rows)
-    if settings.unique_prompts:
-        seen: dict[str, PromptRow] = {}
-        for row in chosen:
-            seen.setdefault("\x1e".join(f"{m['role']}\x1f{m['content']}" for m in row.messages), row)
-        chosen = list(seen.values())
+    chosen = distinct_prompts(rows) if settings.unique_prompts else list(rows)
     return chosen if settings.train_max_samples < 0 else chosen[: settings.train_max_samples]
 
 

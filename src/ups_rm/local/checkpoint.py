@@ -70,7 +70,9 @@ def save_checkpoint(folder: Path, actor: Actor, state: TrainingState, *, keep: i
         os.replace(mark, folder / LATEST)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"checkpoint {final} can't be written: {error}\n  fix: free space or set trainer.save_freq=-1") from error
+        raise RunError(
+            f"checkpoint {final} can't be written: {error}\n  fix: free space or set trainer.save_freq=-1"
+        ) from error
     if keep:
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -111,7 +113,9 @@ def load_checkpoint(path: Path, actor: Actor, recipe: Recipe) -> TrainingState:
         tensors: dict[str, Any] = torch.load(path / "training.pt", map_location=actor.policy.device, weights_only=True)
         saved = tensors["masters"]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}\n  fix: delete it to resume from the one before") from error
+        raise CheckpointError(
+            f"{path} can't be read: {error}\n  fix: delete it to resume from the one before"
+        ) from error
     if state.recipe_hash != recipe_hash(recipe):
         raise CheckpointError(
             f"{path} was made with another recipe\n  fix: use the same settings, another trainer.default_local_dir, "

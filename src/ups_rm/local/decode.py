@@ -157,7 +157,10 @@ class FastDecoder:
         x = F.embedding(ids, self.embed)  # (P, T, H)
         cos, sin = self.rotary(x, torch.arange(width, device=device)[None])
         shape = (len(self.layers), count * n, self.kv_heads, total, self.head_dim)
-        keys, values = torch.zeros(shape, dtype=self.dtype, device=device), torch.zeros(shape, dtype=self.dtype, device=device)
+        keys, values = (
+            torch.zeros(shape, dtype=self.dtype, device=device),
+            torch.zeros(shape, dtype=self.dtype, device=device),
+        )
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(x, layer, cos[:, None], sin[:, None])
             # right padding and a causal mask: no real token sees a padded one
@@ -171,7 +174,13 @@ class FastDecoder:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int, eos_ids: list[int], sampling: Sampling, uniforms: Tensor
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        eos_ids: list[int],
+        sampling: Sampling,
+        uniforms: Tensor,
     ) -> list[tuple[Tensor, Tensor]]:
         """n replies per prompt.
 
@@ -186,11 +195,16 @@ class FastDecoder:
         total, batch = width + max_new_tokens, len(prompts) * n
         hidden, keys, values, lengths = self._prefill(prompts, n, total)
         slots = torch.arange(total, device=device)
-        seen = ((slots < lengths[:, None]) | (slots >= width))[:, None, None]  # (B, 1, 1, total): prompt padding is hidden
+        seen = ((slots < lengths[:, None]) | (slots >= width))[
+            :, None, None
+        ]  # (B, 1, 1, total): prompt padding is hidden
         end = torch.tensor(eos_ids, device=device)
         uniforms = uniforms.to(device)
         out = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
-        logprobs, count = torch.zeros(batch, max_new_tokens, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+        logprobs, count = (
+            torch.zeros(batch, max_new_tokens, device=device),
+            torch.zeros(batch, dtype=torch.long, device=device),
+        )
         rows = torch.arange(batch, device=device)  # the row of `out` that each live sequence writes to
         for t in range(max_new_tokens):
             token, logprob = draw(self._logits(hidden), sampling, uniforms[rows, t])
@@ -215,7 +229,9 @@ class FastDecoder:
             keys[i, :, :, slot : slot + 1], values[i, :, :, slot : slot + 1] = k, v
             # the heads that share a key head stand as rows of one query: no copy of the cache
             q = q.view(-1, self.kv_heads, groups, self.head_dim)
-            a = F.scaled_dot_product_attention(q, keys[i, :, :, : slot + 1], values[i, :, :, : slot + 1], attn_mask=mask)
+            a = F.scaled_dot_product_attention(
+                q, keys[i, :, :, : slot + 1], values[i, :, :, : slot + 1], attn_mask=mask
+            )
             x = x + F.linear(a.reshape(x.shape[0], 1, -1), layer.out, layer.out_bias)
             x = x + self._mlp(x, layer)
         return x[:, 0]

@@ -109,7 +109,9 @@ class RolloutEngine:
         lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
         return [(tokens[i, :k].cpu(), logprobs[i, :k].cpu()) for i, k in enumerate(lengths.tolist())]
 
-    def _pack(self, prompts: list[list[Message]], ids: list[list[int]], rows: list[tuple[Tensor, Tensor]], n: int) -> Rollout:
+    def _pack(
+        self, prompts: list[list[Message]], ids: list[list[int]], rows: list[tuple[Tensor, Tensor]], n: int
+    ) -> Rollout:
         pad, eos = self.policy.pad_id, set(self.policy.eos_ids)
         batch, width = len(rows), max(map(len, ids))
         length = max(1, max(len(tokens) for tokens, _ in rows))

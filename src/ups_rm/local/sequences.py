@@ -43,7 +43,9 @@ class Sequences:
     def unique_prompts(self) -> tuple[Tensor, Tensor, Tensor]:
         """(prompts (G, T), prompt_mask (G, T), group (B,)): one row per distinct group, and each reply's row."""
         distinct, group = torch.unique(self.group_ids, return_inverse=True)
-        first = torch.zeros_like(distinct).scatter_(0, group.flip(0), torch.arange(len(self), device=group.device).flip(0))
+        first = torch.zeros_like(distinct).scatter_(
+            0, group.flip(0), torch.arange(len(self), device=group.device).flip(0)
+        )
         return self.prompts[first], self.prompt_mask[first], group
 
     def micro_batches(self, rows: Tensor, size: int) -> list[Tensor]:

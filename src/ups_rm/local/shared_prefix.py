@@ -78,7 +78,13 @@ class SharedPrefixForward:
         return cls(model)
 
     def response_logprobs(
-        self, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, response_mask: Tensor, group: Tensor, temperature: float
+        self,
+        prompts: Tensor,
+        prompt_mask: Tensor,
+        responses: Tensor,
+        response_mask: Tensor,
+        group: Tensor,
+        temperature: float,
     ) -> Tensor:
         """Log-probability of each response token.
 
@@ -96,7 +102,9 @@ class SharedPrefixForward:
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
         response_positions = lengths[group, None] + torch.arange(length, device=device)
         positions = torch.cat([prompt_positions.flatten(), response_positions.flatten()])[None]
-        x = F.embedding(torch.cat([prompts.flatten(), responses.flatten()]), base.embed_tokens.weight)[None]  # (1, N, H)
+        x = F.embedding(torch.cat([prompts.flatten(), responses.flatten()]), base.embed_tokens.weight)[
+            None
+        ]  # (1, N, H)
         cos, sin = (part[0, :, None] for part in base.rotary_emb(x, positions))  # (N, 1, D)
         masks = self._masks(prompt_mask, length, group, x.dtype)
         shape = (count, width, batch, length)
@@ -126,11 +134,21 @@ class SharedPrefixForward:
         prompts = (causal & seen[:, None]) | torch.eye(width, dtype=torch.bool, device=device)
         replies = torch.cat([seen[group, None].expand(-1, length, -1), own.expand(len(group), -1, -1)], dim=-1)
         replies = replies.repeat(1, self.heads // self.kv_heads, 1)
-        full = [torch.zeros(part.shape, dtype=dtype, device=device).masked_fill_(~part, hidden) for part in (prompts, replies)]
+        full = [
+            torch.zeros(part.shape, dtype=dtype, device=device).masked_fill_(~part, hidden)
+            for part in (prompts, replies)
+        ]
         return full[0][:, None], full[1][:, None]
 
     def _layer(
-        self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, masks: tuple[Tensor, Tensor], group: Tensor, shape: tuple[int, ...]
+        self,
+        layer: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        masks: tuple[Tensor, Tensor],
+        group: Tensor,
+        shape: tuple[int, ...],
     ) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         h = F.rms_norm(x, (x.shape[-1],), layer.input_layernorm.weight, self.eps)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ups_rm.console import console
 from ups_rm.data.prompts import PromptRow, read_prompts
-from ups_rm.errors import RecipeError, RMError
+from ups_rm.errors import RecipeError, RMError, RunError
 from ups_rm.evaluation.refusal import is_refusal
 from ups_rm.evaluation.text import distinct_n
 from ups_rm.grpo import (
@@ -141,7 +141,9 @@ class Trainer:
         if self.reference is not None:
             with clock("ref"), self.reference.as_reference():
                 size = recipe.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu
-                ref_logprobs = response_logprobs(self.reference, sequences, micro_batch_size=size, temperature=temperature)
+                ref_logprobs = response_logprobs(
+                    self.reference, sequences, micro_batch_size=size, temperature=temperature
+                )
         with clock("adv"):
             token_level_scores = place_on_last_token(safe_score, mask)  # (B, R)
             kl = torch.zeros_like(token_level_scores)
@@ -209,12 +211,16 @@ class Trainer:
                 if trainer.save_freq > 0 and (number % trainer.save_freq == 0 or last):
                     self._save(done)
                 if 0 < trainer.max_kl < metrics["kl/mean"]:
-                    console.print(f"step {number}: kl/mean {metrics['kl/mean']:.4f} > trainer.max_kl={trainer.max_kl}: stopped")
+                    console.print(
+                        f"step {number}: kl/mean {metrics['kl/mean']:.4f} > trainer.max_kl={trainer.max_kl}: stopped"
+                    )
                     break
             interrupted = stop.requested and done < self.total_steps
             if interrupted:
                 where = self._save(done) if done > start else None
-                console.print(f"interrupted after step {done}; checkpoint: {where or 'none needed'}. The same command resumes.")
+                console.print(
+                    f"interrupted after step {done}; checkpoint: {where or 'none needed'}. The same command resumes."
+                )
         policy = None if interrupted else self.save_policy()
         return TrainResult(self.folder, policy, done, interrupted, metrics)
 
@@ -233,7 +239,10 @@ class Trainer:
         """Scores of the held-out prompts under `rollout.val_kwargs`, by kind of prompt."""
         settings = self.recipe.actor_rollout_ref.rollout.val_kwargs
         sampling = Sampling(
-            settings.temperature if settings.do_sample else 0.0, settings.top_p, settings.top_k, self.recipe.trainer.seed
+            settings.temperature if settings.do_sample else 0.0,
+            settings.top_p,
+            settings.top_k,
+            self.recipe.trainer.seed,
         )
         started, n = perf_counter(), settings.n
         rollout = self.engine.generate(
@@ -286,7 +295,7 @@ class Trainer:
         coefficient = self.kl_control.value if recipe.algorithm.use_kl_in_reward else 0.0
         metrics |= {"actor/reward_kl_penalty_coeff": coefficient}
         if record.old_logprobs is not None:
-            gap = ((record.old_logprobs - rollout.rollout_logprobs).abs() * mask)
+            gap = (record.old_logprobs - rollout.rollout_logprobs).abs() * mask
             metrics["rollout/logprob_gap_mean"] = float(gap.sum() / mask.sum().clamp(min=1))
             metrics["rollout/logprob_gap_max"] = float(gap.max())
         metrics |= record.update
@@ -347,7 +356,9 @@ class Trainer:
     def _load_reference(self) -> Policy | None:
         """The frozen policy; the policy itself without adapters for LoRA; None where no KL is asked for."""
         algorithm, actor = self.recipe.algorithm, self.recipe.actor_rollout_ref.actor
-        in_reward = algorithm.use_kl_in_reward and (algorithm.kl_ctrl.kl_coef > 0 or algorithm.kl_ctrl.type == "adaptive")
+        in_reward = algorithm.use_kl_in_reward and (
+            algorithm.kl_ctrl.kl_coef > 0 or algorithm.kl_ctrl.type == "adaptive"
+        )
         if not in_reward and not (actor.use_kl_loss and actor.kl_loss_coef > 0) and self.recipe.trainer.max_kl <= 0:
             return None
         return self.policy if self.policy.is_lora else Policy.load(self.recipe, trainable=False)
@@ -409,6 +420,36 @@ def load_scorer(recipe: Recipe) -> Scorer:
         trust_remote_code=settings.model.trust_remote_code,
         max_batch_tokens=settings.max_batch_tokens,
     )
+
+
+def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = False) -> None:
+    """Before the policy is even loaded: an RM that fails its check, or a run folder that belongs to another run, stops it.
+
+    Raises:
+        RMError: the RM fails its check and `skip` is not set.
+        RunError: `fresh` is asked for, but the run folder holds a run.
+    """
+    from ups_rm.reward.check import check_rm
+
+    folder, model = Path(recipe.trainer.default_local_dir), recipe.reward_model.model
+    if (folder / "policy").exists() and (fresh or find_checkpoint(recipe) is None):
+        raise RunError(
+            f"{folder} holds a finished run: nothing is overwritten\n  fix: --out another/folder, or move this one away"
+        )
+    if skip:
+        console.print("[bold red]the RM is not checked (--skip-rm-check)[/]")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rm_check_skipped.txt").write_text(f"{model.path}: not checked (--skip-rm-check)\n", encoding="utf-8")
+        return
+    if not model.path:
+        return  # `load_scorer` says what is missing
+    report = check_rm(model.path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    failed = [check for check in report.checks if check.verdict == "fail"]
+    if failed:
+        reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
+        raise RMError(
+            f"{model.path} fails its check; nothing was trained\n{reasons}\n  fix: ups-rm rm check {model.path}, or --skip-rm-check"
+        )
 
 
 class Clock:

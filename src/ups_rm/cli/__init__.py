@@ -1,0 +1,43 @@
+"""The `ups-rm` command: wiring only. Heavy imports wait until a command runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ups_rm.cli import data, models, rm, run, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Make a language model safer by GRPO against your own reward model.\n\n"
+    "Example: **ups-rm run** does the whole way on a laptop; **ups-rm COMMAND --help** shows an example of each.",
+)
+app.add_typer(data.app, name="data")
+app.add_typer(rm.app, name="rm")
+app.add_typer(models.app, name="models")
+app.command(name="run", epilog=run.EPILOG)(run.run)
+app.command(name="train", epilog=train.TRAIN_EPILOG)(train.train)
+app.command(name="eval", epilog=train.EVAL_EPILOG)(train.evaluate)
+
+
+def main() -> None:
+    """Entry point: our own errors become one message and exit code 2, Ctrl-C becomes 130."""
+    from ups_rm.console import err_console
+    from ups_rm.errors import UpsRmError
+
+    try:
+        app()
+    except UpsRmError as error:
+        err_console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        err_console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err_console.print("\ninterrupted; the same command goes on from the last finished stage or checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""`ups-rm train --dry-run`: the resolved recipe, what is read and written, and the memory it takes. Loads no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ups_rm.console import console
+from ups_rm.device import compute_dtype
+from ups_rm.errors import PolicyError
+from ups_rm.local.policy import pick_device
+from ups_rm.models import DEFAULT_MODEL, cache_folder
+from ups_rm.recipe import Recipe, as_list
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one training process, by what holds them. Parameters are counted exactly, activations roughly."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimate:
+    """What training holds at the same time, from shapes alone (parameters on the meta device).
+
+    weights, gradients: compute dtype; masters and AdamW's two moments: fp32 per trained parameter (the master is the weight
+    itself where compute is fp32). Activations of a micro batch without checkpointing: per layer and token about
+    2*(6 H + 3 I) numbers, plus fp32 logits of one chunk of 256 positions.
+
+    Args:
+        config: the policy's transformers config. rm_bytes: size of the RM's weight files.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings, rollout = recipe.actor_rollout_ref, recipe.actor_rollout_ref.rollout
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    width = compute_dtype(settings.actor.fsdp_config.dtype, pick_device(recipe.trainer.device)).itemsize
+    lora = settings.model.lora_rank
+    trained = count if not lora else sum(
+        lora * (m.in_features + m.out_features)
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and not name.endswith("lm_head")
+    )  # fmt: skip
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    length = recipe.data.max_prompt_length + recipe.data.max_response_length
+    tokens = settings.actor.ppo_micro_batch_size_per_gpu * length
+    rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
+    kept_layers = 1 if settings.model.enable_gradient_checkpointing else layers
+    needs_reference = not lora and (
+        settings.actor.use_kl_loss or (recipe.algorithm.use_kl_in_reward and recipe.algorithm.kl_ctrl.kl_coef > 0)
+    )
+    return MemoryEstimate(
+        {
+            "policy weights": count * width,
+            "fp32 masters": 0 if width == 4 or lora else trained * 4,
+            "gradients": trained * 4,
+            "optimizer (AdamW, two moments)": trained * 8,
+            "reference": count * width if needs_reference else 0,
+            "fused rollout weights": count * width // 2,
+            "KV cache of the rollout": 2 * layers * rows * kv_heads * head * length * width,
+            "activations of a micro batch": kept_layers * tokens * 2 * (6 * hidden + 3 * inner) * width,
+            "logits (one chunk)": 2 * 256 * config.vocab_size * 4,
+            "reward model": rm_bytes,
+        }
+    )
+
+
+def print_dry_run(recipe: Recipe) -> None:
+    """Print everything; nothing is downloaded, loaded or written."""
+    console.print(recipe.to_yaml(), markup=False, soft_wrap=True)
+    trainer, model = recipe.trainer, recipe.actor_rollout_ref.model
+    folder = Path(trainer.default_local_dir)
+    _table("reads", {
+        "policy": model.path,
+        "reward model": recipe.reward_model.model.path or "(none given: REWARD_MODEL_PATH=FOLDER)",
+        "train prompts": ", ".join(as_list(recipe.data.train_files)),
+        "held-out prompts": ", ".join(as_list(recipe.data.val_files)),
+    })  # fmt: skip
+    _table("writes", {
+        "policy": str(folder / "policy"),
+        "recipe, metrics": f"{folder / 'recipe.yaml'}, {folder / 'metrics.jsonl'}",
+        "group log": f"{trainer.group_log_dir} (every {trainer.group_log_freq} steps)",
+        "checkpoints": f"{folder}/global_step_* (every {trainer.save_freq} steps)" if trainer.save_freq > 0 else "on Ctrl-C only",
+    })  # fmt: skip
+    config = _local_config(model.path, model.trust_remote_code)
+    if config is None:
+        console.print(f"memory: {model.path} is not on this machine yet, so its size is not known here")
+        return
+    rm = Path(recipe.reward_model.model.path or ".")
+    rm_bytes = sum(file.stat().st_size for file in rm.glob("*.safetensors"))
+    estimate = estimate_memory(recipe, config, rm_bytes)
+    _table("memory, GiB", {
+        **{name: f"{size / GIB:.2f}" for name, size in estimate.parts.items() if size},
+        "total": f"{estimate.total / GIB:.2f} (plus about 0.7 for Python and torch)",
+    })  # fmt: skip
+
+
+def _local_config(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    folder = cache_folder() / "models" / DEFAULT_MODEL if path == DEFAULT_MODEL else Path(path)
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{folder}/config.json can't be read: {error}") from error
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
