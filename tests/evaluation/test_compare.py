@@ -105,7 +105,7 @@ def test_the_table_shows_change_and_interval() -> None:
     with console.capture() as capture:
         console.print(example().table())
     text = capture.get()
-    assert "Before and after, 4 prompts" in text
+    assert "4 held-out prompts" in text
     assert "+0.300  95% [+0.000, +0.600]" in text
     assert "+100.0 points" in text
     assert "length, words" in text

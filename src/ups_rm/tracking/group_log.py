@@ -195,9 +195,9 @@ def group_records(
     """
     lengths = response_mask.bool().sum(-1)
     rewards = token_level_rewards.detach().float().sum(-1)
-    # one value per sequence, repeated over its tokens: the first token's
+    # one value per sequence, repeated over its tokens: the first token's (an empty row is all 0)
     first = response_mask.bool().long().argmax(-1, keepdim=True)
-    per_sequence = advantages.detach().float().gather(-1, first).squeeze(-1) * (lengths > 0)
+    per_sequence = advantages.detach().float().gather(-1, first).squeeze(-1)
     kls = rewards.new_zeros(len(rewards)) if kl is None else (kl.detach().float() * response_mask).sum(-1)
     members: dict[int, list[int]] = {}
     for i, group in enumerate(group_ids.tolist()):
