@@ -119,6 +119,7 @@ def load_model(
     # the native bf16 way starts from the stored weights: norms and embeddings are not rounded
     stored = dtype == torch.bfloat16 and not trust_remote_code
     options: dict[str, Any] = {"dtype": "auto" if stored else dtype, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # so that check_weights tells them by name
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:

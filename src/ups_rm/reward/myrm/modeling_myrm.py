@@ -128,13 +128,15 @@ class MyRMForTokenClassification(PreTrainedModel):
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """As transformers does it, but a weight missing from backbone or head, or left over, is an error by name."""
+        kwargs["ignore_mismatched_sizes"] = True  # so that they come back by name
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         unexpected = sorted(name for name in info["unexpected_keys"] if re.match(r"(model|myscore)\.", name))
-        if missing or unexpected:
+        reshaped = sorted(str(name[0]) for name in info["mismatched_keys"])
+        if missing or unexpected or reshaped:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is not a whole reward model: "
-                f"missing weights {missing or 'none'}, unexpected weights {unexpected or 'none'} "
+                f"{pretrained_model_name_or_path} is not a whole reward model: missing weights {missing or 'none'}, "
+                f"unexpected weights {unexpected or 'none'}, of another shape {reshaped or 'none'} "
                 f"(hidden_dim_str is {model.config.hidden_dim_str!r})"
             )
         # Weights mapped from a file lie at any address, and BLAS rounds a matrix-vector product by alignment: with
