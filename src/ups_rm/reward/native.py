@@ -59,6 +59,8 @@ def myrm_config(folder: Path | str) -> MyRMConfig:
     Raises:
         RMError: no `hidden_dim_str` (not a backbone + MLP head folder), or fields transformers refuses.
     """
+    from transformers import AutoConfig
+
     from ups_rm.reward.myrm.configuration_myrm import LABEL_FIELDS, OWN_FIELDS, MyRMConfig
 
     raw = read_config(folder)
@@ -71,6 +73,9 @@ def myrm_config(folder: Path | str) -> MyRMConfig:
     backbone_type = raw.get("backbone_model_type") or ("llama" if model_type == "myrm" else model_type)
     fields = {key: value for key, value in raw.items() if key not in OWN_FIELDS + LABEL_FIELDS}
     try:
+        # through the backbone's own class first: it knows older spellings, such as rope_theta and rope_scaling
+        fields = AutoConfig.for_model(backbone_type, **fields).to_dict()
+        fields = {key: value for key, value in fields.items() if key not in OWN_FIELDS + LABEL_FIELDS}
         config = MyRMConfig(hidden_dim_text(raw["hidden_dim_str"]), backbone_type, **fields)
         config.backbone_config()
     except Exception as error:  # transformers validates with several error classes
