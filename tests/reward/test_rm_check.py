@@ -21,6 +21,9 @@ from ups_rm.reward.merge import merge
 from ups_rm.reward.scorer import RewardScorer
 
 
+REPO = Path(__file__).parents[2]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     return tiny_rm(tmp_path_factory.mktemp("check") / "checked-rm")
