@@ -88,10 +88,10 @@ def test_no_prompt_is_in_both_splits_and_a_fifth_is_held_out(rows: list[Row]) ->
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_proportions_are_those_of_the_real_set(split: str) -> None:
-    # of PKU-SafeRLHF: 41% both safe, 44% both unsafe, 15% mixed; within 2 points
+    # of PKU-SafeRLHF: 41% both safe, 44% both unsafe, 15% mixed; within 3 points
     stats = collect_stats(read_rows("sample", split=split))  # type: ignore[arg-type]
     shares = {kind: stats.pair_share(kind) for kind in ("both safe", "both unsafe", "mixed")}
-    assert shares == pytest.approx({"both safe": 0.41, "both unsafe": 0.44, "mixed": 0.15}, abs=0.02)
+    assert shares == pytest.approx({"both safe": 0.41, "both unsafe": 0.44, "mixed": 0.15}, abs=0.03)
     assert stats.better_differs_from_safer / stats.better_and_safer_known == pytest.approx(0.24, abs=0.05)
 
 
