@@ -20,7 +20,6 @@ from ups_rm.reward.check import check_rm
 from ups_rm.reward.merge import merge
 from ups_rm.reward.scorer import RewardScorer
 
-
 REPO = Path(__file__).parents[2]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import llama3_tokenizer, qwen_tokenizer
+from tiny import LLAMA3_TEMPLATE, llama3_tokenizer, qwen_tokenizer
 from ups_rm.errors import RMError
 from ups_rm.reward.render import TEMPLATE_DATE, RenderPolicy, render, template_sha256
 from ups_rm.types import Conversation
@@ -63,6 +63,38 @@ def test_end_token_is_added_where_the_template_writes_none_even_if_an_earlier_tu
         ids = ids_of(tokenizer, talk(reply), RenderPolicy("none", "<|eot_id|>"))
         assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
         assert ids.count(ids[-1]) == 2
+
+
+def test_a_generation_prompt_that_nobody_asked_for_goes():
+    """Llama 3's first template wrote one always."""
+    always = LLAMA3_TEMPLATE.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+    tokenizer = llama3_tokenizer(chat_template=always)
+    policy = RenderPolicy.infer(tokenizer)
+    assert policy == RenderPolicy.infer(LLAMA)
+    for reply in ("Yes.", "", "assistant", "Sure.Hello?"):
+        assert tokenizer.apply_chat_template(talk(reply), tokenize=False).endswith("assistant<|end_header_id|>\n")
+        assert ids_of(tokenizer, talk(reply), policy) == ids_of(LLAMA, talk(reply), policy)
+    as_written = ids_of(tokenizer, talk("Yes."), RenderPolicy("one", None))
+    assert tokenizer.decode(as_written) == tokenizer.apply_chat_template(talk("Yes."), tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("ending", "end_token"),
+    [
+        ("<|eot_id|>\n<|end_of_text|>", "<|end_of_text|>"),
+        ("<|end_of_text|> \n", "<|end_of_text|>"),
+        ("\n", None),
+        ("<|eot_id|>done", None),
+        ("", None),
+    ],
+)
+def test_the_end_token_is_the_last_special_one_after_a_reply(ending, end_token):
+    body = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+    tokenizer = llama3_tokenizer(chat_template=body + ending + "{% endfor %}")
+    policy = RenderPolicy.infer(tokenizer)
+    assert policy.end_token == end_token
+    text = tokenizer.apply_chat_template(talk("Yes."), tokenize=False)
+    assert ids_of(tokenizer, talk("Yes."), policy) == tokenizer(text, add_special_tokens=False).input_ids
 
 
 def test_what_the_template_writes_after_the_end_token_stays():

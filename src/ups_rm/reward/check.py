@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ups_rm.errors import RMError
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, RMCard, verify_folder, verify_logits
 from ups_rm.reward.native import load_tokenizer, read_config, rm_folder
-from ups_rm.reward.render import RenderPolicy, render
+from ups_rm.reward.render import RenderPolicy, render, writes_generation_prompt
 from ups_rm.reward.scorer import RewardScorer, logit_tolerance
 from ups_rm.types import Conversation
 
@@ -159,7 +159,7 @@ def _checks(
     yield _index(path)
     yield _bos(scorer, rows)
     yield _end_token(scorer, rows)
-    yield _date(scorer)
+    yield _template(scorer)
     finite = [logit for logit in alone if math.isfinite(logit)]
     if len(finite) < len(alone):
         finding = f"{len(alone) - len(finite)} of {len(alone)} logits are not finite in {scorer.dtype}"
@@ -255,9 +255,13 @@ def _end_token(scorer: RewardScorer, rows: Sequence[Sequence[int]]) -> Check:
     return Check("end token", "pass", f"every rendering ends with {token}")
 
 
-def _date(scorer: RewardScorer) -> Check:
-    """A template that writes today's date gives other scores tomorrow."""
+def _template(scorer: RewardScorer) -> Check:
+    """A template that writes today's date gives other scores tomorrow; one that opens a further turn is cut back."""
     template = str(scorer.tokenizer.get_chat_template())
+    if scorer.policy.end_token and writes_generation_prompt(scorer.tokenizer):
+        finding = f"the chat template opens a further turn after the reply; it is cut at {scorer.policy.end_token}"
+        way_out = "if the head was trained with that opening, set end_token to null in rm_card.json"
+        return Check("template", "warn", finding, way_out=way_out)
     if "strftime_now" in template and "date_string" not in template:
         way_out = "give a template without strftime_now: --chat-template FILE"
         return Check(

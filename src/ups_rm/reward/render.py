@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from ups_rm.errors import RMError
@@ -21,7 +22,12 @@ from ups_rm.types import Conversation, Message
 # Templates of the Llama 3.1+ family write today's date unless told one; a score must not depend on the day.
 TEMPLATE_DATE = "26 Jul 2024"
 DEFAULT_MAX_LENGTH = 4096
-_PROBE: Conversation = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+_PROBE: Conversation = [
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Really?"},
+    {"role": "assistant", "content": "Sure."},
+]
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,9 @@ class RenderPolicy:
     """What decides the token ids besides tokenizer and chat template.
 
     bos: "one" - the ids begin with exactly one BOS, whoever wrote it; "none" - they do not begin with BOS.
-    end_token: the special token that closes a reply, such as <|eot_id|>; added where the template writes none. What the
-        template writes after it (ChatML: a newline) stays. None: the ending is left as the template writes it.
+    end_token: the special token that closes a reply, such as <|eot_id|>; added where the template writes none. Blanks
+        that the template writes after it (ChatML: a newline) stay, a generation prompt that it writes without being
+        asked to (Llama 3's first template) goes. None: the ending is left as the template writes it.
     truncation_side: "left" - the oldest tokens go, a leading BOS stays; "right" - the newest tokens of the reply go,
         the end token and what follows it stay.
     max_length: limit in RM tokens, BOS and end token included.
@@ -57,21 +64,16 @@ class RenderPolicy:
         max_length: int = DEFAULT_MAX_LENGTH,
         truncation_side: Literal["left", "right"] = "left",
     ) -> RenderPolicy:
-        """The policy that leaves the chat template's output as it is: its BOS or none, its end token.
+        """The policy that fits the chat template: its BOS or none, the special token that it closes a reply with.
 
         Raises:
             RMError: the tokenizer has no chat template.
         """
         ids = _encode(tokenizer, _texts(tokenizer, [_PROBE]))[0]
         has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-        special = _special_tokens(tokenizer)
-        end_token = None
-        for token_id in reversed(ids):
-            if token_id in special:
-                end_token = special[token_id]
-                break
-            if tokenizer.decode([token_id]).strip():
-                break
+        closing = (_ending(tokenizer) or Ending("", "")).closing.rstrip()
+        found = [token for token in _special_tokens(tokenizer).values() if token and closing.endswith(token)]
+        end_token = max(found, key=len, default=None)
         return cls("one" if has_bos else "none", end_token, truncation_side, max_length)
 
 
@@ -100,13 +102,65 @@ def render(tokenizer: Any, conversations: Sequence[Conversation], policy: Render
     """
     if not conversations:
         return []
-    ids = _encode(tokenizer, _texts(tokenizer, conversations))
+    texts = _texts(tokenizer, conversations)
     end_id = None
     if policy.end_token is not None:
         end_id = tokenizer.convert_tokens_to_ids(policy.end_token)
         if end_id is None or (end_id == tokenizer.unk_token_id and policy.end_token != tokenizer.unk_token):
             raise RMError(f"end_token {policy.end_token!r} is not in the RM's tokenizer")
-    return [_apply(row, policy, tokenizer.bos_token_id, end_id, tokenizer) for row in ids]
+        ending = _ending(tokenizer)
+        texts = [_closed(text, ending, policy.end_token) for text in texts]
+    return [_apply(ids, policy, tokenizer.bos_token_id, end_id) for ids in _encode(tokenizer, texts)]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a template writes after the last reply: `closing`, and a generation prompt nobody asked for."""
+
+    closing: str
+    generation_prompt: str
+
+
+def _ending(tokenizer: Any) -> Ending | None:
+    """How the template ends a conversation; None if the probe's turns can't be found in what it writes.
+
+    The generation prompt is the header of an assistant's turn. It is what stands between question and reply, less what
+    closes the question's turn: the part that the way from reply to next question has in common, up to the next header.
+    """
+    (text,) = _texts(tokenizer, [_PROBE])
+    gaps, rest = [], text
+    for message in _PROBE:
+        gap, found, rest = rest.partition(message["content"])
+        if not found:
+            return None
+        gaps.append(gap)
+    _, to_reply, to_question, _ = gaps
+    special = "|".join(re.escape(token) for token in _special_tokens(tokenizer).values())
+    a, b = (re.split(f"({special})", gap) if special else [gap] for gap in (to_reply, to_question))
+    common = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
+    openers = [k for k, piece in enumerate(common) if k % 2]  # places of special tokens
+    closing = common[: openers[-1]] if len(openers) > 1 else common
+    header = to_reply[len("".join(closing)) :].rstrip()  # jinja drops a newline at a template's end
+    cut = len(rest.rstrip()) - len(header)
+    if header.strip() and rest.rstrip().endswith(header):
+        return Ending(rest[:cut], rest[cut:])
+    return Ending(rest, "")
+
+
+def writes_generation_prompt(tokenizer: Any) -> bool:
+    """Whether the template opens a further turn after the reply although it was not asked to."""
+    ending = _ending(tokenizer)
+    return ending is not None and bool(ending.generation_prompt)
+
+
+def _closed(text: str, ending: Ending | None, end_token: str) -> str:
+    """`text` without a generation prompt, ending with `end_token` and at most blanks after it."""
+    if ending is not None and text.endswith(ending.closing + ending.generation_prompt):
+        text = text.removesuffix(ending.generation_prompt)
+        has_end = ending.closing.rstrip().endswith(end_token)
+    else:
+        has_end = text.rstrip().endswith(end_token)
+    return text if has_end else text + end_token
 
 
 def chat_template_of(tokenizer: Any) -> str:
@@ -176,18 +230,13 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _apply(ids: list[int], policy: RenderPolicy, bos_id: int | None, end_id: int | None, tokenizer: Any) -> Rendered:
-    """BOS, end token, truncation: the policy applied to the template's own ids."""
+def _apply(ids: list[int], policy: RenderPolicy, bos_id: int | None, end_id: int | None) -> Rendered:
+    """BOS and truncation: the policy applied to the ids of a text that ends as it should."""
     if bos_id is not None:
         start = next((i for i, token in enumerate(ids) if token != bos_id), len(ids))
         ids = ([bos_id] if policy.bos == "one" else []) + ids[start:]
     head = [bos_id] if bos_id is not None and policy.bos == "one" else []
-    tail: list[int] = []
-    if end_id is not None:
-        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == end_id), None)
-        if last is None or tokenizer.decode(ids[last + 1 :]).strip():
-            last, ids = len(ids), [*ids, end_id]
-        tail = ids[last:]
+    tail = ids[len(ids) - 1 - ids[::-1].index(end_id) :] if end_id in ids else []
     excess = len(ids) - policy.max_length
     if excess <= 0:
         return Rendered(ids, False)
