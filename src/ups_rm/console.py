@@ -58,6 +58,7 @@ def progress_bar(description: str, total: int, *, unit: str = "", enabled: bool 
         tenth = 10 * done // total
         if tenth > shown:
             shown = tenth
-            console.print(f"{description}: {done}/{total} {unit} {perf_counter() - start:.0f} s {note}".rstrip(), soft_wrap=True)
+            line = f"{description}: {done}/{total} {unit} {perf_counter() - start:.0f} s {note}"
+            console.print(line.rstrip(), soft_wrap=True)
 
     yield advance_lines

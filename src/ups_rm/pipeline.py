@@ -1,15 +1,14 @@
 """`ups-rm run`: from rows to a table that says how much safer the policy became.
 
-policy -> prepare -> features -> head -> merge -> check -> GRPO -> before/after. Each is a `Stage` with a stamp beside its
-outputs, so a second run does only what is missing, and an interrupted one goes on. What the user already has (prompts,
-an RM, a policy) replaces the stages that would make it.
+policy -> prepare -> features -> head -> merge -> check -> GRPO -> before/after. Each is a `Stage` with a stamp beside
+its outputs, so a second run does only what is missing, and an interrupted one goes on. What the user already has
+(prompts, an RM, a policy) replaces the stages that would make it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,25 +90,31 @@ def _prepare(this: Run) -> None:
             f"prepare writes train.parquet and val.parquet into one folder, but the recipe names {train} and {val}\n"
             "  fix: set both TRAIN_DATA and VAL_DATA to use files that you have"
         )
-    options = {
-        "subsets": settings.subsets or None,
-        "train_ratio": settings.train_ratio,
-        "shuffle": settings.shuffle,
-        "seed": settings.seed,
-        "dedup": None if settings.dedup == "none" else settings.dedup,
-        "group_split": settings.group_split,
-        "categories": tuple(settings.categories),
-        "max_rows": None if settings.max_rows < 0 else settings.max_rows,
-        "max_bad": settings.max_bad,
-    }
+
+    def action() -> None:
+        prepare(
+            settings.source,
+            train.parent,
+            subsets=settings.subsets or None,
+            train_ratio=settings.train_ratio,
+            shuffle=settings.shuffle,
+            seed=settings.seed,
+            dedup=None if settings.dedup == "none" else settings.dedup,
+            group_split=settings.group_split,
+            categories=tuple(settings.categories),
+            max_rows=None if settings.max_rows < 0 else settings.max_rows,
+            max_bad=settings.max_bad,
+            progress=True,
+        )
+
     this.do(
         Stage(
             name="prepare",
             inputs=[_source(settings.source)],
-            settings=options,
+            settings={key: value for key, value in asdict(settings).items() if key != "benign_source"},
             out=train.parent,
             outputs=[train, val],
-            action=lambda: prepare(settings.source, train.parent, **options, progress=True),
+            action=action,
         )
     )
     if settings.benign_source == "none":
@@ -302,7 +307,8 @@ def _check(this: Run, skip: bool) -> None:
         _write_json(folder / "rm_check.json", report.to_dict())
         if not report.ok and not skip:
             raise RMError(
-                f"{model.path} fails its check, see above; nothing was trained\n  fix: as said there, or --skip-rm-check"
+                f"{model.path} fails its check, see above; nothing was trained\n"
+                "  fix: as said there, or --skip-rm-check"
             )
         if not report.ok:
             console.print("[bold red]the RM fails its check and is trained against all the same (--skip-rm-check)[/]")
@@ -420,4 +426,4 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    temporary.replace(file)

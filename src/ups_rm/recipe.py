@@ -4,7 +4,8 @@ A recipe is a YAML file over the defaults below, then `key=value` overrides. Key
 and meaning (verl 0.9.1); the sections `prepare`, `reward_training` and `evaluation` are ours. A key that does not exist
 here is an error that names the nearest one: nothing that a recipe asks for is silently dropped.
 
-The text under a field is its documentation: `ups-rm train --dry-run` prints the resolved values, docs/recipe.md lists all.
+The text under a field is its documentation: `ups-rm train --dry-run` prints the resolved values, docs/recipe.md lists
+all.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class RewardTraining:
     source: str = ""
     """Labelled rows; those of `prepare.source` if empty."""
     benign_source: str = "none"
-    """More labelled rows that are added: `sample` teaches a real RM that helpful answers to harmless questions are safe."""
+    """More labelled rows that are added: `sample` teaches a real RM that help with harmless questions is safe."""
     hidden_dims: str = "256,64"
     loss: str = "bce"
     """`bce` on unsafe labels, `severity` regression, or `pairs` (Bradley-Terry)."""
@@ -344,7 +345,7 @@ def load_recipe(name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = ()
 def _merge_file(config: DictConfig, file: Path) -> DictConfig:
     try:
         text = file.read_text(encoding="utf-8")
-        lines = {key: line for key, line in _key_lines(yaml.compose(text))}
+        lines = dict(_key_lines(yaml.compose(text)))
         loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise RecipeError(f"{file} can't be read as YAML: {error}") from error

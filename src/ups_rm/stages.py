@@ -104,7 +104,7 @@ def stage_hash(stage: Stage) -> str:
 
 
 def content_hash(item: Path | str) -> str:
-    """sha256 of a file, or of a folder's files with their names; of the text itself for what is not on disk (a hub id)."""
+    """sha256 of a file, or of a folder's files with their names; of the text itself for what is not on disk."""
     path = Path(item)
     if not path.exists():
         return hashlib.sha256(str(item).encode()).hexdigest()
@@ -166,4 +166,4 @@ def _write_stamp(stage: Stage, stamp: dict[str, Any]) -> None:
     stage.out.mkdir(parents=True, exist_ok=True)
     temporary = stage.out / f"{STAMP}.tmp"
     temporary.write_text(json.dumps({"stage": stage.name, **stamp}, indent=1), encoding="utf-8")
-    os.replace(temporary, stage.out / STAMP)
+    temporary.replace(stage.out / STAMP)

@@ -31,8 +31,9 @@ def run(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Rows to train RM and policy on instead of the packaged sample: a folder in PKU-SafeRLHF layout, a file of "
-            "rows or of {prompt, safe_response, unsafe_response}, a Hub id. The sample's harmless prompts are added."
+            help="Rows to train RM and policy on instead of the packaged sample: a folder in PKU-SafeRLHF layout, "
+            "a file of rows or of {prompt, safe_response, unsafe_response}, a Hub id. The sample's harmless prompts "
+            "are added."
         ),
     ] = None,
     policy: Policy = None,
@@ -100,7 +101,8 @@ def check_engine(engine: str) -> None:
 
     if engine == "verl":
         raise RunError(
-            "ENGINE=verl is not part of this version: it will run the same recipe on stock verl\n  fix: ENGINE=local (the default)"
+            "ENGINE=verl comes with a later version: it will run the same recipe on stock verl\n"
+            "  fix: ENGINE=local (the default)"
         )
     if engine != "local":
         raise RunError(f"ENGINE={engine} is not known; use local")

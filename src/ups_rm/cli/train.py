@@ -10,7 +10,8 @@ import typer
 from ups_rm.cli.run import Engine, Output, Overrides, Policy, RecipeName, RewardModel, TrainData, ValData
 
 TRAIN_EPILOG = (
-    "Example: ups-rm train --rm merge/merged_model/Naive-RM-saferlhf --out runs/mine trainer.total_training_steps=20      "
+    "Example: ups-rm train --rm merge/merged_model/Naive-RM-saferlhf --out runs/mine "
+    "trainer.total_training_steps=20      "
     "First look: ups-rm train --dry-run --rm merge/merged_model/Naive-RM-saferlhf"
 )
 EVAL_EPILOG = (

@@ -1,9 +1,9 @@
 """The actor: log-probabilities of a rollout and the GRPO update.
 
-Sequences are cut into micro batches of whole groups where they fit, each trimmed to its longest prompt and reply; a micro batch's loss is scaled
-by the totals of its mini batch, so gradients (and with them the step) do not depend on how it was cut. Gradients add up in
-fp32. Where a rollout is used for exactly one optimizer step, the old log-probabilities are the training forward's own,
-detached: the ratio is exactly 1, whatever the compute dtype.
+Sequences are cut into micro batches of whole groups where they fit, each trimmed to its longest prompt and reply; a
+micro batch's loss is scaled by the totals of its mini batch, so gradients (and with them the step) do not depend on how
+it was cut. Gradients add up in fp32. Where a rollout is used for exactly one optimizer step, the old log-probabilities
+are the training forward's own, detached: the ratio is exactly 1, whatever the compute dtype.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Actor:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self._write_back()
-        return sums | {"actor/grad_norm": float(grad_norm), "actor/lr": lr}
+        return sums | {"actor/grad_norm": float(grad_norm), "actor/lr": float(lr)}
 
     def _micro_loss(
         self, sequences: Sequences, advantages: Tensor, old: Tensor | None, ref: Tensor | None, rows: Tensor, whole: Any

@@ -1,15 +1,14 @@
 """Checkpoints: written under a temporary name and renamed, so that one that can be seen is whole.
 
 `<dir>/global_step_<N>/` holds `training.pt` (fp32 masters and optimizer state, tensors only) and `state.json`.
-`<dir>/latest_checkpointed_iteration.txt` names the newest (verl's file name). Random state is not stored: every draw is a
-function of the seed and the step.
+`<dir>/latest_checkpointed_iteration.txt` names the newest (verl's file name). Random state is not stored: every draw is
+a function of the seed and the step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +66,7 @@ def save_checkpoint(folder: Path, actor: Actor, state: TrainingState, *, keep: i
         temporary.replace(final)
         mark = folder / f".{LATEST}.tmp"
         mark.write_text(str(state.step), encoding="utf-8")
-        os.replace(mark, folder / LATEST)
+        mark.replace(folder / LATEST)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(

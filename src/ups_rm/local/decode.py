@@ -1,9 +1,9 @@
 """A decode loop for Llama- and Qwen-type models: prompt computed once per group, preallocated KV cache, no `generate`.
 
-Weights are read from the transformers model itself (LoRA merged in on `refresh`), the rotary table is its own module, so
-biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. Finished rows leave the batch.
-Sampling inverts the CDF with uniforms drawn beforehand per row and position: a row's reply does not depend on which other
-rows are in its batch or when they end.
+Weights are read from the transformers model itself (LoRA merged in on `refresh`), the rotary table is its own module,
+so biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. Finished rows leave the batch.
+Sampling inverts the CDF with uniforms drawn beforehand per row and position: a row's reply does not depend on which
+other rows are in its batch or when they end.
 
 `FastDecoder.of` returns None for an architecture it does not know; the caller then uses `generate`.
 """
@@ -150,7 +150,7 @@ class FastDecoder:
         return F.linear(self._rms(hidden, self.norm), self.head).float()
 
     def _prefill(self, prompts: list[list[int]], n: int, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run each prompt once, right-padded; returns (last hidden (B, H), keys, values (L, B, K, total, D), lengths (B,))."""
+        """Run each prompt once, right-padded; (last hidden (B, H), keys, values (L, B, K, total, D), lengths (B,))."""
         device, count, width = self.embed.device, len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(row) for row in prompts], device=device)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=device)

@@ -1,4 +1,4 @@
-"""`ups-rm train --dry-run`: the resolved recipe, what is read and written, and the memory it takes. Loads no weights."""
+"""`ups-rm train --dry-run`: the resolved recipe, what is read and written, the memory it takes. Loads no weights."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class MemoryEstimate:
 def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimate:
     """What training holds at the same time, from shapes alone (parameters on the meta device).
 
-    weights, gradients: compute dtype; masters and AdamW's two moments: fp32 per trained parameter (the master is the weight
-    itself where compute is fp32). Activations of a micro batch without checkpointing: per layer and token about
+    weights, gradients: compute dtype; masters and AdamW's two moments: fp32 per trained parameter (the master is the
+    weight itself where compute is fp32). Activations of a micro batch without checkpointing: per layer and token about
     2*(6 H + 3 I) numbers, plus fp32 logits of one chunk of 256 positions.
 
     Args:
@@ -93,7 +93,9 @@ def print_dry_run(recipe: Recipe) -> None:
         "policy": str(folder / "policy"),
         "recipe, metrics": f"{folder / 'recipe.yaml'}, {folder / 'metrics.jsonl'}",
         "group log": f"{trainer.group_log_dir} (every {trainer.group_log_freq} steps)",
-        "checkpoints": f"{folder}/global_step_* (every {trainer.save_freq} steps)" if trainer.save_freq > 0 else "on Ctrl-C only",
+        "checkpoints": f"{folder}/global_step_* (every {trainer.save_freq} steps)"
+        if trainer.save_freq > 0
+        else "on Ctrl-C only",
     })  # fmt: skip
     config = _local_config(model.path, model.trust_remote_code)
     if config is None:

@@ -122,7 +122,7 @@ class Policy:
     def plain_logprobs(
         self, part: Sequences, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The same through transformers' own forward, for any causal LM: the reference that the fast path is tested with."""
+        """The same through transformers' own forward, for any causal LM; the fast path is tested against it."""
         ids = torch.cat([part.prompts, part.responses], dim=1)  # (b, T + R)
         mask = torch.cat([part.prompt_mask, part.response_mask], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
@@ -139,7 +139,7 @@ class Policy:
         return -flat.view_as(part.responses), entropy
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face folder that plain transformers loads; adapters are merged, weights as trained (fp32 masters)."""
+        """A Hugging Face folder that plain transformers loads; adapters merged, weights as trained (fp32 masters)."""
         model = self.model
         if self.is_lora:
             import copy
@@ -178,7 +178,8 @@ def load_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
         raise PolicyError(f"policy {source} can't be loaded as a causal language model: {reason}") from error
     if not tokenizer.chat_template:
         raise PolicyError(
-            f"policy {source} has no chat template\n  fix: use an instruction-tuned model or add chat_template.jinja to its folder"
+            f"policy {source} has no chat template\n"
+            "  fix: use an instruction-tuned model or add chat_template.jinja to its folder"
         )
     if tokenizer.eos_token_id is None and model.generation_config.eos_token_id is None:
         raise PolicyError(f"policy {source} names no end token: replies would never end")

@@ -1,8 +1,8 @@
 """GRPO on one machine: the loop.
 
-One step: n replies per prompt, scored by the reward model, KL against the frozen reference, advantages within the group,
-one clipped policy-gradient update. What the step computes is in `Trainer.step`; data order, decoding, log-probabilities,
-checkpoints, trackers and the group log each live in their own module.
+One step: n replies per prompt, scored by the reward model, KL against the frozen reference, advantages within the
+group, one clipped policy-gradient update. What the step computes is in `Trainer.step`; data order, decoding,
+log-probabilities, checkpoints, trackers and the group log each live in their own module.
 
 How it departs from DeepSeekMath (arXiv:2402.03300): one update per rollout by default (the ratio is then exactly 1), KL
 is by default taken off the reward instead of added to the loss (verl's `algorithm.use_kl_in_reward`).
@@ -91,7 +91,8 @@ class Trainer:
         scorer: anything with `score(conversations)`; the RM folder of the recipe is loaded if not given.
 
     Example:
-        >>> result = Trainer(load_recipe("quickstart", ["reward_model.model.path=merge/merged_model/Naive-RM-saferlhf"])).fit()
+        >>> recipe = load_recipe("quickstart", ["reward_model.model.path=merge/merged_model/Naive-RM-saferlhf"])
+        >>> result = Trainer(recipe).fit()
     """
 
     def __init__(self, recipe: Recipe, scorer: Scorer | None = None) -> None:
@@ -372,8 +373,8 @@ class Trainer:
             longest = max(lengths)
             if not self.recipe.data.filter_overlong_prompts:
                 raise RecipeError(
-                    f"{len(rows) - len(fitting)} prompts are longer than data.max_prompt_length={limit} tokens (longest {longest})\n"
-                    "  fix: raise it, or set data.filter_overlong_prompts=true"
+                    f"{len(rows) - len(fitting)} prompts are longer than data.max_prompt_length={limit} tokens "
+                    f"(longest {longest})\n  fix: raise it, or set data.filter_overlong_prompts=true"
                 )
             console.print(f"{len(rows) - len(fitting)} prompts over {limit} tokens are left out (longest {longest})")
         return fitting
@@ -411,7 +412,8 @@ def load_scorer(recipe: Recipe) -> Scorer:
     settings = recipe.reward_model
     if not settings.model.path:
         raise RecipeError(
-            "reward_model.model.path is empty\n  fix: give an RM folder (REWARD_MODEL_PATH=FOLDER), or use `ups-rm run`, which makes one"
+            "reward_model.model.path is empty\n"
+            "  fix: give an RM folder (REWARD_MODEL_PATH=FOLDER), or use `ups-rm run`, which makes one"
         )
     return RewardScorer.load(
         settings.model.path,
@@ -423,7 +425,7 @@ def load_scorer(recipe: Recipe) -> Scorer:
 
 
 def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = False) -> None:
-    """Before the policy is even loaded: an RM that fails its check, or a run folder that belongs to another run, stops it.
+    """Before the policy is even loaded: an RM that fails its check, or a run folder of another run, stops it.
 
     Raises:
         RMError: the RM fails its check and `skip` is not set.
@@ -448,7 +450,8 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
     if failed:
         reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
         raise RMError(
-            f"{model.path} fails its check; nothing was trained\n{reasons}\n  fix: ups-rm rm check {model.path}, or --skip-rm-check"
+            f"{model.path} fails its check; nothing was trained\n{reasons}\n"
+            f"  fix: ups-rm rm check {model.path}, or --skip-rm-check"
         )
 
 
@@ -487,8 +490,8 @@ def interruptible() -> Iterator[StopRequest]:
         console.print("\nstopping after this step, with a checkpoint (once more: stop at once)")
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, ask)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            previous[which] = signal.signal(which, ask)
     except ValueError:  # not in the main thread, for example in a notebook's executor: Ctrl-C stays as it was
         previous = {}
     try:

@@ -67,7 +67,7 @@ def _read_our_head(folder: Path) -> HeadWeights:
 
 def _read_original_head(folder: Path) -> HeadWeights:
     import torch
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     settings_file = folder / "config.yaml"
     if not settings_file.is_file():
