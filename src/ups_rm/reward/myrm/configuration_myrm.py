@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 # Fields of config.json that are not the backbone's
@@ -49,6 +50,10 @@ class MyRMConfig(PretrainedConfig):
     def backbone_config(self) -> Any:
         """The config of the backbone alone, of the class that transformers has for `backbone_model_type`."""
         fields = {k: v for k, v in self.to_dict().items() if k not in OWN_FIELDS and k not in LABEL_FIELDS}
+        if fields.get("rope_parameters") and int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(
+                f"this folder needs transformers >= 5: {transformers.__version__} ignores rope_parameters"
+            )
         config = AutoConfig.for_model(self.backbone_model_type, **fields)
         # A pad token that was added without growing the embedding must not stop the backbone: padding is never read.
         pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
