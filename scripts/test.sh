@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Lint, types and all tests, after setting up .venv if needed (with the extras that the oracle tests compare with).
+# Usage: bash scripts/test.sh [pytest arguments]
+#   bash scripts/test.sh -m "not slow"         a few minutes: no real model, no fresh environments
+#   bash scripts/test.sh tests/grpo -x         one folder, stop at the first failure
+# All four checks run even if one fails; the exit code is 0 only if all pass.
+set -euo pipefail
+repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$repo/scripts/setup.sh"
+setup_venv "$repo" "dev,verl,trl"
+cd "$repo"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # idle threads sleep: other programs share the cores
+
+failed=()
+check() {
+  local name="$1"
+  shift
+  echo "== $name"
+  "$@" || failed+=("$name")
+}
+check "ruff check" "$venv/bin/ruff" check .
+check "ruff format" "$venv/bin/ruff" format --check .
+check "mypy" "$venv/bin/mypy"
+check "pytest" "$venv/bin/python" -m pytest "$@"
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}" >&2
+  exit 1
+fi
