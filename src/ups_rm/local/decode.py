@@ -30,6 +30,7 @@ def is_known(model: Any) -> bool:
         and config.hidden_act == "silu"
         and not getattr(config, "mlp_bias", False)
         and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+        and not hasattr(model.get_input_embeddings(), "lora_embedding_A")  # its weight alone would miss the adapter
     )
 
 

@@ -127,9 +127,10 @@ class Policy:
         mask = torch.cat([part.prompt_mask, part.response_mask], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         length = part.responses.shape[1]
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=length + 1
-        ).logits[:, -length - 1 : -1]  # (b, R, V); the last position predicts a token that is not there
+        with self._checkpointing():
+            logits = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=length + 1
+            ).logits[:, -length - 1 : -1]  # (b, R, V); the last position predicts a token that is not there
         logits = logits.float() / temperature
         flat = F.cross_entropy(logits.flatten(0, 1), part.responses.flatten(), reduction="none")
         entropy = None
@@ -137,6 +138,21 @@ class Policy:
             logp = logits.log_softmax(dim=-1)
             entropy = -(logp.exp() * logp).sum(dim=-1)
         return -flat.view_as(part.responses), entropy
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Within: layers checkpoint if the recipe asks for it. transformers does so in training mode only, which is
+        switched on for the layers themselves and not for what is in them: dropout stays off."""
+        base = self.model.get_base_model() if self.is_lora else self.model
+        wanted = base.is_gradient_checkpointing and torch.is_grad_enabled()
+        layers = [m for m in base.modules() if wanted and getattr(m, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder that plain transformers loads; adapters merged, weights as trained (fp32 masters)."""

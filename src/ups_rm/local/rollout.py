@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ups_rm.errors import PolicyError
-from ups_rm.local.decode import FastDecoder, Sampling
+from ups_rm.local.decode import FastDecoder, Sampling, draw
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
 from ups_rm.types import Conversation, Message
@@ -67,45 +68,56 @@ class RolloutEngine:
         uniforms = sampling.uniforms(len(prompts) * n, max_new_tokens)
         rows: list[tuple[Tensor, Tensor]] = []  # (tokens, logprobs) per sequence
         per_call = max(1, self.max_num_seqs // n)
+        decode = self._generate_plain if self.decoder is None else self.decoder.generate
         for start in range(0, len(ids), per_call):
             chunk = ids[start : start + per_call]
             drawn = uniforms[start * n : (start + len(chunk)) * n]
-            if self.decoder is not None:
-                rows += self.decoder.generate(chunk, n, max_new_tokens, self.policy.eos_ids, sampling, drawn)
-            else:
-                rows += self._generate_plain(chunk, n, max_new_tokens, sampling, start)
+            for part in drawn.split(self.max_num_seqs):  # one, unless n > max_num_seqs; then the chunk is one prompt
+                replies = len(part) // len(chunk)
+                rows += decode(chunk, replies, max_new_tokens, self.policy.eos_ids, sampling, part)
         return self._pack(prompts, ids, rows, n)
 
     def _generate_plain(
-        self, ids: list[list[int]], n: int, max_new_tokens: int, sampling: Sampling, start: int
+        self,
+        prompts: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        eos_ids: list[int],
+        sampling: Sampling,
+        uniforms: Tensor,
     ) -> list[tuple[Tensor, Tensor]]:
-        """transformers' own `generate`, for architectures that the fast decoder does not know."""
-        device, pad = self.policy.device, self.policy.pad_id
-        width = max(map(len, ids))
-        prompts = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-        greedy = sampling.temperature == 0
-        torch.manual_seed(sampling.seed + start)
-        settings: dict[str, Any] = {"do_sample": not greedy}
-        if not greedy:
-            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "num_return_sequences": n}
-            settings["top_k"] = max(sampling.top_k, 0)
-        output = self.policy.model.generate(
-            input_ids=prompts,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.policy.eos_ids,
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **settings,
-        )
-        tokens = output.sequences[:, width:]  # (b, R)
-        logprobs = torch.stack([step.float().log_softmax(-1) for step in output.scores], dim=1)  # (b, R, V)
-        logprobs = logprobs.gather(-1, tokens[..., None]).squeeze(-1)
-        if greedy and n > 1:
-            tokens, logprobs = tokens.repeat_interleave(n, 0), logprobs.repeat_interleave(n, 0)
-        ends = torch.isin(tokens, torch.tensor(self.policy.eos_ids, device=device))
+        """`FastDecoder.generate` by way of transformers' `generate`, for architectures that the decoder does not know.
+
+        Our own `draw` picks the tokens as a logits processor, and the folder's generation settings (repetition penalty
+        and the like) are set aside: replies must come from the policy that is trained, not from a changed one.
+        """
+        device, pad, model = self.policy.device, self.policy.pad_id, self.policy.model
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+        uniforms = uniforms.to(device)
+        drawn: list[Tensor] = []  # log-probabilities, one tensor (b,) per position
+
+        def pick(_: Tensor, logits: Tensor) -> Tensor:
+            token, logprob = draw(logits, sampling, uniforms[:, len(drawn)])
+            drawn.append(logprob)
+            return torch.full_like(logits, float("-inf")).scatter_(1, token[:, None], 0.0)
+
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            tokens = model.generate(
+                input_ids=ids.repeat_interleave(n, 0),
+                attention_mask=mask.repeat_interleave(n, 0),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=eos_ids,
+                pad_token_id=pad,
+                do_sample=False,
+                logits_processor=[pick],
+            )[:, width:]  # (b, R)
+        finally:
+            model.generation_config = own
+        logprobs = torch.stack(drawn, dim=1)
+        ends = torch.isin(tokens, torch.tensor(eos_ids, device=device))
         lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
         return [(tokens[i, :k].cpu(), logprobs[i, :k].cpu()) for i, k in enumerate(lengths.tolist())]
 

@@ -30,10 +30,10 @@ class SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
-        """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,) fp32."""
-        logprobs, norms = [], []
+        """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,), fp32 or wider."""
+        logprobs, norms, wide = [], [], torch.promote_types(weight.dtype, torch.float32)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = F.linear(h, weight).float().div_(temperature)
+            logits = F.linear(h, weight).to(wide).div_(temperature)
             norm = logits.logsumexp(dim=-1)
             logprobs.append(logits.gather(1, t[:, None]).squeeze(1) - norm)
             norms.append(norm)
@@ -44,12 +44,12 @@ class SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, norms = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_hidden, wide = torch.empty_like(hidden), norms.dtype
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            h, g = hidden[rows], grad[rows, None].float() / ctx.temperature
-            logits = F.linear(h, weight).float().div_(ctx.temperature)
+            h, g = hidden[rows], grad[rows, None].to(wide) / ctx.temperature
+            logits = F.linear(h, weight).to(wide).div_(ctx.temperature)
             d_logits = logits.sub_(norms[rows, None]).exp_().mul_(-g)
             d_logits.scatter_add_(1, targets[rows, None], g)
             low = d_logits.to(weight.dtype)
