@@ -246,7 +246,7 @@ def verify_logits(card: RMCard, folder: Path, logits: Sequence[float], tolerance
     """The golden logits against `logits` of the loaded model.
 
     Args:
-        tolerance: largest difference allowed, relative to max(1, |logit|).
+        tolerance: largest difference allowed, as a share of the largest golden logit (of 1, if that is smaller).
 
     Returns:
         The largest such difference.
@@ -255,8 +255,9 @@ def verify_logits(card: RMCard, folder: Path, logits: Sequence[float], tolerance
         RMError: it is over the tolerance.
     """
     worst, at = 0.0, 0
+    scale = max([1.0, *(abs(golden.logit) for golden in card.golden)])
     for i, (golden, logit) in enumerate(zip(card.golden, logits, strict=True)):
-        difference = abs(golden.logit - logit) / max(1.0, abs(golden.logit))
+        difference = abs(golden.logit - logit) / scale
         if not difference <= worst:  # NaN counts as worst
             worst, at = difference, i
     if not worst <= tolerance:

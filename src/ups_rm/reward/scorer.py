@@ -27,9 +27,9 @@ from ups_rm.types import Conversation, Score
 if TYPE_CHECKING:
     import torch
 
-# Largest difference between two ways of computing one logit (padding side, batch mates, another machine), relative to
-# max(1, |logit|), by the coarser of the two number formats.
-LOGIT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+# Largest difference between a golden logit and the one computed now (other number format, other machine), as a share of
+# the largest golden logit, by the coarser of the two number formats. Measured with SmolLM2-135M: 1e-5 and 0.04.
+LOGIT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 
 
 def safe_score(logit: float) -> float:
