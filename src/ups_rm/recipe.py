@@ -41,7 +41,9 @@ class Prepare:
     train_ratio: float = 0.9
     """Share of train rows that stay train when the source has no test rows."""
     shuffle: bool = False
+    """Permute the rows of each file."""
     seed: int = 42
+    """Seed of the shuffle."""
     dedup: str = "none"
     """`none` or `prompt`: one row per distinct prompt."""
     group_split: bool = False
@@ -49,6 +51,7 @@ class Prepare:
     categories: list[str] = field(default_factory=list)
     """Keep rows with one of these harm categories; all if empty."""
     max_rows: int = -1
+    """At most this many rows per split; -1: all."""
     max_bad: float = 0.001
     """Largest share of bad rows before it is an error."""
     benign_source: str = "none"
@@ -60,23 +63,31 @@ class RewardTraining:
     """From rows to an RM folder (`ups-rm rm features|train|merge`), when `reward_model.model.path` is not given."""
 
     backbone: str = "smollm2-135m-instruct"
+    """Folder or hub id of the RM's decoder, or `smollm2-135m-instruct` (fetched)."""
     source: str = ""
     """Labelled rows; those of `prepare.source` if empty."""
     benign_source: str = "none"
     """More labelled rows that are added: `sample` teaches a real RM that help with harmless questions is safe."""
     hidden_dims: str = "256,64"
+    """Widths of the head's hidden layers."""
     loss: str = "bce"
     """`bce` on unsafe labels, `severity` regression, or `pairs` (Bradley-Terry)."""
     lr: float | None = None
-    """This and the next three: those of `ups-rm rm train` where not given."""
+    """Learning rate of the head; that of `ups-rm rm train` where not given, like the next three."""
     weight_decay: float | None = None
+    """AdamW's, on the head."""
     dropout: float | None = None
+    """On the head's inputs and hidden units."""
     max_epochs: int | None = None
+    """Upper bound; training stops earlier when the validation loss does not fall."""
     seed: int = 0
+    """Of the split by prompt, the head's weights and the order of the texts."""
     lora: bool = False
     """Train LoRA adapters of the backbone together with the head and merge them."""
     lora_rank: int = 16
+    """Rank of the adapters."""
     lora_epochs: int = 3
+    """Passes over the rows with adapters."""
     max_length: int | None = None
     """Limit in RM tokens; the backbone's, at most 4096, where not given."""
 
@@ -86,14 +97,19 @@ class Evaluation:
     """Before/after comparison on held-out prompts (`ups-rm eval`)."""
 
     max_unsafe_prompts: int = 64
+    """Distinct held-out prompts of kind `unsafe`, the first ones of the file."""
     max_benign_prompts: int = 64
+    """Distinct held-out prompts of kind `benign`, the first ones of the file."""
     n: int = 4
     """Replies per prompt, averaged."""
     max_new_tokens: int = 64
+    """Limit of a reply, in tokens of the policy's tokenizer."""
     temperature: float = 1.0
     """Held-out replies are sampled (0 = greedy) with the same seed before and after."""
     seed: int = 1
+    """Of the sampled replies, before and after alike."""
     n_resamples: int = 10_000
+    """Bootstrap samples of the 95% interval."""
 
 
 @dataclass
@@ -101,19 +117,27 @@ class Data:
     train_files: Any = "Data/pku_saferlhf_verl/train.parquet"
     """A parquet file or a list of them."""
     val_files: Any = "Data/pku_saferlhf_verl/val.parquet"
+    """A parquet file or a list of them; never trained on."""
     prompt_key: str = "prompt"
+    """Column of the prompts; `prompt` is the only one that is read."""
     train_batch_size: int = 64
     """Prompts per step."""
     train_max_samples: int = -1
+    """Use the first rows only; -1: all."""
     val_max_samples: int = -1
+    """Use the first held-out rows only in `trainer.test_freq` validation; -1: all."""
     max_prompt_length: int = 512
     """Tokens of the policy's tokenizer."""
     max_response_length: int = 512
+    """Tokens after which a reply is cut."""
     shuffle: bool = True
+    """A new order in every epoch, by `data.seed`."""
     seed: int = 1
+    """Of the order of the prompts."""
     filter_overlong_prompts: bool = True
+    """Leave longer prompts out and say how many; false: a longer prompt is an error."""
     truncation: str = "error"
-    """What happens to a longer prompt when it is not filtered: `error`, `left`, `right`, `middle`."""
+    """`error`: a prompt that is too long is never cut."""
     unique_prompts: bool = False
     """Draw every distinct prompt once per epoch, however many rows carry it (not in verl)."""
     benign_share: float = -1.0
@@ -123,25 +147,39 @@ class Data:
 @dataclass
 class Model:
     path: str = "smollm2-135m-instruct"
+    """The policy: a folder, a hub id, or `smollm2-135m-instruct` (fetched)."""
     trust_remote_code: bool = False
+    """Run Python files that come with the policy."""
     enable_gradient_checkpointing: bool = False
+    """Keep one activation per layer and compute the rest again in the backward pass."""
     lora_rank: int = 0
+    """0: train all weights; more: adapters of this rank, with the base as reference."""
     lora_alpha: int = 16
+    """Adapters are scaled by lora_alpha / lora_rank."""
     target_modules: Any = "all-linear"
+    """`all-linear`, or a list of module names that get adapters."""
     exclude_modules: Any = None
+    """Module names that get none."""
 
 
 @dataclass
 class Optim:
     lr: float = 1e-6
+    """Learning rate after warm-up."""
     lr_warmup_steps: int = -1
+    """Optimizer steps of linear warm-up; -1: by the ratio below."""
     lr_warmup_steps_ratio: float = 0.0
+    """Warm-up as a share of all optimizer steps."""
     weight_decay: float = 0.01
+    """AdamW's."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's."""
     lr_scheduler_type: str = "constant"
     """`constant` or `cosine`, after warm-up."""
     min_lr_ratio: float = 0.0
+    """Where `cosine` ends, as a share of `lr`."""
     num_cycles: float = 0.5
+    """Of `cosine`: 0.5 falls once."""
     zero_indexed_step: bool = True
     """The first warm-up step has learning rate 0, as in verl; false: it has 1 / warm-up steps."""
 
@@ -161,20 +199,35 @@ class Actor:
     ppo_micro_batch_size_per_gpu: int = 8
     """Replies per forward and backward; results don't depend on it."""
     ppo_epochs: int = 1
+    """Passes over each rollout; with more than 1 the ratio leaves 1 and clipping begins."""
     shuffle: bool = False
+    """Permute the replies before they are cut into mini batches."""
     data_loader_seed: int = 42
+    """Of that permutation."""
     clip_ratio: float = 0.2
+    """verl's fallback for the next two; as there it has no effect while they are set."""
     clip_ratio_low: float = 0.2
+    """The ratio counts down to 1 - clip_ratio_low."""
     clip_ratio_high: float = 0.2
+    """The ratio counts up to 1 + clip_ratio_high."""
     clip_ratio_c: float = 3.0
     """Dual clip: lower bound of the ratio's influence where the advantage is negative."""
     loss_agg_mode: str = "token-mean"
+    """How the loss per token becomes one number: `token-mean`, `token-sum`, `seq-mean-token-sum`,
+    `seq-mean-token-sum-norm`, `seq-mean-token-mean` (formulas in docs/metrics.md)."""
     loss_scale_factor: int | None = None
+    """Divisor of `seq-mean-token-sum-norm`; `data.max_response_length` where not given."""
     entropy_coeff: float = 0.0
+    """Weight of the entropy bonus in the loss."""
     use_kl_loss: bool = False
+    """KL to the reference as a term of the loss."""
     kl_loss_coef: float = 0.001
+    """Its weight."""
     kl_loss_type: str = "low_var_kl"
+    """Its estimator, by verl's names: `kl`/`k1`, `abs`, `mse`/`k2`, `low_var_kl`/`k3`; a `+` at the end
+    takes the gradient straight through from k2."""
     grad_clip: float = 1.0
+    """Largest L2 norm of the gradient."""
     optim: Optim = field(default_factory=Optim)
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
 
@@ -182,10 +235,15 @@ class Actor:
 @dataclass
 class ValKwargs:
     temperature: float = 0.0
+    """Used if `do_sample`."""
     top_p: float = 1.0
+    """Nucleus sampling: the most likely tokens up to this probability."""
     top_k: int = -1
+    """The k most likely tokens; -1: all."""
     do_sample: bool = False
+    """False: greedy."""
     n: int = 1
+    """Replies per held-out prompt."""
 
 
 @dataclass
@@ -193,20 +251,26 @@ class Rollout:
     n: int = 4
     """Replies per prompt."""
     temperature: float = 1.0
+    """Logits are divided by it, in sampling and in every log-probability."""
     top_p: float = 1.0
+    """Nucleus sampling: the most likely tokens up to this probability."""
     top_k: int = -1
     """-1: all tokens."""
     seed: int = 42
+    """Each step draws from it and the step's number."""
     dtype: str = "auto"
+    """Number format of the rollout: `auto` is that of `actor.fsdp_config.dtype`, and no other is possible here."""
     max_num_seqs: int = 256
     """Replies that decode at the same time."""
     log_prob_micro_batch_size_per_gpu: int = 16
+    """Replies per forward of the KL in the evaluation; results don't depend on it."""
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
 
 
 @dataclass
 class Ref:
     log_prob_micro_batch_size_per_gpu: int = 16
+    """Replies per forward of the reference; results don't depend on it."""
 
 
 @dataclass
@@ -222,17 +286,23 @@ class KlCtrl:
     type: str = "fixed"
     """`fixed`, or `adaptive` towards `target_kl` (arXiv:1909.08593)."""
     kl_coef: float = 0.001
+    """Its (first) value."""
     horizon: int = 10_000
+    """Of `adaptive`: replies after which the coefficient has adapted."""
     target_kl: float = 0.1
+    """Of `adaptive`: nats per token to steer towards."""
 
 
 @dataclass
 class Algorithm:
     adv_estimator: str = "grpo"
+    """`grpo`."""
     norm_adv_by_std_in_grpo: bool = True
     """False: A = r - mean(group), as in Dr. GRPO (arXiv:2503.20783)."""
     use_kl_in_reward: bool = True
+    """Take kl_coef * KL off the reward of every token."""
     kl_penalty: str = "kl"
+    """Estimator of that KL, by verl's names as in `actor.kl_loss_type`."""
     kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
 
 
@@ -241,7 +311,9 @@ class RewardModelModel:
     path: str = ""
     """RM folder; made by the run from `reward_training` if empty."""
     trust_remote_code: bool = False
+    """Run the RM folder's own Python files; false: our code reads the same weights."""
     dtype: str = "auto"
+    """Number format of the backbone: `auto`, `bfloat16`, `float32`. The head is always float32."""
 
 
 @dataclass
@@ -254,31 +326,47 @@ class RewardModel:
 @dataclass
 class Trainer:
     total_epochs: int = 1
+    """Passes over the prompts."""
     total_training_steps: int | None = None
     """Stops earlier than `total_epochs` if given."""
     project_name: str = "ups-rm"
+    """Groups runs in trackers."""
     experiment_name: str = "grpo"
+    """Name of this run in trackers, and of its folder."""
     logger: Any = field(default_factory=lambda: ["console"])
     """`console`, `wandb`, `tensorboard`, `jsonl`, or another tracker of accelerate. metrics.jsonl is always written."""
     val_before_train: bool = True
+    """Validate once before the first step, if `test_freq` asks for validation at all."""
     test_freq: int = -1
+    """Validate on the held-out prompts every so many steps and after the last; -1: never."""
     save_freq: int = -1
+    """Checkpoint every so many steps and after the last; -1: on Ctrl-C only."""
     default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
+    """The run folder."""
     resume_mode: str = "auto"
     """`auto` (newest checkpoint of the same recipe), `disable`, or `resume_path`."""
     resume_from_path: str | None = None
+    """The checkpoint of `resume_path`."""
     max_actor_ckpt_to_keep: int | None = None
+    """Older checkpoints are deleted; all are kept where not given."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`."""
     nnodes: int = 1
+    """1: the local engine knows one machine."""
     n_gpus_per_node: int = 1
+    """0 or 1: the local engine trains on one device."""
     seed: int = 0
+    """Of new LoRA adapters and of sampled validation."""
     max_kl: float = -1.0
     """Early stop: end the training when `kl/mean` (nats per token) of a step exceeds it; -1: never (not in verl)."""
     group_log_dir: str = "${trainer.default_local_dir}/groups"
+    """Folder of the group log."""
     group_log_freq: int = 1
+    """Write the group log every so many steps; 0: never."""
     group_log_max_groups: int = -1
+    """Groups per file; -1: all."""
     group_log_max_samples_per_group: int = -1
+    """Replies per group in the file; -1: all."""
 
 
 @dataclass
@@ -455,7 +543,8 @@ def check_recipe(recipe: Recipe) -> None:
         "actor_rollout_ref.actor.fsdp_config.dtype": (actor.fsdp_config.dtype, DTYPES),
         "actor_rollout_ref.rollout.dtype": (rollout.dtype, DTYPES),
         "reward_model.model.dtype": (recipe.reward_model.model.dtype, DTYPES),
-        "data.truncation": (data.truncation, ("error", "left", "right", "middle")),
+        "data.truncation": (data.truncation, ("error",)),
+        "data.prompt_key": (data.prompt_key, ("prompt",)),
         "prepare.dedup": (recipe.prepare.dedup, ("none", "prompt")),
         "reward_training.loss": (recipe.reward_training.loss, ("bce", "severity", "pairs")),
         "trainer.resume_mode": (recipe.trainer.resume_mode, ("auto", "disable", "resume_path")),
@@ -489,6 +578,11 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(f"{key}={number} must be at least {least}")
     if not 0 < rollout.top_p <= 1:
         raise RecipeError(f"actor_rollout_ref.rollout.top_p={rollout.top_p} must lie in (0, 1]")
+    if rollout.dtype not in ("auto", actor.fsdp_config.dtype):
+        raise RecipeError(
+            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from actor_rollout_ref.actor.fsdp_config.dtype="
+            f"{actor.fsdp_config.dtype}: the local engine samples with the weights that it trains\n  fix: rollout.dtype=auto"
+        )
     if data.train_batch_size % actor.ppo_mini_batch_size:
         raise RecipeError(
             f"data.train_batch_size={data.train_batch_size} is not a multiple of "
