@@ -581,7 +581,8 @@ def check_recipe(recipe: Recipe) -> None:
     if rollout.dtype not in ("auto", actor.fsdp_config.dtype):
         raise RecipeError(
             f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from actor_rollout_ref.actor.fsdp_config.dtype="
-            f"{actor.fsdp_config.dtype}: the local engine samples with the weights that it trains\n  fix: rollout.dtype=auto"
+            f"{actor.fsdp_config.dtype}: the local engine samples with the weights that it trains\n"
+            "  fix: actor_rollout_ref.rollout.dtype=auto"
         )
     if data.train_batch_size % actor.ppo_mini_batch_size:
         raise RecipeError(
