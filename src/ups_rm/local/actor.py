@@ -92,6 +92,7 @@ class Actor:
                 for name, value in self._step(sequences, advantages, old_logprobs, ref_logprobs, mini).items():
                     totals[name] = totals.get(name, 0.0) + value
                 count += 1
+        self.scheduler.step()  # once per rollout, as in verl: warm-up counts steps of the trainer
         return {name: value / count for name, value in totals.items()}
 
     def _step(
@@ -111,7 +112,6 @@ class Actor:
         if torch.isfinite(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
         self._write_back()
         return sums | {"actor/grad_norm": float(grad_norm), "actor/lr": float(lr)}
 
@@ -177,13 +177,15 @@ class Actor:
 
 
 def lr_factor(step: int, optim: Optim, total_steps: int) -> float:
-    """Share of `optim.lr` at optimizer step `step` (0-based): linear warm-up, then constant or cosine.
+    """Share of `optim.lr` at step `step` (0-based) of the trainer: linear warm-up, then constant or cosine.
 
-    With `zero_indexed_step` (verl's default) the first of w warm-up steps has factor 0, otherwise 1 / w.
+    With `zero_indexed_step` (verl's default) the first of w warm-up steps has factor 0, otherwise 1 / w; verl heeds it
+    for cosine only. Source: checked against verl's schedules.
     """
-    warmup = optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else round(optim.lr_warmup_steps_ratio * total_steps)
+    warmup = optim.lr_warmup_steps if optim.lr_warmup_steps > 0 else int(optim.lr_warmup_steps_ratio * total_steps)
+    step = step if optim.zero_indexed_step else step + 1
     if step < warmup:
-        return (step if optim.zero_indexed_step else step + 1) / warmup
+        return step / warmup
     if optim.lr_scheduler_type == "constant":
         return 1.0
     progress = (step - warmup) / max(1, total_steps - warmup)

@@ -108,10 +108,7 @@ class Trainer:
         self.total_steps = per_epoch * recipe.trainer.total_epochs
         if recipe.trainer.total_training_steps is not None:
             self.total_steps = min(self.total_steps, recipe.trainer.total_training_steps)
-        updates = recipe.actor_rollout_ref.actor.ppo_epochs * (
-            recipe.data.train_batch_size // recipe.actor_rollout_ref.actor.ppo_mini_batch_size
-        )
-        self.actor = Actor(self.policy, recipe, self.total_steps * updates)
+        self.actor = Actor(self.policy, recipe, self.total_steps)
         self.scorer: Scorer = scorer or load_scorer(recipe)
         self.engine = RolloutEngine(self.policy, max_num_seqs=recipe.actor_rollout_ref.rollout.max_num_seqs)
         self.reference = self._load_reference()
@@ -360,7 +357,7 @@ class Trainer:
         in_reward = algorithm.use_kl_in_reward and (
             algorithm.kl_ctrl.kl_coef > 0 or algorithm.kl_ctrl.type == "adaptive"
         )
-        if not in_reward and not (actor.use_kl_loss and actor.kl_loss_coef > 0) and self.recipe.trainer.max_kl <= 0:
+        if not in_reward and not actor.use_kl_loss and self.recipe.trainer.max_kl <= 0:
             return None
         return self.policy if self.policy.is_lora else Policy.load(self.recipe, trainable=False)
 
