@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForTokenClassification, LlamaForSequenceClassification, LlamaModel
 
-from tiny import LLAMA3_TEMPLATE, head_tensors, llama3_tokenizer, tiny_backbone
+from tiny import LLAMA3_TEMPLATE, head_tensors, llama3_tokenizer, tiny_backbone, tiny_rm
 from ups_rm.errors import RMError
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, RMCard, write_card
 from ups_rm.reward.check import check_rm
@@ -157,12 +157,25 @@ def test_it_loads_with_its_own_code_with_the_same_logits(tmp_path, score, pad):
 
 
 def test_plain_transformers_still_loads_it_after_ours(tmp_path):
-    """Its code registers "myrm" with transformers; ours must not have done so before."""
+    """Its code registers its own "myrm" with transformers; ours must not stand in its way."""
     folder = original_folder(tmp_path / "plain-after-ours")
     with pytest.warns(UserWarning, match="no rm_card.json"):
         RewardScorer.load(folder)
     model = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules.")
+
+
+@pytest.mark.filterwarnings("ignore:.*no rm_card.json")
+def test_folders_with_different_code_live_in_one_process(tmp_path):
+    """The original's code registers its "myrm" with transformers for the whole process; ours must not fall for it."""
+    original, ours = original_folder(tmp_path / "theirs-first"), tiny_rm(tmp_path / "ours-second")
+    for _ in range(2):
+        for remote in (True, False):
+            for folder in (original, ours):
+                scorer = RewardScorer.load(folder, dtype="float32", trust_remote_code=remote)
+                expected = RewardScorer.load(folder, dtype="float32")
+                for a, b in zip(*(s.score(list(GOLDEN_CONVERSATIONS)) for s in (scorer, expected)), strict=True):
+                    assert a.logit == pytest.approx(b.logit, abs=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*no rm_card.json")

@@ -5,8 +5,8 @@ LlamaForSequenceClassification` and an auto_map, the head in its own shard, an u
 from or left in the index, a pad token beyond the embedding, a `total_size` that counts elements. What counts is whether
 every weight of backbone and head is there; weights that are missing, unknown or of another shape are an error by name.
 
-Nothing is registered with transformers' Auto classes on import or on load (the original's remote code registers "myrm"
-itself and would fail on a second one); `register()` does it for those who want `AutoModel...` to work natively.
+Nothing is registered with transformers' Auto classes on import or on load: a registration of "myrm" holds for every
+folder of the process. `register()` does it for those who want `AutoModel...` to work natively.
 """
 
 from __future__ import annotations
@@ -235,10 +235,24 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _load_remote(path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoConfig, AutoModelForTokenClassification
+    """Model and loading info by the folder's own classes.
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    They are taken straight from its auto_map: the Auto classes would prefer whatever "myrm" another folder's code has
+    registered earlier in this process.
+    """
+    from transformers import AutoConfig, AutoModelForTokenClassification
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    names = read_config(path).get("auto_map") or {}
+    config_name, model_name = names.get("AutoConfig"), names.get("AutoModelForTokenClassification")
+    if config_name and model_name:
+        config_class = get_class_from_dynamic_module(config_name, str(path))
+        model_class = get_class_from_dynamic_module(model_name, str(path))
+        config = config_class.from_pretrained(path)
+    else:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+        model_class, options = AutoModelForTokenClassification, options | {"trust_remote_code": True}
     pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if pad is not None and vocabulary is not None and pad >= vocabulary:
         config.pad_token_id = None  # added without growing the embedding; padding is never read
-    return AutoModelForTokenClassification.from_pretrained(path, config=config, trust_remote_code=True, **options)
+    return model_class.from_pretrained(path, config=config, **options)
