@@ -45,12 +45,18 @@ class HeadSettings:
     loss: Loss = "bce"
     lr: float = 1e-3
     weight_decay: float = 0.1
-    dropout: float = 0.3
+    dropout: float = 0.5
     """Share of inputs and of hidden units that are dropped while training."""
     label_smoothing: float = 0.05
     """`bce`: targets are this far from 0 and 1, which also keeps safe scores from saturating."""
     class_balance: bool = True
     """`bce`: safe and unsafe texts weigh the same in total."""
+    contrast: float = 0.5
+    """`bce`: share of the loss that compares unsafe with safe replies to one prompt (Bradley-Terry over the flags).
+    Flags alone teach which prompts are dangerous; comparing within a prompt teaches which replies are."""
+    benign_weight: float = 3.0
+    """`bce`: weight of safe replies to harmless prompts (prompt_source says which), so that plain help there scores as
+    safe as evasion and a policy gains nothing by refusing."""
     max_epochs: int = 60
     patience: int = 8
     """Epochs without a better validation loss before training stops."""
@@ -68,6 +74,8 @@ class HeadSettings:
             raise RMError(
                 f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing to train on"
             )
+        if not 0 <= self.contrast < 1 or self.benign_weight <= 0:
+            raise RMError(f"contrast {self.contrast} must lie in [0, 1), benign_weight {self.benign_weight} above 0")
         if any(width < 1 for width in self.hidden_dims):
             raise RMError(f"hidden_dims are {list(self.hidden_dims)}, expected widths of at least 1")
         for name, low, high in (("dropout", 0, 1), ("label_smoothing", 0, 0.5)):
@@ -200,11 +208,15 @@ def train_head(
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the split is trained or validated on: items are texts (K,), or pairs of texts (K, 2)."""
+    """What one part of the split is trained or validated on: items are texts (K,), or pairs of texts (K, 2).
+
+    `contrast` are pairs (unsafe, safe) of replies to one prompt (C, 2), for `HeadSettings.contrast`; may be None.
+    """
 
     items: Tensor
     targets: Tensor
     weights: Tensor
+    contrast: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -231,7 +243,20 @@ def part_of(features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> Pa
     if settings.loss == "severity":
         return Part(items, targets, torch.ones(len(items)))
     weights = class_weights(targets) if settings.class_balance else torch.ones(len(items))
-    return Part(items, settings.label_smoothing + (1 - 2 * settings.label_smoothing) * targets, weights)
+    weights = torch.where((features.benign[items] == 1) & (targets == 0), weights * settings.benign_weight, weights)
+    smooth = settings.label_smoothing + (1 - 2 * settings.label_smoothing) * targets
+    return Part(items, smooth, weights / weights.mean(), contrast_pairs(features, items))
+
+
+def contrast_pairs(features: FeatureSet, items: Tensor) -> Tensor | None:
+    """All (unsafe, safe) pairs of replies to one prompt among these texts; None if there are none. Shape (C, 2)."""
+    of_prompt: dict[int, tuple[list[int], list[int]]] = {}
+    for item in items.tolist():
+        unsafe, safe = of_prompt.setdefault(int(features.prompt_id[item]), ([], []))
+        if features.unsafe[item] in (0.0, 1.0):  # a text that is labelled both ways tells nothing here
+            (unsafe if features.unsafe[item] == 1 else safe).append(item)
+    pairs = [(u, s) for unsafe, safe in of_prompt.values() for u in unsafe for s in safe]
+    return torch.tensor(pairs) if pairs else None
 
 
 def _need(count: int, what: str, settings: HeadSettings) -> None:
@@ -278,13 +303,17 @@ def fit(
                 head.train()
                 for rows in torch.randperm(len(train)).split(settings.batch_size):
                     optimizer.zero_grad(set_to_none=True)
-                    loss_of(head, hidden, train, rows, settings).backward()
+                    loss = loss_of(head, hidden, train, rows, settings)
+                    if train.contrast is not None and settings.contrast > 0:
+                        drawn = train.contrast[torch.randint(len(train.contrast), (len(rows),))]
+                        loss = (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, drawn)
+                    loss.backward()
                     optimizer.step()
                 head.eval()
-                loss = _validation_loss(head, hidden, validation, settings)
-                advance(note=f"validation loss {loss:.4f}")
-                if loss < best_loss:
-                    best_loss, best_epoch, best_state = loss, epoch, copy.deepcopy(head.state_dict())
+                validated = _validation_loss(head, hidden, validation, settings)
+                advance(note=f"validation loss {validated:.4f}")
+                if validated < best_loss:
+                    best_loss, best_epoch, best_state = validated, epoch, copy.deepcopy(head.state_dict())
                 elif epoch - best_epoch >= settings.patience:
                     break
     head.load_state_dict(best_state)
@@ -294,7 +323,16 @@ def fit(
 @torch.no_grad()
 def _validation_loss(head: TrainableHead, hidden: Tensor, part: Part, settings: HeadSettings) -> float:
     chunks = torch.arange(len(part)).split(4096)
-    return sum(loss_of(head, hidden, part, rows, settings).item() * len(rows) for rows in chunks) / len(part)
+    loss = sum(loss_of(head, hidden, part, rows, settings).item() * len(rows) for rows in chunks) / len(part)
+    if part.contrast is None or settings.contrast == 0:
+        return loss
+    return (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, part.contrast).item()
+
+
+def contrast_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, pairs: Tensor) -> Tensor:
+    """Mean of -log sigmoid(logit of the unsafe - logit of the safe reply) over pairs (C, 2) of one prompt each."""
+    logits = head(hidden[pairs.flatten()]).view(-1, 2)
+    return F.softplus(logits[:, 1] - logits[:, 0]).mean()
 
 
 def calibrate(tensors: dict[str, Tensor], features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> float:
@@ -305,7 +343,9 @@ def calibrate(tensors: dict[str, Tensor], features: FeatureSet, prompts: Tensor,
     """
     known = torch.isin(features.prompt_id, prompts) & features.unsafe.isfinite()
     logits = head_logits(tensors, features.hidden[known])
-    temperature, shift = fit_temperature(logits, features.unsafe[known], shift=settings.loss != "bce")
+    temperature, shift = fit_temperature(
+        logits, features.unsafe[known], shift=settings.loss != "bce" or settings.contrast > 0
+    )
     tensors["output_layer.bias"] += shift
     return temperature
 
