@@ -355,6 +355,7 @@ def _train(this: Run) -> None:
             outputs=[this.folder / "policy" / "config.json", result_file],
             action=train,
             keeps_partial=True,
+            precious=True,
         )
     )
     this.steps = int(json.loads(result_file.read_text(encoding="utf-8"))["steps"])

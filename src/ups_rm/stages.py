@@ -35,7 +35,8 @@ class Stage:
         out: the folder that it owns and where its stamp stands.
         outputs: files or folders that must be there afterwards.
         action: does the work; called with nothing.
-        keeps_partial: an unfinished `out` with the same hash is gone on with; a finished one is never replaced unasked.
+        keeps_partial: an unfinished `out` with the same hash is gone on with.
+        precious: an `out` of other settings or inputs is never replaced unasked (others are made anew).
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     outputs: Sequence[Path]
     action: Callable[[], object]
     keeps_partial: bool = False
+    precious: bool = False
 
 
 def run_stage(stage: Stage, *, fresh: bool = False) -> float:
@@ -85,7 +87,7 @@ def _clear(stage: Stage, stamp: dict[str, Any], wanted: str, fresh: bool) -> Non
         )
     if stage.keeps_partial and stamp.get("hash") == wanted and not fresh:
         return
-    if stage.keeps_partial and stamp.get("hash") != wanted and not fresh:
+    if stage.precious and stamp.get("hash") != wanted and not fresh:
         raise RunError(
             f"{stage.out} holds a run with other settings or inputs: nothing is overwritten\n"
             "  fix: OUTPUT_DIR=another/folder for a new run, or FRESH=1 to replace this one"
