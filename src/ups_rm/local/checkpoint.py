@@ -12,6 +12,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -110,10 +111,11 @@ def load_checkpoint(path: Path, actor: Actor, recipe: Recipe) -> TrainingState:
     try:
         state = TrainingState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
         tensors: dict[str, Any] = torch.load(path / "training.pt", map_location=actor.policy.device, weights_only=True)
-        saved = tensors["masters"]
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError) as error:
+        saved, optimizer, scheduler = tensors["masters"], tensors["optimizer"], int(tensors["scheduler"])
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} can't be read: {error}\n  fix: delete it to resume from the one before"
+            f"{path} can't be read: {type(error).__name__} {reason}\n  fix: delete it to resume from the one before"
         ) from error
     if state.recipe_hash != recipe_hash(recipe):
         raise CheckpointError(
@@ -128,8 +130,8 @@ def load_checkpoint(path: Path, actor: Actor, recipe: Recipe) -> TrainingState:
             master.copy_(value)
             if parameter is not master:
                 parameter.copy_(master)
-    actor.optimizer.load_state_dict(tensors["optimizer"])
-    actor.scheduler.last_epoch = int(tensors["scheduler"])
+    actor.optimizer.load_state_dict(optimizer)
+    actor.scheduler.last_epoch = scheduler
     for group, factor in zip(actor.optimizer.param_groups, actor.scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(actor.scheduler.last_epoch)
     actor.scheduler._last_lr = [group["lr"] for group in actor.optimizer.param_groups]

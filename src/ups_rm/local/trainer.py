@@ -223,14 +223,24 @@ class Trainer:
         return TrainResult(self.folder, policy, done, interrupted, metrics)
 
     def save_policy(self) -> Path:
-        """`<folder>/policy`: a Hugging Face folder that plain transformers loads, replaced as a whole."""
+        """`<folder>/policy`: a Hugging Face folder that plain transformers loads, replaced as a whole.
+
+        Raises:
+            RunError: the disk is full or can't be written; a policy that was there before stays.
+        """
         import shutil
 
+        from safetensors import SafetensorError
+
         final, temporary = self.folder / "policy", self.folder / ".policy.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.policy.save(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.policy.save(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.replace(final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(f"the trained policy can't be written to {final}: {error}\n  fix: free space") from error
         return final
 
     def validate(self) -> dict[str, float]:
