@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from ups_rm.console import console
 from ups_rm.device import compute_dtype
 from ups_rm.errors import PolicyError
-from ups_rm.local.policy import pick_device
+from ups_rm.local.decode import FastDecoder
+from ups_rm.local.policy import needs_reference, pick_device, with_lora
 from ups_rm.models import DEFAULT_MODEL, cache_folder
 from ups_rm.recipe import Recipe, as_list
 
@@ -20,7 +22,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training process, by what holds them. Parameters are counted exactly, activations roughly."""
+    """Bytes of one training process, by what holds them. All but the activations are counted exactly."""
 
     parts: dict[str, int]
 
@@ -32,9 +34,9 @@ class MemoryEstimate:
 def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimate:
     """What training holds at the same time, from shapes alone (parameters on the meta device).
 
-    weights, gradients: compute dtype; masters and AdamW's two moments: fp32 per trained parameter (the master is the
-    weight itself where compute is fp32). Activations of a micro batch without checkpointing: per layer and token about
-    2*(6 H + 3 I) numbers, plus fp32 logits of one chunk of 256 positions.
+    Weights: compute dtype (adapters fp32); masters, their gradients and AdamW's two moments: fp32 per trained parameter
+    (the master is the weight itself where compute is fp32). Activations of a micro batch without checkpointing: per
+    layer and token about 2*(6 H + 3 I) numbers, plus fp32 logits of one chunk of 256 positions.
 
     Args:
         config: the policy's transformers config. rm_bytes: size of the RM's weight files.
@@ -42,16 +44,18 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     from transformers import AutoModelForCausalLM
 
     settings, rollout = recipe.actor_rollout_ref, recipe.actor_rollout_ref.rollout
+    dtype = compute_dtype(settings.actor.fsdp_config.dtype, pick_device(recipe.trainer.device))
+    width, lora = dtype.itemsize, settings.model.lora_rank > 0
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    width = compute_dtype(settings.actor.fsdp_config.dtype, pick_device(recipe.trainer.device)).itemsize
-    lora = settings.model.lora_rank
-    trained = count if not lora else sum(
-        lora * (m.in_features + m.out_features)
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and not name.endswith("lm_head")
-    )  # fmt: skip
+        model = base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        frozen = _bytes(base.parameters())
+        if lora:
+            model = with_lora(base, settings.model, recipe.trainer.seed)
+        decoder = FastDecoder.of(model)
+    weights = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad)
+    own = {id(parameter) for parameter in weights}
+    fused = [] if decoder is None else [t for layer in decoder.layers for t in vars(layer).values() if t is not None]
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -59,23 +63,24 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     tokens = settings.actor.ppo_micro_batch_size_per_gpu * length
     rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
     kept_layers = 1 if settings.model.enable_gradient_checkpointing else layers
-    needs_reference = not lora and (
-        settings.actor.use_kl_loss or (recipe.algorithm.use_kl_in_reward and recipe.algorithm.kl_ctrl.kl_coef > 0)
-    )
     return MemoryEstimate(
         {
-            "policy weights": count * width,
+            "policy weights": _bytes(weights),
             "fp32 masters": 0 if width == 4 or lora else trained * 4,
             "gradients": trained * 4,
             "optimizer (AdamW, two moments)": trained * 8,
-            "reference": count * width if needs_reference else 0,
-            "fused rollout weights": count * width // 2,
+            "reference": frozen if needs_reference(recipe) and not lora else 0,
+            "fused rollout weights": _bytes(tensor for tensor in fused if id(tensor) not in own),
             "KV cache of the rollout": 2 * layers * rows * kv_heads * head * length * width,
             "activations of a micro batch": kept_layers * tokens * 2 * (6 * hidden + 3 * inner) * width,
             "logits (one chunk)": 2 * 256 * config.vocab_size * 4,
             "reward model": rm_bytes,
         }
     )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def print_dry_run(recipe: Recipe) -> None:

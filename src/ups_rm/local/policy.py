@@ -21,7 +21,7 @@ from ups_rm.errors import PolicyError
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.shared_prefix import SharedPrefixForward
 from ups_rm.models import resolve_model
-from ups_rm.recipe import Recipe
+from ups_rm.recipe import Model, Recipe
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,7 +63,7 @@ class Policy:
         if trainable and settings.enable_gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if trainable and settings.lora_rank > 0:
-            model = _with_lora(model, settings.lora_rank, settings.lora_alpha, settings, recipe.trainer.seed)
+            model = with_lora(model, settings, recipe.trainer.seed)
         model.eval()  # no dropout: the ratio of a fresh rollout must be exactly 1
         policy = cls(model, tokenizer, device)
         if trainable:
@@ -202,13 +202,21 @@ def load_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     return model, tokenizer
 
 
-def _with_lora(model: Any, rank: int, alpha: int, settings: Any, seed: int) -> Any:
+def needs_reference(recipe: Recipe) -> bool:
+    """Whether the recipe uses or watches the KL to the frozen policy."""
+    algorithm = recipe.algorithm
+    in_reward = algorithm.use_kl_in_reward and (algorithm.kl_ctrl.kl_coef > 0 or algorithm.kl_ctrl.type == "adaptive")
+    return in_reward or recipe.actor_rollout_ref.actor.use_kl_loss or recipe.trainer.max_kl > 0
+
+
+def with_lora(model: Any, settings: Model, seed: int) -> Any:
+    """The model with fp32 LoRA adapters (peft) that start as nothing; all else is frozen."""
     from peft import LoraConfig, get_peft_model
 
     modules = settings.target_modules
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
         target_modules=modules if isinstance(modules, str) else list(modules),
         exclude_modules=settings.exclude_modules,
         bias="none",

@@ -42,7 +42,7 @@ from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.batches import prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.local.checkpoint import TrainingState, find_checkpoint, load_checkpoint, recipe_hash, save_checkpoint
 from ups_rm.local.decode import Sampling
-from ups_rm.local.policy import Policy
+from ups_rm.local.policy import Policy, needs_reference
 from ups_rm.local.rollout import Rollout, RolloutEngine, encode_prompts
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.tracking.group_log import GroupLog, group_records
@@ -363,11 +363,7 @@ class Trainer:
 
     def _load_reference(self) -> Policy | None:
         """The frozen policy; the policy itself without adapters for LoRA; None where no KL is asked for."""
-        algorithm, actor = self.recipe.algorithm, self.recipe.actor_rollout_ref.actor
-        in_reward = algorithm.use_kl_in_reward and (
-            algorithm.kl_ctrl.kl_coef > 0 or algorithm.kl_ctrl.type == "adaptive"
-        )
-        if not in_reward and not actor.use_kl_loss and self.recipe.trainer.max_kl <= 0:
+        if not needs_reference(self.recipe):
             return None
         return self.policy if self.policy.is_lora else Policy.load(self.recipe, trainable=False)
 

@@ -1,0 +1,130 @@
+"""The memory estimate against tensors that a real (tiny) trainer holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from tiny_training import prefers, tiny_recipe
+from ups_rm.local.dry_run import MemoryEstimate, estimate_memory, print_dry_run
+from ups_rm.local.trainer import Trainer
+from ups_rm.recipe import Recipe
+
+DTYPE = "actor_rollout_ref.actor.fsdp_config.dtype="
+
+
+def estimate(recipe: Recipe, rm_bytes: int = 0) -> MemoryEstimate:
+    return estimate_memory(recipe, AutoConfig.from_pretrained(recipe.actor_rollout_ref.model.path), rm_bytes)
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    """Bytes of distinct storages: tied tensors count once."""
+    return sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+VARIANTS = {
+    "fp32": [f"{DTYPE}float32"],
+    "bf16": [f"{DTYPE}bfloat16"],
+    "fp32, LoRA": [f"{DTYPE}float32", "actor_rollout_ref.model.lora_rank=4"],
+    "bf16, LoRA": [f"{DTYPE}bfloat16", "actor_rollout_ref.model.lora_rank=4"],
+    "bf16, LoRA on q and v": [
+        f"{DTYPE}bfloat16", "actor_rollout_ref.model.lora_rank=2",
+        "actor_rollout_ref.model.target_modules=[q_proj,v_proj]",
+    ],
+    "no KL": [f"{DTYPE}bfloat16", "algorithm.use_kl_in_reward=false"],
+    "KL only watched": [f"{DTYPE}bfloat16", "algorithm.use_kl_in_reward=false", "trainer.max_kl=0.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_weights_masters_gradients_and_optimizer_are_counted_exactly(
+    tmp_path: Path, policy_folder: Path, backbone_folder: Path, variant: list[str], tied: bool
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    folder = policy_folder
+    if tied:
+        folder = tmp_path / "tied"
+        import shutil
+
+        shutil.copytree(backbone_folder, folder)
+        model = LlamaForCausalLM.from_pretrained(backbone_folder)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        model.save_pretrained(folder)
+    recipe = tiny_recipe(tmp_path, folder, "trainer.total_training_steps=1", *variant)
+    trainer = Trainer(recipe, prefers("e"))
+    seen: dict[str, int] = {}
+
+    def look() -> None:
+        masters = [master for _, master in trainer.policy.masters]
+        seen["gradients"] = size([master.grad for master in masters if master.grad is not None])
+
+    trainer.actor.optimizer.register_step_pre_hook(lambda *_: look())
+    trainer.fit()
+    parameters = list(trainer.policy.model.parameters())
+    own = {id(parameter) for parameter in parameters}
+    moments = [
+        value
+        for state in trainer.actor.optimizer.state.values()
+        for name, value in state.items()
+        if name in ("exp_avg", "exp_avg_sq")
+    ]
+    parts = estimate(recipe, rm_bytes=12345).parts
+    assert parts["policy weights"] == size(parameters)
+    assert parts["fp32 masters"] == size([m for _, m in trainer.policy.masters if id(m) not in own])
+    assert parts["gradients"] == seen["gradients"]
+    assert parts["optimizer (AdamW, two moments)"] == size(moments)
+    reference = trainer.reference
+    separate = reference is not None and reference is not trainer.policy
+    assert parts["reference"] == (size(list(reference.model.parameters())) if reference and separate else 0)
+    assert parts["reward model"] == 12345
+
+
+def test_the_kv_cache_is_counted_exactly(tmp_path: Path, policy_folder: Path) -> None:
+    """Keys and values of all replies that decode at the same time, at the longest prompt."""
+    for overrides, rows in (([], 16), (["actor_rollout_ref.rollout.max_num_seqs=8"], 8)):
+        recipe = tiny_recipe(tmp_path, policy_folder, *overrides)
+        parts = estimate(recipe).parts
+        assert parts["KV cache of the rollout"] == 2 * 2 * rows * 2 * 16 * (128 + 8) * 4  # layers, heads, size, fp32
+
+
+def test_fused_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folder: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        recipe = tiny_recipe(tmp_path, policy_folder, f"{DTYPE}{dtype}")
+        decoder = Trainer(recipe, prefers("e")).engine.decoder
+        assert decoder is not None
+        fused = [tensor for layer in decoder.layers for tensor in (layer.qkv, layer.gate_up)]
+        biases = [layer.qkv_bias for layer in decoder.layers if layer.qkv_bias is not None]
+        assert estimate(recipe).parts["fused rollout weights"] == size(fused) + size(biases)
+    recipe = tiny_recipe(tmp_path, policy_folder, f"{DTYPE}float32", "actor_rollout_ref.model.lora_rank=2")
+    decoder = Trainer(recipe, prefers("e")).engine.decoder
+    assert decoder is not None
+    merged = [tensor for layer in decoder.layers for tensor in (layer.qkv, layer.gate_up, layer.out, layer.down)]
+    biases = [layer.qkv_bias for layer in decoder.layers if layer.qkv_bias is not None]
+    assert estimate(recipe).parts["fused rollout weights"] == size(merged) + size(biases)
+
+
+def test_nothing_is_written_or_loaded(
+    tmp_path: Path, policy_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path, policy_folder, "reward_model.model.path=nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    print_dry_run(recipe)
+    assert sorted(tmp_path.rglob("*")) == before
+    out = capsys.readouterr().out
+    for part in ("ppo_mini_batch_size: 4", "reads", "writes", "memory", "nowhere", "on Ctrl-C only", "total"):
+        assert part in out
+
+
+def test_a_policy_that_is_not_here_is_said_to_be(
+    tmp_path: Path, policy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(tmp_path, policy_folder, "actor_rollout_ref.model.path=someone/some-model")
+    print_dry_run(recipe)
+    assert "someone/some-model is not on this machine yet" in capsys.readouterr().out.replace("\n", " ")
