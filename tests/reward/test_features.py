@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from labelled_rows import make_rows
 from safetensors.torch import load_file
-from tiny import tiny_backbone
 
+from labelled_rows import make_rows
+from tiny import tiny_backbone
 from ups_rm.data.rows import Row, text_hash
 from ups_rm.data.schema import HARM_CATEGORIES
 from ups_rm.errors import RMError
@@ -54,7 +54,6 @@ def test_states_are_those_of_each_conversation_alone(backbone: Path, tmp_path: P
 def test_bf16_states_are_those_the_scorer_reads(backbone: Path, tmp_path: Path) -> None:
     """Features, merge, scorer: the head sees in the RM what it was trained on."""
     from tiny import tiny_head
-
     from ups_rm.reward.head import head_logits
     from ups_rm.reward.head_files import read_head
     from ups_rm.reward.merge import merge
@@ -205,7 +204,7 @@ def test_states_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("inf")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RMError, match="not finite in torch.float32"):
+    with pytest.raises(RMError, match=r"not finite in torch\.float32"):
         extract(broken, make_rows(2), tmp_path / "f.safetensors")
 
 

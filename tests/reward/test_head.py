@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from labelled_rows import make_features
 from safetensors.torch import load_file
 
+from labelled_rows import make_features
 from ups_rm.errors import RMError
 from ups_rm.reward.feature_set import FeatureSet
 from ups_rm.reward.head import LOSSES, HeadSettings, TrainableHead, head_logits, split_prompts, train_head
@@ -142,7 +142,7 @@ def test_unlabelled_texts_are_left_out_and_nothing_left_is_an_error(tmp_path: Pa
     with pytest.raises(RMError, match="no texts with severity"):
         train_head(nothing, tmp_path / "none", quick(loss="severity"), progress=False)
     one_class = replace(features, unsafe=torch.zeros_like(features.unsafe))
-    with pytest.raises(RMError, match="all .* have the label 0"):
+    with pytest.raises(RMError, match=r"all \d+ texts have the label 0"):
         train_head(one_class, tmp_path / "one", quick(), progress=False)
 
 
