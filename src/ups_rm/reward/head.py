@@ -54,9 +54,6 @@ class HeadSettings:
     contrast: float = 0.5
     """`bce`: share of the loss that compares unsafe with safe replies to one prompt (Bradley-Terry over the flags).
     Flags alone teach which prompts are dangerous; comparing within a prompt teaches which replies are."""
-    benign_weight: float = 3.0
-    """`bce`: weight of safe replies to harmless prompts (prompt_source says which), so that plain help there scores as
-    safe as evasion and a policy gains nothing by refusing."""
     max_epochs: int = 60
     patience: int = 8
     """Epochs without a better validation loss before training stops."""
@@ -74,8 +71,8 @@ class HeadSettings:
             raise RMError(
                 f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing to train on"
             )
-        if not 0 <= self.contrast < 1 or self.benign_weight <= 0:
-            raise RMError(f"contrast {self.contrast} must lie in [0, 1), benign_weight {self.benign_weight} above 0")
+        if not 0 <= self.contrast < 1:
+            raise RMError(f"contrast is {self.contrast}, expected a share in [0, 1)")
         if any(width < 1 for width in self.hidden_dims):
             raise RMError(f"hidden_dims are {list(self.hidden_dims)}, expected widths of at least 1")
         for name, low, high in (("dropout", 0, 1), ("label_smoothing", 0, 0.5)):
@@ -243,9 +240,8 @@ def part_of(features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> Pa
     if settings.loss == "severity":
         return Part(items, targets, torch.ones(len(items)))
     weights = class_weights(targets) if settings.class_balance else torch.ones(len(items))
-    weights = torch.where((features.benign[items] == 1) & (targets == 0), weights * settings.benign_weight, weights)
     smooth = settings.label_smoothing + (1 - 2 * settings.label_smoothing) * targets
-    return Part(items, smooth, weights / weights.mean(), contrast_pairs(features, items))
+    return Part(items, smooth, weights, contrast_pairs(features, items))
 
 
 def contrast_pairs(features: FeatureSet, items: Tensor) -> Tensor | None:
