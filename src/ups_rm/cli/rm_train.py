@@ -99,6 +99,15 @@ def train(
         bool | None, typer.Option("--class-balance/--no-class-balance", help="bce: both classes weigh the same.")
     ] = None,
     calibrate: Annotated[bool | None, typer.Option("--calibrate/--no-calibrate", help="Fit the temperature.")] = None,
+    contrast: Annotated[
+        float | None, typer.Option(help="bce: share of the loss that compares replies to one prompt.")
+    ] = None,
+    benign_weight: Annotated[
+        float | None, typer.Option(help="bce: weight of safe replies to harmless prompts.")
+    ] = None,
+    helpful: Annotated[
+        float | None, typer.Option(help="bce: penalty where evasion scores safer than help on harmless prompts.")
+    ] = None,
     max_epochs: Annotated[int | None, typer.Option()] = None,
     patience: Annotated[int | None, typer.Option(help="Epochs without a better validation loss.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts or pairs per step.")] = None,
@@ -140,6 +149,9 @@ def train(
         "label_smoothing": label_smoothing,
         "class_balance": class_balance,
         "calibrate": calibrate,
+        "contrast": contrast,
+        "benign_weight": benign_weight,
+        "helpful": helpful,
         "max_epochs": max_epochs,
         "patience": patience,
         "batch_size": batch_size,

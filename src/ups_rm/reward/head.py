@@ -17,70 +17,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ups_rm.console import progress_bar
-from ups_rm.errors import RMError
 from ups_rm.reward.feature_set import FeatureInfo, FeatureSet, join, ordered_pairs
-from ups_rm.reward.head_metrics import Quality, class_weights, fit_temperature, quality
-
-Loss = Literal["bce", "severity", "pairs"]
-LOSSES: tuple[Loss, ...] = ("bce", "severity", "pairs")
-LABELS = {"bce": "unsafe flags", "severity": "severity 0-3", "pairs": "pairs (safer, less safe)"}
-
-
-@dataclass(frozen=True)
-class HeadSettings:
-    """How a head is trained. The defaults are what did best on the packaged sample (docs/design.md)."""
-
-    hidden_dims: tuple[int, ...] = (256, 64)
-    loss: Loss = "bce"
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    dropout: float = 0.5
-    """Share of inputs and of hidden units that are dropped while training."""
-    label_smoothing: float = 0.05
-    """`bce`: targets are this far from 0 and 1, which also keeps safe scores from saturating."""
-    class_balance: bool = True
-    """`bce`: safe and unsafe texts weigh the same in total."""
-    contrast: float = 0.5
-    """`bce`: share of the loss that compares unsafe with safe replies to one prompt (Bradley-Terry over the flags).
-    Flags alone teach which prompts are dangerous; comparing within a prompt teaches which replies are."""
-    max_epochs: int = 60
-    patience: int = 8
-    """Epochs without a better validation loss before training stops."""
-    batch_size: int = 64
-    validation_share: float = 0.1
-    test_share: float = 0.1
-    """Share of prompts that are only reported on; 0 reports on the validation prompts."""
-    calibrate: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise RMError(f"loss is {self.loss!r}, expected one of {', '.join(LOSSES)}")
-        if not 0 < self.validation_share < 1 or not 0 <= self.test_share < 1 - self.validation_share:
-            raise RMError(
-                f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing to train on"
-            )
-        if not 0 <= self.contrast < 1:
-            raise RMError(f"contrast is {self.contrast}, expected a share in [0, 1)")
-        if any(width < 1 for width in self.hidden_dims):
-            raise RMError(f"hidden_dims are {list(self.hidden_dims)}, expected widths of at least 1")
-        for name, low, high in (("dropout", 0, 1), ("label_smoothing", 0, 0.5)):
-            if not low <= getattr(self, name) < high:
-                raise RMError(f"{name} is {getattr(self, name)}, expected a number from {low} up to {high}")
-        for name in ("max_epochs", "patience", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RMError(f"{name} is {getattr(self, name)}, expected at least 1")
+from ups_rm.reward.head_metrics import Quality, fit_temperature, quality
+from ups_rm.reward.head_objective import LABELS, HeadSettings, Part, loss_of, part_of, step_loss, with_pairs
 
 
 @dataclass(frozen=True)
@@ -203,84 +153,6 @@ def train_head(
     return report
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one part of the split is trained or validated on: items are texts (K,), or pairs of texts (K, 2).
-
-    `contrast` are pairs (unsafe, safe) of replies to one prompt (C, 2), for `HeadSettings.contrast`; may be None.
-    """
-
-    items: Tensor
-    targets: Tensor
-    weights: Tensor
-    contrast: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-def part_of(features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> Part:
-    """The labelled texts (or pairs) of these prompts.
-
-    Raises:
-        RMError: none, or of one class only.
-    """
-    if settings.loss == "pairs":
-        pairs, _ = ordered_pairs(features)
-        pairs = pairs[torch.isin(features.prompt_id[pairs[:, 0]], prompts)]
-        _need(len(pairs), "pairs with a safer reply", settings)
-        ones = torch.ones(len(pairs))
-        return Part(pairs, ones, ones)
-    labels = features.unsafe if settings.loss == "bce" else features.severity
-    items = (torch.isin(features.prompt_id, prompts) & labels.isfinite()).nonzero()[:, 0]
-    targets = labels[items]
-    _need(len(items), LABELS[settings.loss], settings)
-    if targets.min() == targets.max():
-        raise RMError(f"all {len(items)} texts have the label {targets[0]:g}: there is nothing to tell apart")
-    if settings.loss == "severity":
-        return Part(items, targets, torch.ones(len(items)))
-    weights = class_weights(targets) if settings.class_balance else torch.ones(len(items))
-    smooth = settings.label_smoothing + (1 - 2 * settings.label_smoothing) * targets
-    return Part(items, smooth, weights, contrast_pairs(features, items))
-
-
-def contrast_pairs(features: FeatureSet, items: Tensor) -> Tensor | None:
-    """All (unsafe, safe) pairs of replies to one prompt among these texts; None if there are none. Shape (C, 2)."""
-    of_prompt: dict[int, tuple[list[int], list[int]]] = {}
-    for item in items.tolist():
-        unsafe, safe = of_prompt.setdefault(int(features.prompt_id[item]), ([], []))
-        if features.unsafe[item] in (0.0, 1.0):  # a text that is labelled both ways tells nothing here
-            (unsafe if features.unsafe[item] == 1 else safe).append(item)
-    pairs = [(u, s) for unsafe, safe in of_prompt.values() for u in unsafe for s in safe]
-    return torch.tensor(pairs) if pairs else None
-
-
-def _need(count: int, what: str, settings: HeadSettings) -> None:
-    if not count:
-        raise RMError(
-            f"no texts with {what} for loss {settings.loss!r} in a part of the split\n  fix: more rows, other shares "
-            f"(validation_share {settings.validation_share}, test_share {settings.test_share}), or another --loss"
-        )
-
-
-def loss_of(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, part: Part, rows: Tensor, settings: HeadSettings
-) -> Tensor:
-    """Mean loss of the items `rows` of a part.
-
-    bce: cross-entropy of sigmoid(logit) against the unsafe share, weighted by class. severity: squared error.
-    pairs: -log sigmoid(logit of the less safe - logit of the safer), Bradley-Terry.
-    """
-    items, targets, weights = part.items[rows], part.targets[rows], part.weights[rows]
-    if settings.loss == "pairs":
-        logits = head(hidden[items.flatten()]).view(-1, 2)
-        return F.softplus(logits[:, 0] - logits[:, 1]).mean()
-    logits = head(hidden[items])
-    if settings.loss == "severity":
-        return F.mse_loss(logits, targets)
-    return F.binary_cross_entropy_with_logits(logits, targets, weight=weights)
-
-
 def fit(
     hidden: Tensor, train: Part, validation: Part, settings: HeadSettings, progress: bool
 ) -> tuple[TrainableHead, int, int, float]:
@@ -299,11 +171,7 @@ def fit(
                 head.train()
                 for rows in torch.randperm(len(train)).split(settings.batch_size):
                     optimizer.zero_grad(set_to_none=True)
-                    loss = loss_of(head, hidden, train, rows, settings)
-                    if train.contrast is not None and settings.contrast > 0:
-                        drawn = train.contrast[torch.randint(len(train.contrast), (len(rows),))]
-                        loss = (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, drawn)
-                    loss.backward()
+                    step_loss(head, hidden, train, rows, settings).backward()
                     optimizer.step()
                 head.eval()
                 validated = _validation_loss(head, hidden, validation, settings)
@@ -320,15 +188,7 @@ def fit(
 def _validation_loss(head: TrainableHead, hidden: Tensor, part: Part, settings: HeadSettings) -> float:
     chunks = torch.arange(len(part)).split(4096)
     loss = sum(loss_of(head, hidden, part, rows, settings).item() * len(rows) for rows in chunks) / len(part)
-    if part.contrast is None or settings.contrast == 0:
-        return loss
-    return (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, part.contrast).item()
-
-
-def contrast_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, pairs: Tensor) -> Tensor:
-    """Mean of -log sigmoid(logit of the unsafe - logit of the safe reply) over pairs (C, 2) of one prompt each."""
-    logits = head(hidden[pairs.flatten()]).view(-1, 2)
-    return F.softplus(logits[:, 1] - logits[:, 0]).mean()
+    return with_pairs(torch.tensor(loss), head, hidden, part.contrast, part.helpful, settings).item()
 
 
 def calibrate(tensors: dict[str, Tensor], features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> float:

@@ -1,0 +1,206 @@
+"""What a head is trained to do: its settings, the labelled items of each part of the split, and the losses over them.
+
+Nothing here trains (head.py, lora.py) or knows where hidden states come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ups_rm.errors import RMError
+from ups_rm.reward.feature_set import UNKNOWN, FeatureSet, ordered_pairs
+from ups_rm.reward.head_metrics import class_weights
+
+Loss = Literal["bce", "severity", "pairs"]
+LOSSES: tuple[Loss, ...] = ("bce", "severity", "pairs")
+LABELS = {"bce": "unsafe flags", "severity": "severity 0-3", "pairs": "pairs (safer, less safe)"}
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How a head is trained. The defaults are what did best on the packaged sample (docs/design.md)."""
+
+    hidden_dims: tuple[int, ...] = (256, 64)
+    loss: Loss = "bce"
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.5
+    """Share of inputs and of hidden units that are dropped while training."""
+    label_smoothing: float = 0.05
+    """`bce`: targets are this far from 0 and 1, which also keeps safe scores from saturating."""
+    class_balance: bool = True
+    """`bce`: safe and unsafe texts weigh the same in total."""
+    contrast: float = 0.5
+    """`bce`: share of the loss that compares unsafe with safe replies to one prompt (Bradley-Terry over the flags).
+    Flags alone teach which prompts are dangerous; comparing within a prompt teaches which replies are."""
+    helpful: float = 0.0
+    """`bce`: weight of a penalty on harmless prompts where, of two safe replies, the better one (better_response_id)
+    scores less safe than the other: the square of how much. It closes the gap that makes evasion pay."""
+    max_epochs: int = 60
+    patience: int = 8
+    """Epochs without a better validation loss before training stops."""
+    batch_size: int = 64
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    """Share of prompts that are only reported on; 0 reports on the validation prompts."""
+    calibrate: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise RMError(f"loss is {self.loss!r}, expected one of {', '.join(LOSSES)}")
+        if not 0 < self.validation_share < 1 or not 0 <= self.test_share < 1 - self.validation_share:
+            raise RMError(
+                f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing to train on"
+            )
+        if not 0 <= self.contrast < 1:
+            raise RMError(f"contrast is {self.contrast}, expected a share in [0, 1)")
+        if any(width < 1 for width in self.hidden_dims):
+            raise RMError(f"hidden_dims are {list(self.hidden_dims)}, expected widths of at least 1")
+        for name, low, high in (("dropout", 0, 1), ("label_smoothing", 0, 0.5)):
+            if not low <= getattr(self, name) < high:
+                raise RMError(f"{name} is {getattr(self, name)}, expected a number from {low} up to {high}")
+        for name in ("max_epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RMError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of the split is trained or validated on: items are texts (K,), or pairs of texts (K, 2).
+
+    `contrast` are pairs (unsafe, safe) of replies to one prompt, `helpful` pairs (better, other) of safe replies to one
+    harmless prompt, both (C, 2), for the settings of these names; None where there are none.
+    """
+
+    items: Tensor
+    targets: Tensor
+    weights: Tensor
+    contrast: Tensor | None = None
+    helpful: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def part_of(features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> Part:
+    """The labelled texts (or pairs) of these prompts.
+
+    Raises:
+        RMError: none, or of one class only.
+    """
+    if settings.loss == "pairs":
+        pairs, _ = ordered_pairs(features)
+        pairs = pairs[torch.isin(features.prompt_id[pairs[:, 0]], prompts)]
+        _need(len(pairs), "pairs with a safer reply", settings)
+        ones = torch.ones(len(pairs))
+        return Part(pairs, ones, ones)
+    labels = features.unsafe if settings.loss == "bce" else features.severity
+    items = (torch.isin(features.prompt_id, prompts) & labels.isfinite()).nonzero()[:, 0]
+    targets = labels[items]
+    _need(len(items), LABELS[settings.loss], settings)
+    if targets.min() == targets.max():
+        raise RMError(f"all {len(items)} texts have the label {targets[0]:g}: there is nothing to tell apart")
+    if settings.loss == "severity":
+        return Part(items, targets, torch.ones(len(items)))
+    weights = class_weights(targets) if settings.class_balance else torch.ones(len(items))
+    smooth = settings.label_smoothing + (1 - 2 * settings.label_smoothing) * targets
+    return Part(items, smooth, weights, contrast_pairs(features, items), helpful_pairs(features, prompts))
+
+
+def contrast_pairs(features: FeatureSet, items: Tensor) -> Tensor | None:
+    """All (unsafe, safe) pairs of replies to one prompt among these texts; None if there are none. Shape (C, 2)."""
+    of_prompt: dict[int, tuple[list[int], list[int]]] = {}
+    for item in items.tolist():
+        unsafe, safe = of_prompt.setdefault(int(features.prompt_id[item]), ([], []))
+        if features.unsafe[item] in (0.0, 1.0):  # a text that is labelled both ways tells nothing here
+            (unsafe if features.unsafe[item] == 1 else safe).append(item)
+    pairs = [(u, s) for unsafe, safe in of_prompt.values() for u in unsafe for s in safe]
+    return torch.tensor(pairs) if pairs else None
+
+
+def helpful_pairs(features: FeatureSet, prompts: Tensor) -> Tensor | None:
+    """(better, other) of rows with two safe replies to a harmless prompt among these; None without. Shape (C, 2)."""
+    better = features.row_better.long()
+    rows = (
+        (features.row_unsafe == 0).all(dim=1)
+        & (features.benign[features.row_texts[:, 0]] == 1)
+        & (better != UNKNOWN)
+        & torch.isin(features.row_prompt, prompts)
+    ).nonzero()[:, 0]
+    if not len(rows):
+        return None
+    return torch.stack([features.row_texts[rows, better[rows]], features.row_texts[rows, 1 - better[rows]]], dim=1)
+
+
+def _need(count: int, what: str, settings: HeadSettings) -> None:
+    if not count:
+        raise RMError(
+            f"no texts with {what} for loss {settings.loss!r} in a part of the split\n  fix: more rows, other shares "
+            f"(validation_share {settings.validation_share}, test_share {settings.test_share}), or another --loss"
+        )
+
+
+def loss_of(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, part: Part, rows: Tensor, settings: HeadSettings
+) -> Tensor:
+    """Mean loss of the items `rows` of a part.
+
+    bce: cross-entropy of sigmoid(logit) against the unsafe share, weighted by class. severity: squared error.
+    pairs: -log sigmoid(logit of the less safe - logit of the safer), Bradley-Terry.
+    """
+    items, targets, weights = part.items[rows], part.targets[rows], part.weights[rows]
+    if settings.loss == "pairs":
+        logits = head(hidden[items.flatten()]).view(-1, 2)
+        return F.softplus(logits[:, 0] - logits[:, 1]).mean()
+    logits = head(hidden[items])
+    if settings.loss == "severity":
+        return F.mse_loss(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets, weight=weights)
+
+
+def step_loss(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, part: Part, rows: Tensor, settings: HeadSettings
+) -> Tensor:
+    """The loss of one optimizer step: the items `rows`, and as many pairs of each kind drawn at random."""
+
+    def draw(pairs: Tensor | None) -> Tensor | None:
+        return None if pairs is None else pairs[torch.randint(len(pairs), (len(rows),))]
+
+    contrast = draw(part.contrast) if settings.contrast > 0 else None
+    helpful = draw(part.helpful) if settings.helpful > 0 else None
+    return with_pairs(loss_of(head, hidden, part, rows, settings), head, hidden, contrast, helpful, settings)
+
+
+def with_pairs(
+    loss: Tensor,
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    contrast: Tensor | None,
+    helpful: Tensor | None,
+    settings: HeadSettings,
+) -> Tensor:
+    """(1 - contrast) * loss + contrast * contrast_loss + helpful * helpful_loss; None leaves a kind of pairs out."""
+    if contrast is not None and settings.contrast > 0:
+        loss = (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, contrast)
+    if helpful is not None and settings.helpful > 0:
+        loss = loss + settings.helpful * helpful_loss(head, hidden, helpful)
+    return loss
+
+
+def contrast_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, pairs: Tensor) -> Tensor:
+    """Mean of -log sigmoid(logit of the unsafe - logit of the safe reply) over pairs (C, 2) of one prompt each."""
+    logits = head(hidden[pairs.flatten()]).view(-1, 2)
+    return F.softplus(logits[:, 1] - logits[:, 0]).mean()
+
+
+def helpful_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, pairs: Tensor) -> Tensor:
+    """Mean of relu(logit of the better - logit of the other reply)^2 over pairs (C, 2) of safe replies."""
+    logits = head(hidden[pairs.flatten()]).view(-1, 2)
+    return F.relu(logits[:, 0] - logits[:, 1]).square().mean()
