@@ -24,6 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ups_rm.errors import RecipeError
+from ups_rm.recipe_checks import check_recipe
 
 DEFAULT_RECIPE = "quickstart"
 
@@ -205,7 +206,7 @@ class Actor:
     data_loader_seed: int = 42
     """Of that permutation."""
     clip_ratio: float = 0.2
-    """verl's fallback for the next two; as there it has no effect while they are set."""
+    """verl's fallback for the next two, without effect while they are set: any other value is an error."""
     clip_ratio_low: float = 0.2
     """The ratio counts down to 1 - clip_ratio_low."""
     clip_ratio_high: float = 0.2
@@ -433,14 +434,19 @@ def load_recipe(name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = ()
 def _merge_file(config: DictConfig, file: Path) -> DictConfig:
     try:
         text = file.read_text(encoding="utf-8")
-        lines = dict(_key_lines(yaml.compose(text)))
-        loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        root = yaml.compose(text)
+        if not isinstance(root, yaml.MappingNode | None):
+            raise RecipeError(f"{file} is not a recipe: expected sections such as `trainer:` with keys below them")
+        loaded = OmegaConf.create({}) if root is None else OmegaConf.create(text)
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise RecipeError(f"{file} can't be read as YAML: {error}") from error
-    known = set(known_keys())
-    for key, line in lines.items():
+    known, lines = set(known_keys()), {}
+    for key, line, value in _key_lines(root):
+        lines[key] = line
         if key not in known:
             raise RecipeError(f"{_unknown(key)}\n  in {file}, line {line}")
+        if dataclasses.is_dataclass(_field_type(key)) and not isinstance(value, yaml.MappingNode):
+            raise RecipeError(f"{key} is a section, not a key; give its keys below it\n  in {file}, line {line}")
     try:
         return typing.cast(DictConfig, OmegaConf.merge(config, loaded))
     except OmegaConfBaseException as error:
@@ -458,24 +464,25 @@ def _merge_override(config: DictConfig, text: str) -> DictConfig:
     if dataclasses.is_dataclass(_field_type(key)):
         raise RecipeError(f"{key} is a section, not a key; give one of its keys\n  in the override {text!r}")
     try:
-        parsed = (
-            OmegaConf.create({"value": yaml.safe_load(value)}) if value.strip() else OmegaConf.create({"value": ""})
-        )
         merged = config.copy()
-        OmegaConf.update(merged, key, _float_like(parsed["value"]), merge=True)
+        OmegaConf.update(merged, key, _override_value(key, value.strip()), merge=True)
         return merged
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(f"{key}: {_first_line(error)}\n  in the override {text!r}") from error
 
 
-def _float_like(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text; numbers in scientific notation are meant as numbers."""
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
+def _override_value(key: str, text: str) -> Any:
+    """The value as YAML says; for a key that holds text the text itself: 2024-01-01, 1e5 or `a: b` are names too."""
+    hint = _field_type(key)
+    if hint is str or hint == typing.Optional[str]:  # noqa: UP045 (compared with the annotation)
+        if hint is not str and text in ("null", "None", "~"):
+            return None
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    value = yaml.safe_load(text) if text else ""
+    try:  # YAML 1.1 reads 1e-5 as text
+        return float(value) if isinstance(value, str) and "e" in value.lower() else value
+    except ValueError:
+        return value
 
 
 def _field_type(key: str) -> Any:
@@ -498,19 +505,25 @@ def known_keys(kind: type = Recipe, prefix: str = "") -> Iterable[str]:
 
 def _unknown(key: str) -> str:
     known = list(known_keys())
+    leaves = {other: other.rsplit(".", 1)[-1] for other in known}
     leaf = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    near = near or [other for other in known if other.rsplit(".", 1)[-1] == leaf][:1]
+    near = [other for other in known if other.endswith(f".{key}")]  # sections left out in front
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near = near or [other for other in known if leaves[other] == leaf]
+    near = near or [
+        other for other in known if [leaves[other]] == difflib.get_close_matches(leaf, leaves.values(), n=1)
+    ]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{key} is not a key of the recipe; did you mean {near[0]}?"
+    return f"{key} is not a key of the recipe; did you mean {' or '.join(near[:4])}?"
 
 
-def _key_lines(node: Any, prefix: str = "") -> Iterable[tuple[str, int]]:
+def _key_lines(node: Any, prefix: str = "") -> Iterable[tuple[str, int, Any]]:
+    """(dotted key, line, value node) of everything below a YAML node."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
-        yield key, key_node.start_mark.line + 1
+        yield key, key_node.start_mark.line + 1, value_node
         yield from _key_lines(value_node, f"{key}.")
 
 
@@ -523,81 +536,3 @@ def as_list(value: Any) -> list[str]:
     if isinstance(value, (list, tuple, ListConfig)):
         return [str(item) for item in value]
     return [str(value)]
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Values that are wrong by themselves or against each other.
-
-    Raises:
-        RecipeError: names the key, its value and what is allowed.
-    """
-    actor, rollout, data = recipe.actor_rollout_ref.actor, recipe.actor_rollout_ref.rollout, recipe.data
-    one_of = {
-        "algorithm.adv_estimator": (recipe.algorithm.adv_estimator, ("grpo",)),
-        "algorithm.kl_penalty": (recipe.algorithm.kl_penalty.rstrip("+"), KL_ESTIMATORS),
-        "algorithm.kl_ctrl.type": (recipe.algorithm.kl_ctrl.type, ("fixed", "adaptive")),
-        "actor_rollout_ref.actor.kl_loss_type": (actor.kl_loss_type.rstrip("+"), KL_ESTIMATORS),
-        "actor_rollout_ref.actor.loss_agg_mode": (actor.loss_agg_mode, LOSS_AGG_MODES),
-        "actor_rollout_ref.actor.optim.lr_scheduler_type": (actor.optim.lr_scheduler_type, ("constant", "cosine")),
-        "actor_rollout_ref.actor.fsdp_config.model_dtype": (actor.fsdp_config.model_dtype, ("fp32", "float32")),
-        "actor_rollout_ref.actor.fsdp_config.dtype": (actor.fsdp_config.dtype, DTYPES),
-        "actor_rollout_ref.rollout.dtype": (rollout.dtype, DTYPES),
-        "reward_model.model.dtype": (recipe.reward_model.model.dtype, DTYPES),
-        "data.truncation": (data.truncation, ("error",)),
-        "data.prompt_key": (data.prompt_key, ("prompt",)),
-        "prepare.dedup": (recipe.prepare.dedup, ("none", "prompt")),
-        "reward_training.loss": (recipe.reward_training.loss, ("bce", "severity", "pairs")),
-        "trainer.resume_mode": (recipe.trainer.resume_mode, ("auto", "disable", "resume_path")),
-    }
-    for key, (value, allowed) in one_of.items():
-        if value not in allowed:
-            near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"{key}={value} is not one of {', '.join(allowed)}; did you mean {near}?")
-    at_least = {
-        "data.train_batch_size": (data.train_batch_size, 1),
-        "data.max_prompt_length": (data.max_prompt_length, 1),
-        "data.max_response_length": (data.max_response_length, 1),
-        "actor_rollout_ref.rollout.n": (rollout.n, 1),
-        "actor_rollout_ref.actor.ppo_mini_batch_size": (actor.ppo_mini_batch_size, 1),
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": (actor.ppo_micro_batch_size_per_gpu, 1),
-        "actor_rollout_ref.actor.ppo_epochs": (actor.ppo_epochs, 1),
-        "actor_rollout_ref.rollout.max_num_seqs": (rollout.max_num_seqs, 1),
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": (rollout.log_prob_micro_batch_size_per_gpu, 1),
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": (
-            recipe.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu,
-            1,
-        ),
-        "actor_rollout_ref.actor.optim.lr": (actor.optim.lr, 0),
-        "actor_rollout_ref.rollout.temperature": (rollout.temperature, 1e-3),
-        "algorithm.kl_ctrl.kl_coef": (recipe.algorithm.kl_ctrl.kl_coef, 0),
-        "trainer.total_epochs": (recipe.trainer.total_epochs, 1),
-        "trainer.group_log_freq": (recipe.trainer.group_log_freq, 0),
-    }
-    for key, (number, least) in at_least.items():
-        if not number >= least:
-            raise RecipeError(f"{key}={number} must be at least {least}")
-    if not 0 < rollout.top_p <= 1:
-        raise RecipeError(f"actor_rollout_ref.rollout.top_p={rollout.top_p} must lie in (0, 1]")
-    if rollout.dtype not in ("auto", actor.fsdp_config.dtype):
-        raise RecipeError(
-            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from actor_rollout_ref.actor.fsdp_config.dtype="
-            f"{actor.fsdp_config.dtype}: the local engine samples with the weights that it trains\n"
-            "  fix: actor_rollout_ref.rollout.dtype=auto"
-        )
-    if data.train_batch_size % actor.ppo_mini_batch_size:
-        raise RecipeError(
-            f"data.train_batch_size={data.train_batch_size} is not a multiple of "
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
-        )
-    if recipe.trainer.nnodes != 1 or recipe.trainer.n_gpus_per_node > 1:
-        raise RecipeError(
-            f"trainer.nnodes={recipe.trainer.nnodes}, trainer.n_gpus_per_node={recipe.trainer.n_gpus_per_node}: "
-            "the local engine runs one process on one device; several come with the verl engine"
-        )
-    if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
-        raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
-
-
-KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
-LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-DTYPES = ("auto", "bfloat16", "float32")

@@ -16,7 +16,8 @@ from ups_rm.grpo.losses import batch_totals
 from ups_rm.local.actor import Actor, lr_factor, response_logprobs
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
-from ups_rm.recipe import LOSS_AGG_MODES, Optim, Recipe, load_recipe
+from ups_rm.recipe import Optim, Recipe, load_recipe
+from ups_rm.recipe_checks import LOSS_AGG_MODES
 
 LENGTHS = [5, 3, 0, 7, 1, 4, 6, 2, 3, 3, 8, 1]
 GROUPS = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
