@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from labelled_rows import make_features
 from ups_rm.errors import RMError
 from ups_rm.reward.feature_set import FeatureSet
-from ups_rm.reward.head import LOSSES, HeadSettings, TrainableHead, head_logits, split_prompts, train_head
+from ups_rm.reward.head import TrainableHead, head_logits, split_prompts, train_head
 from ups_rm.reward.head_files import read_head
+from ups_rm.reward.head_objective import LOSSES, HeadSettings, contrast_pairs
 
 
 def quick(**changes: object) -> HeadSettings:
@@ -156,6 +157,8 @@ def test_unlabelled_texts_are_left_out_and_nothing_left_is_an_error(tmp_path: Pa
         {"dropout": 1.0},
         {"label_smoothing": 0.5},
         {"patience": 0},
+        {"contrast": 1.0},
+        {"helpful": -1.0},
     ],
 )
 def test_settings_that_make_no_sense_are_named(wrong: dict[str, object]) -> None:
@@ -167,3 +170,47 @@ def test_several_sets_train_together(tmp_path: Path) -> None:
     sets: list[FeatureSet] = [make_features(50), make_features(50, seed=3)]
     report = train_head(sets, tmp_path, quick(), progress=False)
     assert sum(report.prompts.values()) == 100
+
+
+def test_the_helpful_penalty_stops_evasion_from_scoring_safer(tmp_path: Path) -> None:
+    """Axis 2 is helpfulness: unsafe replies have it, and so have the better of two safe replies to harmless prompts.
+
+    Axis 0 tells unsafe from safe without it, so the penalty costs nothing that is true.
+    """
+    features = make_features(120, signal=2.0)
+    harmless = torch.arange(120) % 2 == 0
+    unsafe, hidden = features.unsafe.clone().view(120, 2), features.hidden.clone().view(120, 2, -1)
+    unsafe[harmless] = 0.0
+    hidden[harmless, 0, 2] += 90.0  # 3 standard deviations
+    hidden[..., 2] += 90.0 * unsafe
+    better = torch.where(harmless, 0, -1).to(torch.int8)
+    features = replace(
+        features,
+        hidden=hidden.view(240, -1),
+        unsafe=unsafe.flatten(),
+        row_unsafe=unsafe.to(torch.int8),
+        row_better=better,
+        benign=harmless.repeat_interleave(2).to(torch.uint8),
+    )
+    gap = {}
+    for weight in (0.0, 1.0):
+        settings = quick(helpful=weight, calibrate=False, batch_size=16, patience=40)
+        train_head(features, tmp_path / str(weight), settings, progress=False)
+        logits = head_logits(load_file(tmp_path / str(weight) / "head.safetensors"), features.hidden).view(120, 2)
+        gap[weight] = (logits[harmless, 0] - logits[harmless, 1]).mean().item()
+        labels = unsafe[~harmless]
+        assert logits[~harmless][labels == 1].mean() > logits[~harmless][labels == 0].mean() + 0.2
+    assert gap[1.0] < 0.5 * gap[0.0]
+
+
+def test_contrast_compares_every_unsafe_with_every_safe_reply_of_a_prompt() -> None:
+    features = make_features(3)
+    features = replace(
+        features,
+        prompt_id=torch.tensor([5, 5, 5, 5, 7, 7]),
+        unsafe=torch.tensor([1.0, 0.0, 1.0, 0.5, 0.0, 0.0]),
+    )
+    pairs = contrast_pairs(features, torch.arange(6))
+    assert pairs is not None
+    assert pairs.tolist() == [[0, 1], [2, 1]]  # contradictory labels and prompts of one kind tell nothing
+    assert contrast_pairs(features, torch.tensor([4, 5])) is None

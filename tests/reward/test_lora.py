@@ -14,8 +14,9 @@ from ups_rm.errors import RMError
 from ups_rm.reward import lora as module
 from ups_rm.reward.feature_set import FeatureSet
 from ups_rm.reward.features import collect_texts, extract_features, load_decoder, render_texts
-from ups_rm.reward.head import HeadSettings, TrainableHead, head_logits, part_of
+from ups_rm.reward.head import TrainableHead, head_logits
 from ups_rm.reward.head_files import read_head
+from ups_rm.reward.head_objective import HeadSettings, part_of
 from ups_rm.reward.lora import LoraReport, LoraSettings, train_lora
 from ups_rm.reward.merge import load_backbone_tokenizer, merge
 from ups_rm.reward.scorer import RewardScorer

@@ -1,4 +1,4 @@
-"""`ups-rm rm features | train | merge | check | card | score`: an RM from labelled rows to a folder to trust."""
+"""`ups-rm rm trim | features | train | merge | check | card | score`: an RM from labelled rows to a folder to trust."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ups_rm.cli.rm_train import FEATURES_EPILOG, TRAIN_EPILOG, features, train
+from ups_rm.cli.rm_train import FEATURES_EPILOG, TRAIN_EPILOG, TRIM_EPILOG, features, train, trim
 
 app = typer.Typer(no_args_is_help=True, help="Make, check and ask a reward model.")
 
@@ -18,6 +18,7 @@ Template = Annotated[
     Path | None, typer.Option("--chat-template", help="File with a chat template (jinja), if the tokenizer has none.")
 ]
 Side = Literal["left", "right"]
+app.command(epilog=TRIM_EPILOG)(trim)
 app.command(epilog=FEATURES_EPILOG)(features)
 app.command(epilog=TRAIN_EPILOG)(train)
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}

@@ -1,4 +1,4 @@
-"""`ups-rm rm features` and `ups-rm rm train`; registered by cli/rm.py."""
+"""`ups-rm rm trim`, `rm features` and `rm train`; registered by cli/rm.py."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FEATURES_EPILOG = (
     "Example: ups-rm rm features --backbone smollm2-135m-instruct --data sample --out runs/rm/features.safetensors"
 )
+TRIM_EPILOG = "Example: ups-rm rm trim --backbone smollm2-135m-instruct --layers 22 --out runs/rm/judge"
 TRAIN_EPILOG = (
     "Example: ups-rm rm train runs/rm/features.safetensors --out runs/rm/head --hidden-dims 256,64      "
     "With adapters: ups-rm rm train --lora --backbone smollm2-135m-instruct --data sample --out runs/rm-lora"
@@ -38,6 +39,30 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Number format of the backbone: auto, bfloat16, float32.")]
 MaxBad = Annotated[float, typer.Option(help="Largest share of unusable rows that is tolerated.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def trim(
+    out: Annotated[Path, typer.Option(help="Folder of the new backbone.")],
+    backbone: Backbone = "smollm2-135m-instruct",
+    layers: Annotated[int | None, typer.Option(help="How many of the first layers to keep. Default: all.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with the template. Default: one that asks whether the reply is safe.")
+    ] = None,
+    keep_template: Annotated[bool, typer.Option("--keep-template", help="Keep the tokenizer's own template.")] = False,
+    force: Force = False,
+) -> None:
+    """A backbone that judges better and costs less: fewer layers, and a question after the reply."""
+    from ups_rm.console import console
+    from ups_rm.errors import RMError
+    from ups_rm.models import resolve_model
+    from ups_rm.reward.trim import JUDGE_TEMPLATE, trim_backbone
+
+    if keep_template and chat_template is not None:
+        raise RMError("--keep-template and --chat-template exclude each other")
+    given = _rendering(chat_template, None, None, None)["chat_template"]
+    template = None if keep_template else given or JUDGE_TEMPLATE
+    trim_backbone(resolve_model(backbone), out, layers=layers, chat_template=template, overwrite=force)
+    console.print(f"{out}\nnext: ups-rm rm features --backbone {out} --data sample --out FILE", soft_wrap=True)
 
 
 def features(
@@ -102,9 +127,6 @@ def train(
     contrast: Annotated[
         float | None, typer.Option(help="bce: share of the loss that compares replies to one prompt.")
     ] = None,
-    benign_weight: Annotated[
-        float | None, typer.Option(help="bce: weight of safe replies to harmless prompts.")
-    ] = None,
     helpful: Annotated[
         float | None, typer.Option(help="bce: penalty where evasion scores safer than help on harmless prompts.")
     ] = None,
@@ -150,7 +172,6 @@ def train(
         "class_balance": class_balance,
         "calibrate": calibrate,
         "contrast": contrast,
-        "benign_weight": benign_weight,
         "helpful": helpful,
         "max_epochs": max_epochs,
         "patience": patience,

@@ -59,6 +59,8 @@ class HeadSettings:
             raise RMError(
                 f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing to train on"
             )
+        if self.helpful < 0:
+            raise RMError(f"helpful is {self.helpful}, expected at least 0")
         if not 0 <= self.contrast < 1:
             raise RMError(f"contrast is {self.contrast}, expected a share in [0, 1)")
         if any(width < 1 for width in self.hidden_dims):

@@ -31,19 +31,16 @@ from ups_rm.reward.feature_set import FeatureSet
 from ups_rm.reward.features import collect_texts, extract_features, load_decoder, pad_batch, render_texts
 from ups_rm.reward.head import (
     HeadReport,
-    HeadSettings,
-    Part,
     TrainableHead,
     calibrate,
     feature_quality,
     fit,
     head_logits,
-    loss_of,
-    part_of,
     split_prompts,
     write_head,
 )
 from ups_rm.reward.head_metrics import Quality
+from ups_rm.reward.head_objective import HeadSettings, Part, loss_of, part_of
 from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer
 from ups_rm.reward.native import compute_context
 
