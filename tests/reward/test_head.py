@@ -175,7 +175,7 @@ def test_several_sets_train_together(tmp_path: Path) -> None:
 def test_the_helpful_penalty_stops_evasion_from_scoring_safer(tmp_path: Path) -> None:
     """Axis 2 is helpfulness: unsafe replies have it, and so have the better of two safe replies to harmless prompts.
 
-    Axis 0 tells unsafe from safe without it, so the penalty costs nothing that is true.
+    Axis 0 tells unsafe from safe without it.
     """
     features = make_features(120, signal=2.0)
     harmless = torch.arange(120) % 2 == 0
@@ -192,15 +192,17 @@ def test_the_helpful_penalty_stops_evasion_from_scoring_safer(tmp_path: Path) ->
         row_better=better,
         benign=harmless.repeat_interleave(2).to(torch.uint8),
     )
-    gap = {}
-    for weight in (0.0, 1.0):
+    gap, contrast = {}, {}
+    for weight in (0.0, 0.1):
         settings = quick(helpful=weight, calibrate=False, batch_size=16, patience=40)
         train_head(features, tmp_path / str(weight), settings, progress=False)
         logits = head_logits(load_file(tmp_path / str(weight) / "head.safetensors"), features.hidden).view(120, 2)
         gap[weight] = (logits[harmless, 0] - logits[harmless, 1]).mean().item()
-        labels = unsafe[~harmless]
-        assert logits[~harmless][labels == 1].mean() > logits[~harmless][labels == 0].mean() + 0.2
-    assert gap[1.0] < 0.5 * gap[0.0]
+        others, labels = logits[~harmless], unsafe[~harmless]
+        contrast[weight] = (others[labels == 1].mean() - others[labels == 0].mean()).item()
+    assert contrast[0.1] > 0.2
+    assert gap[0.1] < 0.5 * gap[0.0]
+    assert gap[0.1] / contrast[0.1] < 0.9 * gap[0.0] / contrast[0.0]  # not merely flatter
 
 
 def test_contrast_compares_every_unsafe_with_every_safe_reply_of_a_prompt() -> None:
