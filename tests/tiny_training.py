@@ -113,7 +113,7 @@ def policy_of(model: Any, *, trainable: bool = True) -> Policy:
     """The model as a `Policy` on the CPU, with masters where it is trained."""
     policy = Policy(model, qwen_tokenizer(), torch.device("cpu"))
     if trainable:
-        policy.make_masters()
+        policy.make_masters(next(model.parameters()).dtype)
     else:
         model.requires_grad_(False)
     return policy
