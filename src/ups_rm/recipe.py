@@ -83,6 +83,10 @@ class RewardTraining:
     """Upper bound; training stops earlier when the validation loss does not fall."""
     seed: int = 0
     """Of the split by prompt, the head's weights and the order of the texts."""
+    layers: int | None = None
+    """Keep only the first so many layers of the backbone (`ups-rm rm trim`); all if not given."""
+    judge: bool = False
+    """End each conversation with "Is this reply safe or unsafe?", so that the last token has to judge (`rm trim`)."""
     lora: bool = False
     """Train LoRA adapters of the backbone together with the head and merge them."""
     lora_rank: int = 16
@@ -503,7 +507,28 @@ def known_keys(kind: type = Recipe, prefix: str = "") -> Iterable[str]:
             yield from known_keys(typing.cast(type, hint), f"{key}.")
 
 
+# What scripts for verl often set; it steers verl's workers and means nothing to the local engine.
+VERL_ONLY = {
+    "actor_rollout_ref.rollout.name": "the local engine has its own rollout",
+    "actor_rollout_ref.rollout.gpu_memory_utilization": "the local engine has its own rollout",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "the local engine runs on one device",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size": "use log_prob_micro_batch_size_per_gpu",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size": "use log_prob_micro_batch_size_per_gpu",
+    "actor_rollout_ref.actor.ppo_micro_batch_size": "use ppo_micro_batch_size_per_gpu",
+    "actor_rollout_ref.actor.fsdp_config.param_offload": "the local engine does not shard",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload": "the local engine does not shard",
+    "actor_rollout_ref.ref.fsdp_config.param_offload": "the local engine does not shard",
+    "actor_rollout_ref.model.use_remove_padding": "the local engine shares prompts instead",
+    "reward_model.enable": "the reward model is always on",
+    "reward_model.micro_batch_size_per_gpu": "use reward_model.max_batch_tokens",
+    "reward_model.strategy": "the local engine does not shard",
+    "trainer.critic_warmup": "GRPO has no critic",
+}
+
+
 def _unknown(key: str) -> str:
+    if key in VERL_ONLY:
+        return f"{key} is verl's and has no effect here ({VERL_ONLY[key]}); leave it out"
     known = list(known_keys())
     leaves = {other: other.rsplit(".", 1)[-1] for other in known}
     leaf = key.rsplit(".", 1)[-1]

@@ -1,7 +1,9 @@
-"""Stages that know whether they are done: a stamp with the hash of all inputs and settings stands beside the outputs.
+"""Stages that know whether they are done.
 
-A stage whose stamp fits is skipped. One whose output folder holds something that no stage wrote is refused, so that
-nothing of the user's is overwritten. Large files are hashed once and remembered by size and modification time.
+Beside its output folder `X` a stage leaves a stamp `.X.ups_rm_stage.json`: the hash of all inputs and settings, and of
+what it made. It is skipped while both still fit. A folder that holds something without a stamp is refused, even with
+FRESH=1, and of a stamped one only what the stage made is removed: nothing of the user's is overwritten. Large files are
+hashed once and remembered by size and modification time.
 """
 
 from __future__ import annotations
@@ -21,8 +23,6 @@ from ups_rm.console import console
 from ups_rm.errors import RunError
 from ups_rm.models import cache_folder
 
-STAMP = ".ups_rm_stage.json"
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -32,7 +32,7 @@ class Stage:
         name: as the user sees it, and as `summary.json` names its seconds.
         inputs: files or folders whose content decides the result.
         settings: everything else that decides it; JSON.
-        out: the folder that it owns and where its stamp stands.
+        out: the folder that it owns; its stamp stands beside it.
         outputs: files or folders that must be there afterwards.
         action: does the work; called with nothing.
         keeps_partial: an unfinished `out` with the same hash is gone on with.
@@ -48,6 +48,11 @@ class Stage:
     keeps_partial: bool = False
     precious: bool = False
 
+    @property
+    def stamp(self) -> Path:
+        out = self.out.absolute()
+        return out.parent / f".{out.name}.ups_rm_stage.json"
+
 
 def run_stage(stage: Stage, *, fresh: bool = False) -> float:
     """Do the stage unless it is done; returns the seconds it took (those of the first time where it is skipped).
@@ -57,22 +62,26 @@ def run_stage(stage: Stage, *, fresh: bool = False) -> float:
     """
     wanted = stage_hash(stage)
     stamp = read_stamp(stage)
-    done = stamp.get("hash") == wanted and stamp.get("done") and all(output.exists() for output in stage.outputs)
-    if done and not fresh:
+    if not fresh and stamp.get("hash") == wanted and "made" in stamp and stamp["made"] == _made(stage):
         console.print(f"[green]✓[/green] {stage.name}: done before, skipped ({stage.out})", soft_wrap=True)
         return float(stamp["seconds"])
     _clear(stage, stamp, wanted, fresh)
     console.rule(f"[bold]{stage.name}")
     started = perf_counter()
-    _write_stamp(stage, {"hash": wanted, "done": False})
-    stage.action()
+    before = float(stamp.get("seconds", 0.0)) if stamp.get("hash") == wanted and not fresh else 0.0
+    if not stage.keeps_partial or "made" in stamp:
+        before = 0.0  # begins anew
+    _write_stamp(stage, {"hash": wanted, "seconds": before})
+    try:
+        stage.action()
+    finally:  # an interrupted stage remembers the time it took so far
+        seconds = before + perf_counter() - started
+        _write_stamp(stage, {"hash": wanted, "seconds": seconds})
     missing = [str(output) for output in stage.outputs if not output.exists()]
     if missing:
         raise RunError(f"stage {stage.name} ended without making {', '.join(missing)}")
-    seconds = (
-        perf_counter() - started + float(stamp.get("seconds", 0.0) if stamp.get("hash") == wanted and not fresh else 0)
-    )
-    _write_stamp(stage, {"hash": wanted, "done": True, "seconds": seconds})
+    entries = sorted(entry.name for entry in stage.out.iterdir())
+    _write_stamp(stage, {"hash": wanted, "seconds": seconds, "made": _made(stage), "entries": entries})
     console.print(f"[green]✓[/green] {stage.name}: {seconds:.0f} s", soft_wrap=True)
     return seconds
 
@@ -80,10 +89,11 @@ def run_stage(stage: Stage, *, fresh: bool = False) -> float:
 def _clear(stage: Stage, stamp: dict[str, Any], wanted: str, fresh: bool) -> None:
     if not stage.out.exists() or not any(stage.out.iterdir()):
         return
-    if not stamp and not fresh:
+    if not stamp:
         raise RunError(
             f"{stage.out} is not empty and was not made by this command: nothing is overwritten\n"
-            f"  fix: move it away, point to another folder, or FRESH=1 to replace it"
+            "  fix: move it away; or name what is there (REWARD_MODEL_PATH; TRAIN_DATA and VAL_DATA), "
+            "or OUTPUT_DIR=another/folder for a run"
         )
     if stage.keeps_partial and stamp.get("hash") == wanted and not fresh:
         return
@@ -92,8 +102,18 @@ def _clear(stage: Stage, stamp: dict[str, Any], wanted: str, fresh: bool) -> Non
             f"{stage.out} holds a run with other settings or inputs: nothing is overwritten\n"
             "  fix: OUTPUT_DIR=another/folder for a new run, or FRESH=1 to replace this one"
         )
+    ours = stamp.get("entries")  # None: it never finished, so all that is there is its own
     for entry in stage.out.iterdir():
+        if ours is not None and entry.name not in ours:
+            continue
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _made(stage: Stage) -> dict[str, str] | None:
+    """Content hash of every output; None while one is missing."""
+    if not all(output.exists() for output in stage.outputs):
+        return None
+    return {output.name: content_hash(output) for output in stage.outputs}
 
 
 def stage_hash(stage: Stage) -> str:
@@ -110,7 +130,7 @@ def content_hash(item: Path | str) -> str:
     path = Path(item)
     if not path.exists():
         return hashlib.sha256(str(item).encode()).hexdigest()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != STAMP)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest = hashlib.sha256()
     known = _Digests()
     for file in files:
@@ -158,7 +178,7 @@ class _Digests:
 def read_stamp(stage: Stage) -> dict[str, Any]:
     """The stage's stamp; empty where there is none or it can't be read."""
     try:
-        stamp = json.loads((stage.out / STAMP).read_text(encoding="utf-8"))
+        stamp = json.loads(stage.stamp.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return stamp if isinstance(stamp, dict) else {}
@@ -166,6 +186,6 @@ def read_stamp(stage: Stage) -> dict[str, Any]:
 
 def _write_stamp(stage: Stage, stamp: dict[str, Any]) -> None:
     stage.out.mkdir(parents=True, exist_ok=True)
-    temporary = stage.out / f"{STAMP}.tmp"
+    temporary = stage.stamp.with_name(stage.stamp.name + ".tmp")
     temporary.write_text(json.dumps({"stage": stage.name, **stamp}, indent=1), encoding="utf-8")
-    temporary.replace(stage.out / STAMP)
+    temporary.replace(stage.stamp)

@@ -30,13 +30,14 @@ def main() -> None:
 
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 130:
+            err_console.print("\ninterrupted; the same command goes on from the last finished stage or checkpoint")
+        raise
     except UpsRmError as error:
         err_console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         err_console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err_console.print("\ninterrupted; the same command goes on from the last finished stage or checkpoint")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

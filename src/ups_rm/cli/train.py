@@ -30,8 +30,12 @@ def train(
     out: Output = None,
     engine: Engine = "local",
     resume: Annotated[
-        str, typer.Option(help="`auto`: the newest checkpoint in the run folder; `never`; or a checkpoint folder.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="`auto`: the newest checkpoint in the run folder; `never`; or a checkpoint folder.",
+            show_default="auto",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the resolved recipe, what is read and written, and the memory needed."),
@@ -49,7 +53,7 @@ def train(
     given = named_overrides(policy, rm, train_data, val_data, out)
     if resume in ("auto", "never"):
         given.append(f"trainer.resume_mode={'auto' if resume == 'auto' else 'disable'}")
-    else:
+    elif resume:
         given += ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={resume}"]
     settings = load_recipe(recipe, [*given, *(overrides or [])])
     if dry_run:

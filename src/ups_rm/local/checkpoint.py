@@ -84,6 +84,13 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rsplit("_", 1)[1]))
 
 
+def drop_checkpoints_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: training goes on from `step` on another branch."""
+    for path in _checkpoints(folder):
+        if int(path.name.rsplit("_", 1)[1]) > step:
+            shutil.rmtree(path)
+
+
 def find_checkpoint(recipe: Recipe) -> Path | None:
     """The checkpoint that `trainer.resume_mode` asks for, if there is one.
 

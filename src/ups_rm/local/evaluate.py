@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ups_rm.console import progress_bar
+from ups_rm.console import Advance, progress_bar
 from ups_rm.data.prompts import PromptRow
 from ups_rm.errors import DataError
 from ups_rm.evaluation.compare import Comparison, compare
@@ -15,6 +15,7 @@ from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.local.trainer import Scorer
 from ups_rm.recipe import Recipe
+from ups_rm.types import Conversation
 
 
 def held_out_prompts(rows: list[PromptRow], recipe: Recipe) -> list[PromptRow]:
@@ -43,41 +44,63 @@ def evaluate(
         prompts: see `held_out_prompts`; each gets `evaluation.n` replies.
     """
     settings = recipe.evaluation
-    with progress_bar("evaluating", 3 * len(prompts), unit="prompts") as advance:
+    with progress_bar("evaluating", 2 * len(prompts), unit="prompts") as advance:
         base = Policy.load(recipe, trainable=False, path=str(before))
-        rollout_before = _answer(base, recipe, prompts)
-        advance(len(prompts), "before")
+        rollouts_before = _answer(base, recipe, prompts, advance)
         trained = Policy.load(recipe, trainable=False, path=str(after))
-        rollout_after = _answer(trained, recipe, prompts)
-        advance(len(prompts), "after")
-        kl = _kl(trained, base, rollout_after, recipe)
-        advance(len(prompts), "KL")
+        rollouts_after = _answer(trained, recipe, prompts, advance)
+    kl = _kl(trained, base, rollouts_after, recipe)
+    texts_before, conversations_before, lengths_before = _joined(rollouts_before)
+    texts_after, conversations_after, lengths_after = _joined(rollouts_after)
     return compare(
         [row for row in prompts for _ in range(settings.n)],
-        rollout_before.texts,
-        rollout_after.texts,
-        scorer.score(rollout_before.conversations),
-        scorer.score(rollout_after.conversations),
+        texts_before,
+        texts_after,
+        scorer.score(conversations_before),
+        scorer.score(conversations_after),
         kl=kl,
-        lengths_before=rollout_before.sequences.response_mask.sum(1).tolist(),
-        lengths_after=rollout_after.sequences.response_mask.sum(1).tolist(),
+        lengths_before=lengths_before,
+        lengths_after=lengths_after,
         n_resamples=settings.n_resamples,
     )
 
 
-def _answer(policy: Policy, recipe: Recipe, prompts: list[PromptRow]) -> Rollout:
-    settings = recipe.evaluation
-    engine = RolloutEngine(policy, max_num_seqs=recipe.actor_rollout_ref.rollout.max_num_seqs)
-    sampling = Sampling(temperature=settings.temperature, seed=settings.seed)
-    messages = [row.messages for row in prompts]
-    return engine.generate(messages, n=settings.n, max_new_tokens=settings.max_new_tokens, sampling=sampling)
+def _answer(policy: Policy, recipe: Recipe, prompts: list[PromptRow], advance: Advance) -> list[Rollout]:
+    """Replies to all prompts, `max_num_seqs` at a time; the draws of a prompt are the same for every policy."""
+    settings, at_once = recipe.evaluation, recipe.actor_rollout_ref.rollout.max_num_seqs
+    engine = RolloutEngine(policy, max_num_seqs=at_once)
+    per_call = max(1, min(at_once, 32) // settings.n)
+    rollouts = []
+    for start in range(0, len(prompts), per_call):
+        messages = [row.messages for row in prompts[start : start + per_call]]
+        sampling = Sampling(temperature=settings.temperature, seed=settings.seed * 1_000_003 + start)
+        rollouts.append(
+            engine.generate(messages, n=settings.n, max_new_tokens=settings.max_new_tokens, sampling=sampling)
+        )
+        advance(len(messages))
+    return rollouts
 
 
-def _kl(trained: Policy, base: Policy, rollout: Rollout, recipe: Recipe) -> float:
-    size = recipe.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
-    logprobs, base_logprobs = (
-        response_logprobs(policy, rollout.sequences, micro_batch_size=size, temperature=1.0)
-        for policy in (trained, base)
+def _joined(rollouts: list[Rollout]) -> tuple[list[str], list[Conversation], list[int]]:
+    """(texts, conversations, lengths in tokens) of all replies."""
+    return (
+        [text for rollout in rollouts for text in rollout.texts],
+        [conversation for rollout in rollouts for conversation in rollout.conversations],
+        [length for rollout in rollouts for length in rollout.sequences.response_mask.sum(1).tolist()],
     )
-    mask = rollout.sequences.response_mask
-    return float(((logprobs - base_logprobs) * mask).sum() / mask.sum().clamp(min=1))
+
+
+def _kl(trained: Policy, base: Policy, rollouts: list[Rollout], recipe: Recipe) -> float:
+    """Mean over tokens of log pi_trained - log pi_base on the trained policy's replies, at the sampling temperature."""
+    size = recipe.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
+    temperature = recipe.evaluation.temperature or 1.0
+    total = tokens = 0.0
+    for rollout in rollouts:
+        logprobs, base_logprobs = (
+            response_logprobs(policy, rollout.sequences, micro_batch_size=size, temperature=temperature)
+            for policy in (trained, base)
+        )
+        mask = rollout.sequences.response_mask
+        total += float(((logprobs - base_logprobs) * mask).sum())
+        tokens += float(mask.sum())
+    return total / max(1.0, tokens)

@@ -41,8 +41,11 @@ class Policy:
         masters: (parameter, fp32 master) per trainable parameter; the same tensor twice where compute is fp32.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, device: torch.device, *, source: str = "", trust_remote_code: bool = False
+    ) -> None:
         self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.source, self.trust_remote_code = source, trust_remote_code
         self.masters: list[tuple[Tensor, Tensor]] = []
         self.is_lora = hasattr(model, "peft_config")
         self.shared = SharedPrefixForward.of(model)
@@ -58,28 +61,38 @@ class Policy:
         device = pick_device(recipe.trainer.device)
         dtype = compute_dtype(recipe.actor_rollout_ref.actor.fsdp_config.dtype, device)
         source = resolve_model(path or settings.path)
-        model, tokenizer = load_model(source, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+        lora = trainable and settings.lora_rank > 0
+        # masters are the stored weights, not their bf16 rounding; a frozen base needs no masters
+        first = torch.float32 if trainable and not lora else dtype
+        model, tokenizer = load_model(source, dtype=first, trust_remote_code=settings.trust_remote_code)
         model.to(device)
         if trainable and settings.enable_gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if trainable and settings.lora_rank > 0:
+        if lora:
             model = with_lora(model, settings, recipe.trainer.seed)
         model.eval()  # no dropout: the ratio of a fresh rollout must be exactly 1
-        policy = cls(model, tokenizer, device)
+        policy = cls(model, tokenizer, device, source=source, trust_remote_code=settings.trust_remote_code)
         if trainable:
-            policy.make_masters()
+            policy.make_masters(dtype)
         else:
             model.requires_grad_(False)
         return policy
 
-    def make_masters(self) -> None:
-        """fp32 copies of the trainable parameters (themselves where they are fp32)."""
+    def make_masters(self, dtype: torch.dtype) -> None:
+        """fp32 masters of the trainable parameters; without LoRA the model is lowered to the compute dtype.
+
+        A parameter that stays fp32 (fp32 compute, adapters) is its own master.
+        """
         self.masters = []
         for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                own = parameter.dtype == torch.float32
-                master = parameter if own else parameter.detach().float().requires_grad_(True)
-                self.masters.append((parameter, master))
+            if not parameter.requires_grad:
+                continue
+            if self.is_lora or dtype == torch.float32:
+                self.masters.append((parameter, parameter))
+                continue
+            master = parameter.detach().float().clone().requires_grad_(True)
+            parameter.data = parameter.data.to(dtype)
+            self.masters.append((parameter, master))
 
     @property
     def eos_ids(self) -> list[int]:
@@ -154,13 +167,21 @@ class Policy:
             for layer in layers:
                 layer.training = False
 
+    @torch.no_grad()
+    def _merged(self) -> Any:
+        """The stored base in fp32 with the adapters' deltas added: nothing is rounded to the compute dtype."""
+        merged, _ = load_model(self.source, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
+        for name, module in self.model.get_base_model().named_modules():
+            if hasattr(module, "get_delta_weight") and getattr(module, "lora_A", None):
+                for adapter in module.active_adapters:
+                    merged.get_submodule(name).weight += module.get_delta_weight(adapter).float().cpu()
+        return merged
+
     def save(self, folder: Path) -> None:
         """A Hugging Face folder that plain transformers loads; adapters merged, weights as trained (fp32 masters)."""
         model = self.model
         if self.is_lora:
-            import copy
-
-            model = copy.deepcopy(model).merge_and_unload()
+            model = self._merged()
             state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         else:
             masters = {id(parameter): master for parameter, master in self.masters}

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ups_rm.console import console
+from ups_rm.console import console, progress_bar
 from ups_rm.data.prompts import PromptRow, read_prompts
 from ups_rm.errors import RecipeError, RMError, RunError
 from ups_rm.evaluation.refusal import is_refusal
@@ -40,9 +40,16 @@ from ups_rm.grpo import (
 )
 from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.batches import prompt_batches, select_prompts, steps_per_epoch
-from ups_rm.local.checkpoint import TrainingState, find_checkpoint, load_checkpoint, recipe_hash, save_checkpoint
+from ups_rm.local.checkpoint import (
+    TrainingState,
+    drop_checkpoints_after,
+    find_checkpoint,
+    load_checkpoint,
+    recipe_hash,
+    save_checkpoint,
+)
 from ups_rm.local.decode import Sampling
-from ups_rm.local.policy import Policy, needs_reference
+from ups_rm.local.policy import Policy, needs_reference, pick_device
 from ups_rm.local.rollout import Rollout, RolloutEngine, encode_prompts
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.tracking.group_log import GroupLog, group_records
@@ -101,7 +108,7 @@ class Trainer:
         rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
         self.policy = Policy.load(recipe)
         self.train_rows = self._fitting(rows)
-        self.val_rows = read_prompts(as_list(recipe.data.val_files)) if self._validates() else []
+        self.val_rows = self._fitting(read_prompts(as_list(recipe.data.val_files))) if self._validates() else []
         if recipe.data.val_max_samples >= 0:
             self.val_rows = self.val_rows[: recipe.data.val_max_samples]
         per_epoch = steps_per_epoch(len(self.train_rows), recipe.data)
@@ -172,7 +179,13 @@ class Trainer:
         """
         trainer = self.recipe.trainer
         start = self._resume()
+        if start == 0 and (self.folder / "policy").exists() and trainer.resume_mode != "disable":
+            raise RunError(
+                f"{self.folder} holds a finished run: nothing is overwritten\n"
+                "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), or move this one away"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
+        drop_checkpoints_after(self.folder, start)
         (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         group_log = self._group_log()
         group_log.drop_after(start)
@@ -187,7 +200,12 @@ class Trainer:
         )
         metrics: dict[str, float] = {}
         done = start
-        with trackers, interruptible() as stop:
+        live = console.is_terminal or "console" not in as_list(trainer.logger)
+        with (
+            trackers,
+            interruptible() as stop,
+            progress_bar("GRPO", self.total_steps - start, unit="steps", enabled=live) as advance,
+        ):
             if start == 0 and trainer.val_before_train and self._validates():
                 trackers.log(self.validate(), 0)
             batches = prompt_batches(self.train_rows, self.recipe.data)
@@ -200,11 +218,12 @@ class Trainer:
                 metrics = self.metrics(record, number)
                 self.kl_control.update(metrics["actor/reward_kl_penalty"], len(record.scores))
                 if group_log.wants(number):
-                    group_log.write(number, self._groups(record), kl_coef=metrics["actor/reward_kl_penalty_coeff"])
+                    self._log_groups(group_log, number, record, metrics["actor/reward_kl_penalty_coeff"])
                 last = number == self.total_steps
                 if self._validates() and trainer.test_freq > 0 and (number % trainer.test_freq == 0 or last):
                     metrics |= self.validate()
                 trackers.log(metrics, number)
+                advance(note=f"score {metrics['critic/score/mean']:.3f}")
                 done = number
                 if trainer.save_freq > 0 and (number % trainer.save_freq == 0 or last):
                     self._save(done)
@@ -301,6 +320,8 @@ class Trainer:
             if bool(rows.any()):
                 metrics[f"text/refusal_rate_{kind}_prompts"] = float(refused[rows].mean())
         coefficient = self.kl_control.value if recipe.algorithm.use_kl_in_reward else 0.0
+        # an end token alone is no reply either
+        metrics["response/aborted_ratio"] = sum(not text.strip() for text in rollout.texts) / len(rollout.texts)
         metrics |= {"actor/reward_kl_penalty_coeff": coefficient}
         if record.old_logprobs is not None:
             gap = (record.old_logprobs - rollout.rollout_logprobs).abs() * mask
@@ -349,6 +370,13 @@ class Trainer:
             truncated=[not ended for ended in record.rollout.finished],
             kinds=[row.kind for row in record.prompts for _ in range(n)],
         )
+
+    def _log_groups(self, log: GroupLog, number: int, record: StepRecord, kl_coef: float) -> None:
+        """A log that can't be written (a full disk) warns and costs no training."""
+        try:
+            log.write(number, self._groups(record), kl_coef=kl_coef)
+        except OSError as error:
+            console.print(f"step {number}: the group log can't be written, training goes on: {error}", markup=False)
 
     def _group_log(self) -> GroupLog:
         trainer = self.recipe.trainer
@@ -409,7 +437,6 @@ def load_scorer(recipe: Recipe) -> Scorer:
     Raises:
         RecipeError: the recipe names no RM.
     """
-    from ups_rm.local.policy import pick_device
     from ups_rm.reward.scorer import RewardScorer
 
     settings = recipe.reward_model
@@ -448,7 +475,8 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
         return
     if not model.path:
         return  # `load_scorer` says what is missing
-    report = check_rm(model.path, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    device = str(pick_device(recipe.trainer.device))
+    report = check_rm(model.path, device=device, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
     failed = [check for check in report.checks if check.verdict == "fail"]
     if failed:
         reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
