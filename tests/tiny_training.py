@@ -238,3 +238,18 @@ def letter_share(text: str, letter: str = "e") -> float:
 def prefers(letter: str) -> SyntheticScorer:
     """The more of the letter the safer: logit 3 without it, -3 where there is nothing else."""
     return SyntheticScorer(lambda text: 3.0 - 6.0 * letter_share(text, letter))
+
+
+def command(*arguments: str | Path) -> int:
+    """Run `ups-rm ARGUMENTS` in this process, as the entry point does; its exit code."""
+    import sys
+    from unittest.mock import patch
+
+    from ups_rm.cli import main
+
+    with patch.object(sys, "argv", ["ups-rm", *map(str, arguments)]):
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0

@@ -527,8 +527,6 @@ VERL_ONLY = {
 
 
 def _unknown(key: str) -> str:
-    if key in VERL_ONLY:
-        return f"{key} is verl's and has no effect here ({VERL_ONLY[key]}); leave it out"
     known = list(known_keys())
     leaves = {other: other.rsplit(".", 1)[-1] for other in known}
     leaf = key.rsplit(".", 1)[-1]
@@ -539,7 +537,10 @@ def _unknown(key: str) -> str:
         other for other in known if [leaves[other]] == difflib.get_close_matches(leaf, leaves.values(), n=1)
     ]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{key} is not a key of the recipe; did you mean {' or '.join(near[:4])}?"
+    names = " or ".join(near[:4])
+    if key in VERL_ONLY:
+        return f"{key} is verl's and has no effect here ({VERL_ONLY[key]}); leave it out, or did you mean {names}?"
+    return f"{key} is not a key of the recipe; did you mean {names}?"
 
 
 def _key_lines(node: Any, prefix: str = "") -> Iterable[tuple[str, int, Any]]:

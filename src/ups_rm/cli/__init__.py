@@ -38,7 +38,3 @@ def main() -> None:
         err_console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         err_console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

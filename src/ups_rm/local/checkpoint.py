@@ -40,7 +40,8 @@ class TrainingState:
 def recipe_hash(recipe: Recipe) -> str:
     """sha256 over the settings that decide what training computes."""
     settings = recipe.as_dict()
-    settings.pop("evaluation")
+    for section in ("prepare", "reward_training", "evaluation"):  # what they made is named by its path
+        settings.pop(section)
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in FREE_TO_CHANGE}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -1,0 +1,396 @@
+"""`ups-rm run` from rows to the table, with tiny models: what it leaves, what it skips, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiny_training import BENIGN, UNSAFE, command, prompt_file
+from ups_rm.data.prompts import read_prompts
+from ups_rm.errors import RunError
+from ups_rm.pipeline import held_out_texts, labelled_rows
+from ups_rm.recipe import load_recipe
+from ups_rm.tracking.group_log import read_group_log
+
+SMALL = [
+    *("trainer.total_training_steps=3", "trainer.device=cpu", "data.max_response_length=8", "reward_training.layers=1"),
+    *("evaluation.max_unsafe_prompts=4", "evaluation.max_benign_prompts=4", "evaluation.max_new_tokens=8"),
+]
+STAGES = ["prepare", "backbone", "features", "head", "merge", "check", "train", "eval"]
+RUN = Path("runs/ups-rm/quickstart")
+RM = Path("merge/merged_model/Naive-RM-saferlhf")
+
+
+@dataclass
+class Place:
+    """A working folder with `ups-rm run` in it: tiny policy, tiny backbone, few steps."""
+
+    folder: Path
+    policy: Path
+    backbone: Path
+    capture: Any
+    out: str = ""
+
+    def run(self, *arguments: str, **environment: str) -> int:
+        """Exit code; what was printed is in `out`."""
+        settings = {"POLICY_MODEL_PATH": str(self.policy), "UPS_RM_CACHE": str(self.folder / "cache"), **environment}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            for name in ("REWARD_MODEL_PATH", "TRAIN_DATA", "VAL_DATA", "OUTPUT_DIR", "ENGINE", "FRESH"):
+                patch.delenv(name, raising=False)
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            self.capture.readouterr()
+            code = command("run", f"reward_training.backbone={self.backbone}", *SMALL, *arguments)
+            captured = self.capture.readouterr()
+            self.out = captured.out + captured.err
+        return code
+
+    def summary(self, run: Path = RUN) -> dict[str, Any]:
+        return json.loads((self.folder / run / "summary.json").read_text())  # type: ignore[no-any-return]
+
+    @property
+    def skipped(self) -> list[str]:
+        lines = [line for line in self.out.splitlines() if "done before, skipped" in line]
+        return [line.split()[1].rstrip(":") for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, backbone_folder: Path
+) -> tuple[Path, float, int]:
+    """A folder where the whole way was gone once; copied for the tests that change it."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    class Silent:
+        def readouterr(self) -> Any:
+            return type("Captured", (), {"out": "", "err": ""})
+
+    started = perf_counter()
+    code = Place(folder, policy_folder, backbone_folder, Silent()).run()
+    return folder, perf_counter() - started, code
+
+
+@pytest.fixture
+def done(
+    finished: tuple[Path, float, int], tmp_path: Path, policy_folder: Path, backbone_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> Place:  # fmt: skip
+    shutil.copytree(finished[0], tmp_path / "place", copy_function=shutil.copy2)
+    return Place(tmp_path / "place", policy_folder, backbone_folder, capsys)
+
+
+@pytest.fixture
+def place(tmp_path: Path, policy_folder: Path, backbone_folder: Path, capsys: pytest.CaptureFixture[str]) -> Place:
+    (tmp_path / "place").mkdir()
+    return Place(tmp_path / "place", policy_folder, backbone_folder, capsys)
+
+
+def content(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.stat().st_size)
+        for file in folder.rglob("*")
+        if file.is_file() and "cache" not in file.parts and file.name != "summary.json"
+    }
+
+
+# ---- the whole way
+
+
+def schema(value: Any) -> Any:
+    return {key: schema(inner) for key, inner in value.items()} if isinstance(value, dict) else type(value).__name__
+
+
+def test_the_whole_way_in_under_a_minute(finished: tuple[Path, float, int]) -> None:
+    folder, seconds, code = finished
+    assert code == 0
+    assert seconds < 60
+    for file in ("Data/pku_saferlhf_verl/train.parquet", "Data/pku_saferlhf_verl/val.parquet", RM / "config.json",
+                 RM / "rm_card.json", RUN / "policy/model.safetensors", RUN / "metrics.jsonl", RUN / "recipe.yaml",
+                 RUN / "groups/step_000003.jsonl", RUN / "eval/pairs.jsonl", RUN / "summary.json"):  # fmt: skip
+        assert (folder / file).is_file(), file
+    assert sorted(path.name for path in folder.iterdir()) == ["Data", "cache", "merge", "runs"] or sorted(
+        path.name for path in folder.iterdir()
+    ) == ["Data", "merge", "runs"]
+
+
+def test_summary_has_exactly_the_agreed_form(finished: tuple[Path, float, int]) -> None:
+    summary = json.loads((finished[0] / RUN / "summary.json").read_text())
+    pair = {"before": "float", "after": "float"}
+    assert schema(summary) == {
+        "safe_score": {**pair, "diff": "float", "ci95": "list", "n": "int"},
+        "refusal_rate": {"unsafe": pair, "benign": pair},
+        "length": pair,
+        "distinct_2": pair,
+        "kl": "float",
+        "seconds": dict.fromkeys(STAGES, "float"),
+        "steps": "int",
+    }
+    assert summary["steps"] == 3
+    score = summary["safe_score"]
+    assert score["diff"] == pytest.approx(score["after"] - score["before"])
+    low, high = score["ci95"]
+    assert low <= score["diff"] <= high
+    assert score["n"] == 8
+    assert all(0 < score[when] < 1 for when in ("before", "after"))
+
+
+def test_the_figures_are_those_of_the_pairs(finished: tuple[Path, float, int]) -> None:
+    summary = json.loads((finished[0] / RUN / "summary.json").read_text())
+    pairs = [json.loads(line) for line in (finished[0] / RUN / "eval/pairs.jsonl").read_text().splitlines()]
+    recipe = load_recipe()
+    assert len(pairs) == 8 * recipe.evaluation.n
+    for when in ("before", "after"):
+        scores = [pair[when]["safe_score"] for pair in pairs]
+        assert summary["safe_score"][when] == pytest.approx(sum(scores) / len(scores))
+        assert summary["length"][when] == pytest.approx(sum(pair[when]["length"] for pair in pairs) / len(pairs))
+        benign = [pair[when]["refusal"] for pair in pairs if pair["kind"] == "benign"]
+        assert summary["refusal_rate"]["benign"][when] == pytest.approx(sum(benign) / len(benign))
+
+
+def test_no_held_out_prompt_was_trained_on(finished: tuple[Path, float, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the policy nor by the reward model, although the same prompt comes with many replies."""
+    monkeypatch.chdir(finished[0])
+    recipe = load_recipe()
+    held_out = held_out_texts(recipe)
+    trained = {sample.messages[-1]["content"] for file in (RUN / "groups").iterdir()
+               for sample in read_group_log(file).groups}  # fmt: skip
+    assert trained
+    assert not trained & held_out
+    rows = labelled_rows(recipe, "sample", held_out=held_out)
+    assert len(rows) > 500
+    assert not {row.prompt for row in rows} & held_out
+    benign = labelled_rows(recipe, "sample", held_out=held_out, benign_only=True)
+    assert 0 < len(benign) < len(rows)
+    with pytest.raises(RunError, match="no labelled train rows"):
+        labelled_rows(recipe, "sample", held_out={row.prompt for row in rows} | held_out)
+
+
+# ---- again
+
+
+def test_a_second_run_skips_every_stage_and_changes_nothing(done: Place) -> None:
+    before, summary = content(done.folder), done.summary()
+    started = perf_counter()
+    assert done.run() == 0
+    assert perf_counter() - started < 15
+    assert done.skipped == STAGES
+    assert content(done.folder) == before
+    assert done.summary() == summary
+    assert "Before and after" in done.out
+
+
+def test_only_what_a_change_touches_is_done_again(done: Place) -> None:
+    assert done.run("evaluation.n=1") == 0
+    assert done.skipped == STAGES[:-1]
+    assert done.run("evaluation.n=1", "reward_training.seed=1", OUTPUT_DIR="runs/other") == 0
+    assert done.skipped == ["prepare", "backbone", "features"]
+    assert done.summary(Path("runs/other"))["steps"] == 3
+
+
+def test_a_run_with_other_settings_never_replaces_one_unasked(done: Place) -> None:
+    policy = (done.folder / RUN / "policy/model.safetensors").read_bytes()
+    assert done.run("actor_rollout_ref.actor.optim.lr=1e-2") == 2
+    assert "nothing is overwritten" in done.out
+    assert "OUTPUT_DIR=" in done.out
+    assert (done.folder / RUN / "policy/model.safetensors").read_bytes() == policy
+    assert done.run("actor_rollout_ref.actor.optim.lr=1e-2", FRESH="1") == 0
+    assert done.skipped == []
+    assert (done.folder / RUN / "policy/model.safetensors").read_bytes() != policy
+
+
+def test_cosmetic_settings_are_no_change(done: Place) -> None:
+    """How a run is shown or called does not make it another one."""
+    moved = f"trainer.default_local_dir={RUN}"
+    assert done.run("trainer.logger=[]", "trainer.project_name=other", moved) == 0
+    assert done.skipped == STAGES
+
+
+def test_folders_of_the_user_are_left_alone(place: Place) -> None:
+    theirs = place.folder / "Data/pku_saferlhf_verl"
+    theirs.mkdir(parents=True)
+    (theirs / "train.parquet").write_text("mine")
+    for fresh in ({}, {"FRESH": "1"}):
+        assert place.run(**fresh) == 2
+        assert "was not made by this command: nothing is overwritten" in place.out
+    assert (theirs / "train.parquet").read_text() == "mine"
+
+
+# ---- own data, RM, prompts
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Rows of {prompt, safe_response, unsafe_response}, 40 prompts."""
+    rows = [
+        {
+            "prompt": f"{text}, please, number {i}?",
+            "safe_response": f"I am sorry, but I can't help with that ({i}).",
+            "unsafe_response": f"Mix flour and water {i} and it could hurt someone.",
+        }
+        for i in range(4)
+        for text in UNSAFE
+    ]
+    file = tmp_path / "my pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_own_pairs_with_the_samples_harmless_prompts(place: Place, pairs: Path) -> None:
+    assert place.run("--data", str(pairs)) == 0, place.out
+    summary = place.summary()
+    assert list(summary["seconds"]) == ["prepare", "prepare-benign", *STAGES[1:]]
+    assert summary["safe_score"]["n"] == 8
+    train = {row.messages[-1]["content"] for row in read_prompts(place.folder / "Data/pku_saferlhf_verl/train.parquet")}
+    val = {row.messages[-1]["content"] for row in read_prompts(place.folder / "Data/pku_saferlhf_verl/val.parquet")}
+    assert len(train) + len(val) == 40
+    assert not train & val
+    benign = read_prompts(place.folder / "Data/benign_verl/train.parquet")
+    assert {row.kind for row in benign} == {"benign"}
+    kinds = [group.kind for file in (place.folder / RUN / "groups").iterdir() for group in read_group_log(file).groups]
+    assert {"benign", "unsafe"} == set(kinds)
+    assert place.run("--data", str(pairs)) == 0
+    assert place.skipped == ["prepare", "prepare-benign", *STAGES[1:]]
+    with pairs.open("a") as stream:
+        row = {"prompt": "one more", "safe_response": "No, I can't.", "unsafe_response": "Yes, mix it."}
+        stream.write(json.dumps(row) + "\n")
+    assert place.run("--data", str(pairs), FRESH="") in (0, 2)
+    assert "prepare" not in place.skipped
+
+
+def own(folder: Path) -> dict[str, str]:
+    """Prompts of the user's own, as environment variables."""
+    return {
+        "TRAIN_DATA": str(prompt_file(folder / "own/train.parquet")),
+        "VAL_DATA": str(prompt_file(folder / "own/val.parquet", unsafe=len(UNSAFE) - 5, benign=len(BENIGN) - 2)),
+    }
+
+
+def test_own_prompts_and_reward_model_replace_their_stages(place: Place, rm_folder: Path) -> None:
+    environment = {**own(place.folder), "REWARD_MODEL_PATH": str(rm_folder), "OUTPUT_DIR": "runs/2024-01-01"}
+    assert place.run(**environment) == 0, place.out
+    summary = place.summary(Path("runs/2024-01-01"))
+    assert list(summary["seconds"]) == ["check", "train", "eval"]
+    assert not (place.folder / "Data").exists()
+    assert not (place.folder / "merge/merged_model").exists()
+
+
+@pytest.mark.parametrize("only", ["TRAIN_DATA", "VAL_DATA"])
+def test_half_of_the_own_prompts_is_an_error(place: Place, only: str) -> None:
+    assert place.run(**{only: own(place.folder)[only]}) == 2
+    assert "TRAIN_DATA and VAL_DATA belong together" in place.out.replace("\n", " ")
+
+
+def test_wrong_inputs_are_said_before_any_work(place: Place) -> None:
+    for arguments, environment, message in (
+        (["--data", "nowhere.jsonl"], {}, "nowhere.jsonl"),
+        ([], {"REWARD_MODEL_PATH": "nowhere"}, "nowhere is not an RM folder"),
+        ([], {"POLICY_MODEL_PATH": "./nowhere"}, "no model at ./nowhere"),
+        ([], {"ENGINE": "verl"}, "comes with a later version"),
+        ([], {"ENGINE": "ray"}, "ENGINE=ray is not known"),
+        (["trainer.total_step=3"], {}, "did you mean trainer.total_"),
+        (["--recipe", "slowstart"], {}, "packaged ones"),
+    ):
+        assert place.run(*arguments, **environment) == 2
+        assert message in place.out.replace("\n", " ")
+        assert "Traceback" not in place.out
+        assert not (place.folder / "Data").exists()
+        assert not (place.folder / "runs").exists()
+
+
+@pytest.fixture
+def flat_rm(rm_folder: Path, tmp_path: Path) -> Path:
+    """A reward model that gives every reply the same score."""
+    folder = tmp_path / "flat"
+    shutil.copytree(rm_folder, folder)
+    head = load_file(folder / "myrm.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in head.items()}, folder / "myrm.safetensors")
+    (folder / "rm_card.json").unlink()
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*has no rm_card.json")
+def test_a_reward_model_that_fails_its_check_is_not_trained_against(place: Place, flat_rm: Path) -> None:
+    environment = {**own(place.folder), "REWARD_MODEL_PATH": str(flat_rm)}
+    assert place.run(**environment) == 2
+    assert "nothing was trained" in place.out
+    assert not (place.folder / RUN).exists()
+    assert place.run("--skip-rm-check", **environment) == 0, place.out
+    assert place.summary()["rm_check"] == "skipped by --skip-rm-check"
+
+
+def test_prompts_that_cannot_be_trained_on_stop_it(place: Place, rm_folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = place.folder / "own/broken.parquet"
+    broken.parent.mkdir()
+    pq.write_table(pa.table({"prompt": ["just text"], "data_source": ["x"]}), broken)
+    environment = {"TRAIN_DATA": str(broken), "VAL_DATA": str(broken), "REWARD_MODEL_PATH": str(rm_folder)}
+    assert place.run(**environment) == 2
+    assert not (place.folder / RUN).exists()
+
+
+# ---- interrupted
+
+
+@pytest.fixture
+def process(place: Place, rm_folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `ups-rm run` as a process of its own; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        environment = os.environ | own(place.folder) | {"REWARD_MODEL_PATH": str(rm_folder)}
+        environment |= {"POLICY_MODEL_PATH": str(place.policy), "UPS_RM_CACHE": str(place.folder / "cache")}
+        command = [sys.executable, "-m", "ups_rm", "run", *SMALL, *arguments]
+        started.append(
+            subprocess.Popen(
+                command, cwd=place.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+        return started[-1]
+
+    yield start
+    for child in started:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+def test_ctrl_c_exits_130_and_the_same_command_goes_on(
+    place: Place, process: Callable[..., subprocess.Popen[str]], rm_folder: Path
+) -> None:
+    """Interrupted in the middle of the training: a checkpoint, then the rest of the steps and not one twice."""
+    more = "trainer.total_training_steps=30"
+    child = process(more)
+    metrics, patience = place.folder / RUN / "metrics.jsonl", perf_counter() + 90
+    while perf_counter() < patience and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert child.poll() is None, child.communicate()[0]
+        sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 130, out
+    assert "Traceback" not in out
+    [checkpoint] = (place.folder / RUN).glob("global_step_*")
+    stopped = int(checkpoint.name.rsplit("_", 1)[1])
+    assert 3 <= stopped < 30
+    assert not (place.folder / RUN / "policy").exists()
+    assert place.run(more, **own(place.folder), REWARD_MODEL_PATH=str(rm_folder)) == 0, place.out
+    assert "resumed from" in place.out
+    assert place.skipped == ["check"]
+    assert place.summary()["steps"] == 30
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 31))
