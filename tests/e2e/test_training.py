@@ -242,7 +242,7 @@ def assert_same_logits_elsewhere(folder: Path, trainer: Trainer) -> None:
     """Plain transformers in a process without our package gives the logits that the trained policy has here."""
     text = "Tell me about the moon"
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), text], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", LOAD, str(folder), text], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -119,7 +119,7 @@ def test_a_killed_process_resumes_to_the_same_end(tmp_path: Path, policy_folder:
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-c", KILLED, str(tests), str(tmp_path / "killed"), str(policy_folder)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     run = tmp_path / "killed/run"
     assert not (run / "policy").exists()

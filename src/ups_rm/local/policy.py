@@ -201,18 +201,28 @@ def load_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     Raises:
         PolicyError: with the reason that transformers gave, or what is missing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PolicyError(f"policy {source} can't be loaded as a causal language model: {reason}") from error
+    if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+        raise PolicyError(
+            f"policy {source} can't be loaded as a causal language model: {len(lacking)} weights are not in the folder "
+            f"or have another shape and would be random: {', '.join(lacking[:3])}, ..."
+        )
     if not tokenizer.chat_template:
         raise PolicyError(
             f"policy {source} has no chat template\n"
