@@ -262,8 +262,11 @@ def test_script_test_rm_loading(rm):
     ]
     good = subprocess.run([*script, str(rm)], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr[-2000:]
-    assert "plain transformers" in good.stdout
+    assert "plain transformers" not in good.stdout  # that runs the folder's own files: only on request
     assert "safe score" in good.stdout
+    plain = subprocess.run([*script, str(rm), "--trust_remote_code"], capture_output=True, text=True)
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    assert "plain transformers" in plain.stdout
     bad = subprocess.run([*script, str(rm / "nowhere")], capture_output=True, text=True)
     assert bad.returncode == 1
     assert "no reward model at" in bad.stdout
