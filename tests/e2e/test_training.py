@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_training import SyntheticScorer, letter_share, prefers, tiny_recipe
+from tiny import qwen_tokenizer
+from tiny_training import UNKNOWN, SyntheticScorer, causal_lm, letter_share, prefers, tiny_recipe
 from ups_rm.local.trainer import Trainer, TrainResult
 from ups_rm.recipe import Recipe
 from ups_rm.tracking.group_log import read_group_log
@@ -76,6 +77,23 @@ def test_it_learns_what_the_scorer_likes(
     held_out = series(rows, "val-core/PKU-SafeRLHF/reward/mean@4")
     assert len(held_out) == 2  # before and at the end
     assert held_out[1] > held_out[0] + 0.2
+
+
+@pytest.mark.parametrize("architecture", UNKNOWN)
+def test_an_architecture_without_fast_paths_learns_too(tmp_path: Path, architecture: str) -> None:
+    """GPT-2 and GPT-NeoX go through transformers' own generate and forward."""
+    tokenizer = qwen_tokenizer()
+    model = causal_lm(architecture, vocab_size=len(tokenizer), initializer_range=0.05)
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    recipe = tiny_recipe(tmp_path, tmp_path / "policy", *LEARN)
+    trainer = Trainer(recipe, prefers("e"))
+    assert trainer.engine.decoder is None
+    result = trainer.fit()
+    scores = series(read_metrics(tmp_path / "run/metrics.jsonl"), "critic/score/mean")
+    assert sum(scores[-4:]) / 4 > scores[0] + 0.1, scores
+    assert result.policy is not None
+    assert_same_logits_elsewhere(result.policy, trainer)
 
 
 def test_it_does_not_move_where_there_is_nothing_to_learn(tmp_path: Path, policy_folder: Path) -> None:
