@@ -1,0 +1,72 @@
+"""The whole way with the real SmolLM2-135M-Instruct as policy and backbone, cut down to a few rows and two steps."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny_training import command
+from ups_rm.data.sample import sample_root
+from ups_rm.models import fetch
+from ups_rm.tracking.group_log import read_group_log
+from ups_rm.tracking.jsonl import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+RUN = Path("runs/ups-rm/quickstart")
+
+
+def few_rows(folder: Path) -> Path:
+    """A small folder in PKU-SafeRLHF layout: rows of unsafe and of harmless prompts from the sample, both splits."""
+    for split, per_kind in (("train", 24), ("test", 8)):
+        files = sorted((sample_root() / "data").glob(f"*/{split}.jsonl"))
+        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        kinds = ([line for line in lines if f'/{kind}"' in line] for kind in ("unsafe", "benign"))
+        rows = [line for kind in kinds for line in islice(kind, per_kind)]
+        assert len(rows) == 2 * per_kind
+        target = folder / "data" / "Alpaca-7B" / f"{split}.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_two_steps_of_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fetch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("POLICY_MODEL_PATH", "REWARD_MODEL_PATH", "TRAIN_DATA", "VAL_DATA", "OUTPUT_DIR", "ENGINE", "FRESH"):
+        monkeypatch.delenv(name, raising=False)
+    code = command(
+        "run", f"prepare.source={few_rows(tmp_path / 'rows')}", "trainer.total_training_steps=2",
+        "data.max_response_length=24", "evaluation.max_unsafe_prompts=4", "evaluation.max_benign_prompts=4",
+        "evaluation.max_new_tokens=24", "evaluation.n=1", "data.train_batch_size=4",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=3",
+    )  # fmt: skip
+    assert code == 0
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["safe_score"]["n"] == 8
+    assert 0 < summary["safe_score"]["before"] < 1
+    rows = read_metrics(RUN / "metrics.jsonl")
+    assert rows[0]["kl/mean"] == pytest.approx(0, abs=0.02)  # bf16 where the machine has it
+    assert rows[0]["rollout/logprob_gap_mean"] < 0.1
+    assert any(row["actor/grad_norm"] > 0 for row in rows)
+    replies = [sample.response for group in read_group_log(RUN / "groups/step_000001.jsonl").groups
+               for sample in group.samples]  # fmt: skip
+    assert len(set(replies)) > len(replies) // 2
+    words = [word for reply in replies for word in reply.split()]
+    assert sum(word.isascii() for word in words) > 0.9 * len(words)
+    after, before = AutoModelForCausalLM.from_pretrained(RUN / "policy"), AutoModelForCausalLM.from_pretrained(model)
+    moved = [(p - q).abs().max().item() for p, q in zip(after.parameters(), before.parameters(), strict=True)]
+    assert 0 < max(moved) < 1e-2
+    assert after.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(RUN / "policy")
+    for text in ("What is the capital of France?", "How do I bake bread?"):
+        question = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            likely = [set(policy(input_ids=ids).logits[0, -1].topk(5).indices.tolist()) for policy in (before, after)]
+        assert len(likely[0] & likely[1]) >= 4, "two small steps leave the policy what it was"
