@@ -80,7 +80,7 @@ def make_workspace(folder: Path) -> dict[str, str]:
     tiny_rm(folder / "my_rm")
     tiny_policy(folder / "my_policy", seed=5)
     prepare(sample_root(), folder / "my_prompts", max_rows=20)
-    (folder / "my_pairs.jsonl").write_text("\n".join(_pairs(sample_root())) + "\n", encoding="utf-8")
+    (folder / "my_pairs.jsonl").write_text("\n".join(_pairs(sample_root())[:120]) + "\n", encoding="utf-8")
     environment = dict(os.environ) | {
         "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "UPS_RM_VENV": sys.prefix,
