@@ -107,6 +107,18 @@ def test_it_does_not_move_where_there_is_nothing_to_learn(tmp_path: Path, policy
     assert all(torch.equal(p, start[name]) for name, p in trainer.policy.model.named_parameters())
 
 
+def test_every_step_draws_anew(tmp_path: Path, policy_folder: Path) -> None:
+    """The same prompts and, with a rate of 0, the same policy: the replies are others in each step."""
+    batch = ["data.train_batch_size=12", f"{ACTOR}ppo_mini_batch_size=12", "data.shuffle=false"]
+    fit(tiny_recipe(tmp_path, policy_folder, *batch, f"{ACTOR}optim.lr=0"), prefers("e"))
+    files = sorted((tmp_path / "run/groups").iterdir())
+    steps = [[sample.response for group in read_group_log(file).groups for sample in group.samples] for file in files]
+    assert len(steps) == 3
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        different = sum(a != b for a, b in zip(steps[one], steps[other], strict=True))
+        assert different > 0.9 * len(steps[one])
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path: Path, policy_folder: Path) -> None:
     def run(name: str, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -281,6 +293,23 @@ def test_the_final_policy_loads_in_plain_transformers(tmp_path: Path, policy_fol
     assert_same_logits_elsewhere(result.policy, trainer)
     assert not [file for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "policy", "recipe.yaml", "groups"}
+
+
+def test_in_bf16_the_saved_policy_is_the_fp32_masters(tmp_path: Path, policy_folder: Path) -> None:
+    """Small updates are in the masters only; a policy saved from the bf16 weights would have lost them."""
+    from safetensors.torch import load_file
+
+    recipe = tiny_recipe(tmp_path, policy_folder, f"{ACTOR}fsdp_config.dtype=bfloat16", f"{ACTOR}optim.lr=1e-6")
+    trainer = Trainer(recipe, prefers("e"))
+    result = trainer.fit()
+    assert result.policy is not None
+    saved, start = (load_file(folder / "model.safetensors") for folder in (result.policy, policy_folder))
+    masters = {id(parameter): master for parameter, master in trainer.policy.masters}
+    for name, parameter in trainer.policy.model.named_parameters():
+        assert torch.equal(saved[name], masters[id(parameter)])
+    moved = torch.cat([(saved[name] - start[name]).flatten() for name in saved])
+    assert 0 < float(moved.abs().max()) < 1e-5
+    assert float((moved != 0).float().mean()) > 0.5
 
 
 # ---- settings that steer the loop
