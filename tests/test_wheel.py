@@ -26,7 +26,6 @@ SMALL = [
     "evaluation.n=1",
     "evaluation.max_new_tokens=8",
     "reward_training.max_epochs=2",
-    "reward_training.layers=1",
 ]
 
 

@@ -19,8 +19,7 @@ from pages import FENCE, READMES, REPO, commands, fences, make_workspace
 SMALL = (
     "trainer.total_training_steps=2 data.train_batch_size=2 actor_rollout_ref.actor.ppo_mini_batch_size=2 "
     "data.max_response_length=8 data.benign_share=-1 evaluation.max_unsafe_prompts=2 evaluation.max_benign_prompts=2 "
-    "evaluation.n=1 evaluation.max_new_tokens=8 evaluation.n_resamples=100 reward_training.max_epochs=2 "
-    "reward_training.layers=1"
+    "evaluation.n=1 evaluation.max_new_tokens=8 evaluation.n_resamples=100 reward_training.max_epochs=2"
 )
 APPENDED = {
     "bash scripts/run_grpo_pku_saferlhf.sh": SMALL,
