@@ -3,7 +3,7 @@
 Messages in, `Score`s out, in input order. The RM's own tokenizer and chat template render them (render.py), batches are
 sorted by length with little padding (batching.py), the last attended token is read by mask, the head is float32.
 
-The sign is turned here and nowhere else: `safe_score(logit)`.
+The sign is turned in transforms.py and nowhere else: `safe_score(logit)`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
 from ups_rm.reward.card import RMCard, verify_folder, verify_logits
 from ups_rm.reward.native import compute_context, load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import DEFAULT_MAX_LENGTH, Rendered, RenderPolicy, render
+from ups_rm.reward.transforms import safe_score
 from ups_rm.types import Conversation, Score
 
 if TYPE_CHECKING:
@@ -30,13 +31,6 @@ if TYPE_CHECKING:
 # Largest difference between a golden logit and the one computed now (other number format, other machine), as a share of
 # the largest golden logit, by the coarser of the two number formats. Measured with SmolLM2-135M: 1e-5 and 0.04.
 LOGIT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
-
-
-def safe_score(logit: float) -> float:
-    """sigmoid(-logit), in (0, 1): the RM's logit is the degree of unsafety, this is where it becomes a reward."""
-    if logit >= 0:
-        return math.exp(-logit) / (1 + math.exp(-logit))
-    return 1 / (1 + math.exp(logit))
 
 
 class RewardScorer:
