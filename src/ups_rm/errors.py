@@ -33,3 +33,7 @@ class CheckpointError(UpsRmError):
 
 class RunError(UpsRmError):
     """A stage of the run that can't start or go on: missing extra, existing output, full disk."""
+
+
+class RMServerError(UpsRmError):
+    """A reward server that can't start, can't be reached, or refuses a request."""
