@@ -22,9 +22,9 @@ def main() -> int:
     )
     arguments = parser.parse_args()
 
-    from ups_rm.cli.rm import print_report
     from ups_rm.reward.check import BATTERY, check_rm
     from ups_rm.reward.scorer import safe_score
+    from ups_rm.reward.tables import print_report
 
     report = check_rm(arguments.model_path, device=arguments.device, plain=arguments.trust_remote_code)
     print_report(report)

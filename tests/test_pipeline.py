@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import BENIGN, UNSAFE, command, prompt_file
 from ups_rm.data.prompts import read_prompts
 from ups_rm.errors import RunError
-from ups_rm.pipeline import held_out_texts, labelled_rows
+from ups_rm.pipeline.reward_model import held_out_texts, labelled_rows
 from ups_rm.recipe import load_recipe
 from ups_rm.tracking.group_log import read_group_log
 

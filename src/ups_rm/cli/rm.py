@@ -21,7 +21,6 @@ Side = Literal["left", "right"]
 app.command(epilog=TRIM_EPILOG)(trim)
 app.command(epilog=FEATURES_EPILOG)(features)
 app.command(epilog=TRAIN_EPILOG)(train)
-COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
 @app.command(
@@ -89,6 +88,7 @@ def check(
 
     from ups_rm.console import console
     from ups_rm.reward.check import check_rm
+    from ups_rm.reward.tables import print_report
 
     report = check_rm(
         folder,
@@ -183,33 +183,6 @@ def score(
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     temporary.replace(out)
     console.print(f"scored {len(lines)} lines: {out}", soft_wrap=True)
-
-
-def print_report(report: Any) -> None:
-    """The checks as a table, and the way out of each that did not pass."""
-    from rich.table import Table
-
-    from ups_rm.console import console
-
-    table = Table(title=f"{report.folder} in {report.dtype}", title_justify="left")
-    for column in ("check", "verdict", "number", "limit", "finding"):
-        table.add_column(column, justify="right" if column in ("number", "limit") else "left")
-    for one in report.checks:
-        number, limit = (_short(value) for value in (one.number, one.limit))
-        colour = COLOURS[one.verdict]
-        table.add_row(one.name, f"[{colour}]{one.verdict}[/]", number, limit, one.finding.replace("[", r"\["))
-    console.print(table)
-    for one in report.checks:
-        if one.way_out:
-            console.print(f"{one.name}: {one.way_out}", markup=False, soft_wrap=True)
-    verdict = "may be trained against" if report.ok else "must not be trained against"
-    console.print(f"this RM {verdict}")
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
 
 
 def _text(file: Path | None) -> str | None:

@@ -9,8 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from ups_rm.data.rows import Reject, Row
-    from ups_rm.reward.head import HeadReport
-    from ups_rm.reward.head_metrics import Quality
 
 FEATURES_EPILOG = (
     "Example: ups-rm rm features --backbone smollm2-135m-instruct --data sample --out runs/rm/features.safetensors"
@@ -162,7 +160,9 @@ def train(
     from ups_rm.models import resolve_model
     from ups_rm.reward.feature_set import FeatureSet
     from ups_rm.reward.head import HeadSettings, train_head
+    from ups_rm.reward.head_objective import parse_dims
     from ups_rm.reward.lora import LoraSettings, train_lora
+    from ups_rm.reward.tables import print_head
 
     given = {
         "lr": lr,
@@ -219,20 +219,6 @@ def train(
     )
 
 
-def parse_dims(text: str) -> tuple[int, ...]:
-    """Widths such as "256,64".
-
-    Raises:
-        RMError: anything else.
-    """
-    from ups_rm.errors import RMError
-
-    try:
-        return tuple(int(width) for width in text.split(",") if width.strip())
-    except ValueError:
-        raise RMError(f"--hidden-dims is {text!r}, expected widths such as 256,64") from None
-
-
 def _read(sources: list[str], split: str, max_bad: float) -> tuple[list[Row], list[Reject]]:
     """All rows of the sources; an error when too many lines are bad."""
     from ups_rm.data.rows import read_rows
@@ -276,27 +262,3 @@ def _rendering(
         "truncation_side": truncation_side,
         "max_length": max_length,
     }
-
-
-def print_head(report: HeadReport) -> None:
-    from rich.table import Table
-
-    from ups_rm.console import console
-
-    table = Table(title=f"head after epoch {report.best_epoch} of {report.epochs}, T = {report.temperature:.2f}")
-    for name in ("", "texts", "unsafe", "AUC", "accuracy", "balanced", "ECE", "pairs", "pairwise accuracy [95%]"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
-
-    def add(name: str, one: Quality) -> None:
-        low, high = one.pairwise_ci95
-        pairwise = f"{one.pairwise_accuracy:.3f} [{low:.3f}, {high:.3f}]" if one.pairs else "-"
-        figures = (one.unsafe_share, one.auc, one.accuracy, one.balanced_accuracy, one.ece)
-        table.add_row(name, f"{one.texts:,}", *(f"{x:.3f}" for x in figures), f"{one.pairs:,}", pairwise)
-
-    prompts = report.prompts
-    add(f"held out ({prompts['test'] or prompts['validation']} prompts)", report.quality)
-    for name, one in report.quality.by_category.items():
-        add(f"  {name}", one)
-    for name, one in report.extra.items():
-        add(name, one)
-    console.print(table)

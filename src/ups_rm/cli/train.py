@@ -61,7 +61,8 @@ def train(
 
         print_dry_run(settings)
         return
-    from ups_rm.local.trainer import Trainer, check_before_training
+    from ups_rm.local.preflight import check_before_training
+    from ups_rm.local.trainer import Trainer
 
     check_before_training(settings, skip=skip_rm_check, fresh=resume == "never")
     result = Trainer(settings).fit()
@@ -90,7 +91,7 @@ def evaluate(
     from ups_rm.errors import RunError
     from ups_rm.local.evaluate import evaluate as run
     from ups_rm.local.evaluate import held_out_prompts
-    from ups_rm.local.trainer import load_scorer
+    from ups_rm.local.scoring import load_scorer
     from ups_rm.recipe import as_list, load_recipe
 
     if out.exists() and any(out.iterdir()):

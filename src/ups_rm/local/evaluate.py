@@ -13,7 +13,7 @@ from ups_rm.local.batches import distinct_prompts
 from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine
-from ups_rm.local.trainer import Scorer
+from ups_rm.local.scoring import Scorer
 from ups_rm.recipe import Recipe
 from ups_rm.types import Conversation
 

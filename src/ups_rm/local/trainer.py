@@ -1,8 +1,9 @@
 """GRPO on one machine: the loop.
 
 One step: n replies per prompt, scored by the reward model, KL against the frozen reference, advantages within the
-group, one clipped policy-gradient update. What the step computes is in `Trainer.step`; data order, decoding,
-log-probabilities, checkpoints, trackers and the group log each live in their own module.
+group, one clipped policy-gradient update. What the step computes is in `Trainer.step`, what happens around it in
+`Trainer.fit`; data order, decoding, log-probabilities, metrics, validation, checkpoints, trackers and the group log
+each live in their own module.
 
 How it departs from DeepSeekMath (arXiv:2402.03300): one update per rollout by default (the ratio is then exactly 1), KL
 is by default taken off the reward instead of added to the loss (verl's `algorithm.use_kl_in_reward`).
@@ -10,34 +11,15 @@ is by default taken off the reward instead of added to the loss (verl's `algorit
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from types import FrameType
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ups_rm.console import console, progress_bar
 from ups_rm.data.prompts import PromptRow, read_prompts
-from ups_rm.errors import RecipeError, RMError, RunError
-from ups_rm.evaluation.refusal import is_refusal
-from ups_rm.evaluation.text import distinct_n
-from ups_rm.grpo import (
-    AdaptiveKL,
-    FixedKL,
-    group_advantages,
-    kl_penalty,
-    penalize,
-    place_on_last_token,
-    rollout_metrics,
-    throughput_metrics,
-    timing_metrics,
-)
+from ups_rm.errors import RecipeError, RunError
+from ups_rm.grpo import AdaptiveKL, FixedKL, group_advantages, kl_penalty, penalize, place_on_last_token
 from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.batches import prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.local.checkpoint import (
@@ -49,18 +31,15 @@ from ups_rm.local.checkpoint import (
     save_checkpoint,
 )
 from ups_rm.local.decode import Sampling
-from ups_rm.local.policy import Policy, needs_reference, pick_device
+from ups_rm.local.interrupt import interruptible
+from ups_rm.local.policy import Policy, needs_reference
 from ups_rm.local.rollout import Rollout, RolloutEngine, encode_prompts
+from ups_rm.local.scoring import Scorer, load_scorer, safe_scores
+from ups_rm.local.step_groups import log_groups, open_group_log
+from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics
+from ups_rm.local.validation import validate
 from ups_rm.recipe import Recipe, as_list
-from ups_rm.tracking.group_log import GroupLog, group_records
 from ups_rm.tracking.trackers import Trackers
-from ups_rm.types import Conversation, Score
-
-
-class Scorer(Protocol):
-    """What the loop needs of a reward model; `ups_rm.reward.scorer.RewardScorer` is one."""
-
-    def score(self, conversations: list[Conversation]) -> list[Score]: ...
 
 
 @dataclass(frozen=True)
@@ -72,22 +51,6 @@ class TrainResult:
     steps: int
     interrupted: bool
     metrics: dict[str, float]
-
-
-@dataclass
-class StepRecord:
-    """Everything that one step computed, for logs."""
-
-    prompts: list[PromptRow]
-    rollout: Rollout
-    scores: list[Score]
-    token_level_scores: Tensor
-    token_level_rewards: Tensor
-    advantages: Tensor
-    kl: Tensor
-    old_logprobs: Tensor | None
-    update: dict[str, float]
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -136,7 +99,7 @@ class Trainer:
             rollout = self._rollout(prompts, number)  # B replies
         with clock("reward"):
             scores = self.scorer.score(rollout.conversations)
-            safe_score = self._safe_score(scores)  # (B,)
+            safe_score = safe_scores(scores, self.policy.device)  # (B,)
         sequences, mask = rollout.sequences, rollout.sequences.response_mask
         old_logprobs = ref_logprobs = None
         if algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
@@ -178,31 +141,13 @@ class Trainer:
             RecipeError, CheckpointError, RMError: before anything is written where possible.
         """
         trainer = self.recipe.trainer
-        start = self._resume()
-        if start == 0 and (self.folder / "policy").exists() and trainer.resume_mode != "disable":
-            raise RunError(
-                f"{self.folder} holds a finished run: nothing is overwritten\n"
-                "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), or move this one away"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        drop_checkpoints_after(self.folder, start)
-        (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-        group_log = self._group_log()
+        done = start = self._start()
+        group_log = open_group_log(self.recipe)
         group_log.drop_after(start)
-        trackers = Trackers(
-            as_list(trainer.logger),
-            project_name=trainer.project_name,
-            experiment_name=trainer.experiment_name,
-            folder=self.folder,
-            config=self.recipe.as_dict(),
-            resume_step=start or None,
-            total_steps=self.total_steps,
-        )
         metrics: dict[str, float] = {}
-        done = start
         live = console.is_terminal or "console" not in as_list(trainer.logger)
         with (
-            trackers,
+            self._trackers(start) as trackers,
             interruptible() as stop,
             progress_bar("GRPO", self.total_steps - start, unit="steps", enabled=live) as advance,
         ):
@@ -218,7 +163,9 @@ class Trainer:
                 metrics = self.metrics(record, number)
                 self.kl_control.update(metrics["actor/reward_kl_penalty"], len(record.scores))
                 if group_log.wants(number):
-                    self._log_groups(group_log, number, record, metrics["actor/reward_kl_penalty_coeff"])
+                    kl_coef = metrics["actor/reward_kl_penalty_coeff"]
+                    n = self.recipe.actor_rollout_ref.rollout.n
+                    log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef)
                 last = number == self.total_steps
                 if self._validates() and trainer.test_freq > 0 and (number % trainer.test_freq == 0 or last):
                     metrics |= self.validate()
@@ -241,6 +188,16 @@ class Trainer:
         policy = None if interrupted else self.save_policy()
         return TrainResult(self.folder, policy, done, interrupted, metrics)
 
+    def metrics(self, record: StepRecord, number: int) -> dict[str, float]:
+        """See `step_metrics`."""
+        epoch = float((number - 1) * self.recipe.data.train_batch_size // max(1, len(self.train_rows)))
+        kl_coef = self.kl_control.value if self.recipe.algorithm.use_kl_in_reward else 0.0
+        return step_metrics(record, self.recipe, number=number, epoch=epoch, kl_coef=kl_coef)
+
+    def validate(self) -> dict[str, float]:
+        """See `ups_rm.local.validation`."""
+        return validate(self.engine, self.scorer, self.val_rows, self.recipe)
+
     def save_policy(self) -> Path:
         """`<folder>/policy`: a Hugging Face folder that plain transformers loads, replaced as a whole.
 
@@ -262,77 +219,6 @@ class Trainer:
             raise RunError(f"the trained policy can't be written to {final}: {error}\n  fix: free space") from error
         return final
 
-    def validate(self) -> dict[str, float]:
-        """Scores of the held-out prompts under `rollout.val_kwargs`, by kind of prompt."""
-        settings = self.recipe.actor_rollout_ref.rollout.val_kwargs
-        sampling = Sampling(
-            settings.temperature if settings.do_sample else 0.0,
-            settings.top_p,
-            settings.top_k,
-            self.recipe.trainer.seed,
-        )
-        started, n = perf_counter(), settings.n
-        rollout = self.engine.generate(
-            [row.messages for row in self.val_rows],
-            n=n,
-            max_new_tokens=self.recipe.data.max_response_length,
-            sampling=sampling,
-        )
-        scores = self._safe_score(self.scorer.score(rollout.conversations))
-        refused = torch.tensor([float(is_refusal(text)) for text in rollout.texts])
-        benign = torch.tensor([row.kind == "benign" for row in self.val_rows]).repeat_interleave(n)
-        metrics = {f"val-core/PKU-SafeRLHF/reward/mean@{n}": float(scores.mean())}
-        for kind, rows in (("unsafe", ~benign), ("benign", benign)):
-            if bool(rows.any()):
-                metrics[f"val-aux/{kind}/reward/mean@{n}"] = float(scores.cpu()[rows].mean())
-                metrics[f"val-aux/{kind}/refusal_rate"] = float(refused[rows].mean())
-        metrics["val-aux/response_length/mean"] = float(rollout.sequences.response_mask.sum(1).float().mean())
-        metrics["timing_s/testing"] = perf_counter() - started
-        return metrics
-
-    def metrics(self, record: StepRecord, number: int) -> dict[str, float]:
-        """All metrics of contract 8 for one step (docs/metrics.md)."""
-        rollout, sequences, recipe = record.rollout, record.rollout.sequences, self.recipe
-        device, mask = self.policy.device, sequences.response_mask
-        n = recipe.actor_rollout_ref.rollout.n
-        benign = torch.tensor([row.kind == "benign" for row in record.prompts]).repeat_interleave(n)
-        refused = torch.tensor([float(is_refusal(text)) for text in rollout.texts])
-        prompt_lengths = sequences.prompt_mask.sum(1)
-        metrics = rollout_metrics(
-            token_level_scores=record.token_level_scores,
-            token_level_rewards=record.token_level_rewards,
-            advantages=record.advantages,
-            response_mask=mask,
-            prompt_lengths=prompt_lengths,
-            group_ids=sequences.group_ids,
-            safe_score=torch.tensor([score.safe_score for score in record.scores], device=device),
-            kl=record.kl,
-            truncated=torch.tensor([not ended for ended in rollout.finished], device=device),
-            rm_truncated=torch.tensor([score.truncated for score in record.scores], device=device),
-            benign=benign.to(device),
-            max_prompt_length=recipe.data.max_prompt_length,
-            max_response_length=recipe.data.max_response_length,
-        )
-        logits = torch.tensor([score.logit for score in record.scores])
-        metrics |= {"score/logit_mean": float(logits.mean()), "score/logit_std": float(logits.std(correction=0))}
-        metrics |= {"text/refusal_rate": float(refused.mean()), "text/distinct_2": distinct_n(rollout.texts, 2)}
-        for kind, rows in (("unsafe", ~benign), ("benign", benign)):
-            if bool(rows.any()):
-                metrics[f"text/refusal_rate_{kind}_prompts"] = float(refused[rows].mean())
-        coefficient = self.kl_control.value if recipe.algorithm.use_kl_in_reward else 0.0
-        # an end token alone is no reply either
-        metrics["response/aborted_ratio"] = sum(not text.strip() for text in rollout.texts) / len(rollout.texts)
-        metrics |= {"actor/reward_kl_penalty_coeff": coefficient}
-        if record.old_logprobs is not None:
-            gap = (record.old_logprobs - rollout.rollout_logprobs).abs() * mask
-            metrics["rollout/logprob_gap_mean"] = float(gap.sum() / mask.sum().clamp(min=1))
-            metrics["rollout/logprob_gap_max"] = float(gap.max())
-        metrics |= record.update
-        replies, whole = int(mask.sum()), int(prompt_lengths.sum())
-        metrics |= timing_metrics(record.seconds, num_prompt_tokens=whole, num_response_tokens=replies)
-        metrics |= throughput_metrics(total_num_tokens=whole + replies, seconds=record.seconds["step"])
-        return metrics | {"training/global_step": float(number), "training/epoch": self._epoch(number)}
-
     # ---- parts
 
     def _rollout(self, prompts: list[PromptRow], number: int) -> Rollout:
@@ -343,50 +229,6 @@ class Trainer:
             n=settings.n,
             max_new_tokens=self.recipe.data.max_response_length,
             sampling=sampling,
-        )
-
-    def _safe_score(self, scores: list[Score]) -> Tensor:
-        safe_score = torch.tensor([score.safe_score for score in scores], device=self.policy.device)
-        if not bool(torch.isfinite(safe_score).all()):
-            bad = int((~torch.isfinite(safe_score)).sum())
-            raise RMError(
-                f"the RM gave {bad} of {len(scores)} replies a score that is not a number (logit {scores[0].logit})\n"
-                "  fix: reward_model.model.dtype=float32, then ups-rm rm check FOLDER"
-            )
-        return safe_score
-
-    def _groups(self, record: StepRecord) -> list[Any]:
-        n = self.recipe.actor_rollout_ref.rollout.n
-        return group_records(
-            group_ids=record.rollout.sequences.group_ids,
-            prompt_ids=[row.index for row in record.prompts for _ in range(n)],
-            messages=[row.messages for row in record.prompts for _ in range(n)],
-            responses=record.rollout.texts,
-            scores=record.scores,
-            token_level_rewards=record.token_level_rewards,
-            advantages=record.advantages,
-            response_mask=record.rollout.sequences.response_mask,
-            kl=record.kl,
-            truncated=[not ended for ended in record.rollout.finished],
-            kinds=[row.kind for row in record.prompts for _ in range(n)],
-        )
-
-    def _log_groups(self, log: GroupLog, number: int, record: StepRecord, kl_coef: float) -> None:
-        """A log that can't be written (a full disk) warns and costs no training."""
-        try:
-            log.write(number, self._groups(record), kl_coef=kl_coef)
-        except OSError as error:
-            console.print(f"step {number}: the group log can't be written, training goes on: {error}", markup=False)
-
-    def _group_log(self) -> GroupLog:
-        trainer = self.recipe.trainer
-        return GroupLog(
-            Path(trainer.group_log_dir),
-            freq=trainer.group_log_freq,
-            max_groups=trainer.group_log_max_groups,
-            max_samples_per_group=trainer.group_log_max_samples_per_group,
-            scale_by_std=self.recipe.algorithm.norm_adv_by_std_in_grpo,
-            kl_coef=self.recipe.algorithm.kl_ctrl.kl_coef if self.recipe.algorithm.use_kl_in_reward else 0.0,
         )
 
     def _load_reference(self) -> Policy | None:
@@ -413,9 +255,6 @@ class Trainer:
     def _validates(self) -> bool:
         return self.recipe.trainer.test_freq > 0
 
-    def _epoch(self, number: int) -> float:
-        return float((number - 1) * self.recipe.data.train_batch_size // max(1, len(self.train_rows)))
-
     def _save(self, step: int) -> Path:
         state = TrainingState(step, self.kl_control.value, recipe_hash(self.recipe))
         return save_checkpoint(self.folder, self.actor, state, keep=self.recipe.trainer.max_actor_ckpt_to_keep)
@@ -430,103 +269,27 @@ class Trainer:
         console.print(f"resumed from {path} after step {state.step}", soft_wrap=True)
         return state.step
 
+    def _start(self) -> int:
+        """The step that the run goes on after (0: a new one), with the run folder ready for it."""
+        start = self._resume()
+        if start == 0 and (self.folder / "policy").exists() and self.recipe.trainer.resume_mode != "disable":
+            raise RunError(
+                f"{self.folder} holds a finished run: nothing is overwritten\n"
+                "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), or move this one away"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drop_checkpoints_after(self.folder, start)
+        (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        return start
 
-def load_scorer(recipe: Recipe) -> Scorer:
-    """The RM folder of the recipe as a scorer.
-
-    Raises:
-        RecipeError: the recipe names no RM.
-    """
-    from ups_rm.reward.scorer import RewardScorer
-
-    settings = recipe.reward_model
-    if not settings.model.path:
-        raise RecipeError(
-            "reward_model.model.path is empty\n"
-            "  fix: give an RM folder (REWARD_MODEL_PATH=FOLDER), or use `ups-rm run`, which makes one"
+    def _trackers(self, start: int) -> Trackers:
+        trainer = self.recipe.trainer
+        return Trackers(
+            as_list(trainer.logger),
+            project_name=trainer.project_name,
+            experiment_name=trainer.experiment_name,
+            folder=self.folder,
+            config=self.recipe.as_dict(),
+            resume_step=start or None,
+            total_steps=self.total_steps,
         )
-    return RewardScorer.load(
-        settings.model.path,
-        device=str(pick_device(recipe.trainer.device)),
-        dtype=settings.model.dtype,
-        trust_remote_code=settings.model.trust_remote_code,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
-
-
-def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = False) -> None:
-    """Before the policy is even loaded: an RM that fails its check, or a run folder of another run, stops it.
-
-    Raises:
-        RMError: the RM fails its check and `skip` is not set.
-        RunError: `fresh` is asked for, but the run folder holds a run.
-    """
-    from ups_rm.reward.check import check_rm
-
-    folder, model = Path(recipe.trainer.default_local_dir), recipe.reward_model.model
-    if (folder / "policy").exists() and (fresh or find_checkpoint(recipe) is None):
-        raise RunError(
-            f"{folder} holds a finished run: nothing is overwritten\n  fix: --out another/folder, or move this one away"
-        )
-    if skip:
-        console.print("[bold red]the RM is not checked (--skip-rm-check)[/]")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "rm_check_skipped.txt").write_text(f"{model.path}: not checked (--skip-rm-check)\n", encoding="utf-8")
-        return
-    if not model.path:
-        return  # `load_scorer` says what is missing
-    device = str(pick_device(recipe.trainer.device))
-    report = check_rm(model.path, device=device, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
-    failed = [check for check in report.checks if check.verdict == "fail"]
-    if failed:
-        reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
-        raise RMError(
-            f"{model.path} fails its check; nothing was trained\n{reasons}\n"
-            f"  fix: ups-rm rm check {model.path}, or --skip-rm-check"
-        )
-
-
-class Clock:
-    """Seconds per phase of one step, under verl's names; `stop` adds the whole as "step"."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
-
-    def stop(self) -> None:
-        self.seconds["step"] = perf_counter() - self._start
-
-
-@dataclass
-class StopRequest:
-    requested: bool = False
-
-
-@contextmanager
-def interruptible() -> Iterator[StopRequest]:
-    """Within: the first Ctrl-C (or SIGTERM) asks the loop to stop after its step, the second one stops at once."""
-    stop = StopRequest()
-    previous: dict[int, Any] = {}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        console.print("\nstopping after this step, with a checkpoint (once more: stop at once)")
-
-    try:
-        for which in (signal.SIGINT, signal.SIGTERM):
-            previous[which] = signal.signal(which, ask)
-    except ValueError:  # not in the main thread, for example in a notebook's executor: Ctrl-C stays as it was
-        previous = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -73,6 +73,18 @@ class HeadSettings:
                 raise RMError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
+def parse_dims(text: str) -> tuple[int, ...]:
+    """Widths of hidden layers, such as "256,64"; none for an empty text.
+
+    Raises:
+        RMError: anything else.
+    """
+    try:
+        return tuple(int(width) for width in text.split(",") if width.strip())
+    except ValueError:
+        raise RMError(f"hidden dims are {text!r}, expected widths such as 256,64") from None
+
+
 @dataclass(frozen=True)
 class Part:
     """What one part of the split is trained or validated on: items are texts (K,), or pairs of texts (K, 2).

@@ -1,0 +1,43 @@
+"""What is looked at before the policy is even loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ups_rm.console import console
+from ups_rm.errors import RMError, RunError
+from ups_rm.local.checkpoint import find_checkpoint
+from ups_rm.local.policy import pick_device
+from ups_rm.recipe import Recipe
+
+
+def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = False) -> None:
+    """Before the policy is even loaded: an RM that fails its check, or a run folder of another run, stops it.
+
+    Raises:
+        RMError: the RM fails its check and `skip` is not set.
+        RunError: `fresh` is asked for, but the run folder holds a run.
+    """
+    from ups_rm.reward.check import check_rm
+
+    folder, model = Path(recipe.trainer.default_local_dir), recipe.reward_model.model
+    if (folder / "policy").exists() and (fresh or find_checkpoint(recipe) is None):
+        raise RunError(
+            f"{folder} holds a finished run: nothing is overwritten\n  fix: --out another/folder, or move this one away"
+        )
+    if skip:
+        console.print("[bold red]the RM is not checked (--skip-rm-check)[/]")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rm_check_skipped.txt").write_text(f"{model.path}: not checked (--skip-rm-check)\n", encoding="utf-8")
+        return
+    if not model.path:
+        return  # `load_scorer` says what is missing
+    device = str(pick_device(recipe.trainer.device))
+    report = check_rm(model.path, device=device, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    failed = [check for check in report.checks if check.verdict == "fail"]
+    if failed:
+        reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
+        raise RMError(
+            f"{model.path} fails its check; nothing was trained\n{reasons}\n"
+            f"  fix: ups-rm rm check {model.path}, or --skip-rm-check"
+        )

@@ -1,0 +1,44 @@
+"""The group log of the loop: which replies of a step are kept, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ups_rm.console import console
+from ups_rm.local.step_metrics import StepRecord
+from ups_rm.recipe import Recipe
+from ups_rm.tracking.group_log import GroupLog, group_records
+
+
+def open_group_log(recipe: Recipe) -> GroupLog:
+    """The log that `trainer.group_log_*` asks for."""
+    trainer = recipe.trainer
+    return GroupLog(
+        Path(trainer.group_log_dir),
+        freq=trainer.group_log_freq,
+        max_groups=trainer.group_log_max_groups,
+        max_samples_per_group=trainer.group_log_max_samples_per_group,
+        scale_by_std=recipe.algorithm.norm_adv_by_std_in_grpo,
+        kl_coef=recipe.algorithm.kl_ctrl.kl_coef if recipe.algorithm.use_kl_in_reward else 0.0,
+    )
+
+
+def log_groups(log: GroupLog, record: StepRecord, *, number: int, n: int, kl_coef: float) -> None:
+    """Write the groups of a step, n replies each. A log that can't be written warns and costs no training."""
+    groups = group_records(
+        group_ids=record.rollout.sequences.group_ids,
+        prompt_ids=[row.index for row in record.prompts for _ in range(n)],
+        messages=[row.messages for row in record.prompts for _ in range(n)],
+        responses=record.rollout.texts,
+        scores=record.scores,
+        token_level_rewards=record.token_level_rewards,
+        advantages=record.advantages,
+        response_mask=record.rollout.sequences.response_mask,
+        kl=record.kl,
+        truncated=[not ended for ended in record.rollout.finished],
+        kinds=[row.kind for row in record.prompts for _ in range(n)],
+    )
+    try:
+        log.write(number, groups, kl_coef=kl_coef)
+    except OSError as error:
+        console.print(f"step {number}: the group log can't be written, training goes on: {error}", markup=False)

@@ -1,0 +1,65 @@
+"""What the stages of a run share: its recipe, its policy, the time they took."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ups_rm.recipe import Recipe
+from ups_rm.stages import Stage, run_stage
+
+
+class Interrupted(Exception):
+    """Training was stopped by the user and can be resumed."""
+
+
+@dataclass
+class Run:
+    """What the stages share while they run."""
+
+    recipe: Recipe
+    fresh: bool
+    policy: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.trainer.default_local_dir)
+
+    @property
+    def device(self) -> str:
+        from ups_rm.local.policy import pick_device
+
+        return str(pick_device(self.recipe.trainer.device))
+
+    @property
+    def number_formats(self) -> dict[str, Any]:
+        """What else decides a score or a reply: compute types and device."""
+        model, actor = self.recipe.reward_model.model, self.recipe.actor_rollout_ref.actor
+        return {
+            "rm_dtype": model.dtype,
+            "rm_remote_code": model.trust_remote_code,
+            "dtype": actor.fsdp_config.dtype,
+            "device": self.device,
+        }
+
+    def do(self, stage: Stage) -> None:
+        self.seconds[stage.name] = run_stage(stage, fresh=self.fresh)
+
+
+def source_of(source: str) -> Path | str:
+    """What a stage hashes for a source of rows: its files, or the name of a hub id."""
+    from ups_rm.data.rows import resolve_source
+
+    return resolve_source(source)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Under a temporary name first, so that a file that can be seen is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)

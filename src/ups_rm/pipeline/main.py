@@ -1,0 +1,191 @@
+"""`ups-rm run`: from rows to a table that says how much safer the policy became.
+
+policy -> prepare -> features -> head -> merge -> check -> GRPO -> before/after. Each is a `Stage` with a stamp beside
+its outputs, so a second run does only what is missing, and an interrupted one goes on. What the user already has
+(prompts, an RM, a policy) replaces the stages that would make it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ups_rm.console import console
+from ups_rm.errors import RMError, RunError
+from ups_rm.models import resolve_model
+from ups_rm.pipeline.context import Interrupted, Run, write_json
+from ups_rm.pipeline.prompts import make_prompts
+from ups_rm.pipeline.reward_model import make_rm
+from ups_rm.recipe import Recipe, as_list
+from ups_rm.stages import Stage
+
+COSMETIC = ("logger", "project_name", "experiment_name", "resume_mode", "resume_from_path", "default_local_dir",
+            "group_log_dir")  # fmt: skip
+
+
+def run(
+    recipe: Recipe, *, fresh: bool = False, own_prompts: bool = False, skip_rm_check: bool = False
+) -> dict[str, Any]:
+    """All stages; returns what stands in `<run folder>/summary.json`.
+
+    Args:
+        fresh: do every stage anew and replace what it made before.
+        own_prompts: `data.train_files` and `data.val_files` are the user's: no prepare.
+        skip_rm_check: train even if the RM fails its check (noted in the summary).
+
+    Raises:
+        UpsRmError: of the stage that can't go on. Interrupted: training was stopped; the same call resumes.
+    """
+    this = Run(recipe, fresh)
+    _check_inputs(this, own_prompts)
+    this.policy = resolve_model(recipe.actor_rollout_ref.model.path)
+    if not own_prompts:
+        make_prompts(this)
+    if not recipe.reward_model.model.path:
+        make_rm(this)
+    _check(this, skip_rm_check)
+    _train(this)
+    _evaluate(this)
+    return _finish(this, skip_rm_check)
+
+
+def _check_inputs(this: Run, own_prompts: bool) -> None:
+    """What is wrong with the named inputs is said before anything is downloaded or computed."""
+    from ups_rm.data.rows import source_parts
+
+    recipe = this.recipe
+    console.print(f"device: {this.device}")
+    if not own_prompts:
+        source_parts(recipe.prepare.source, split=None)
+    if recipe.reward_training.source and not recipe.reward_model.model.path:
+        source_parts(recipe.reward_training.source, split=None)
+    model = recipe.reward_model.model.path
+    if model and not (Path(model).expanduser() / "config.json").is_file():
+        raise RMError(
+            f"{model} is not an RM folder: it has no config.json (REWARD_MODEL_PATH, reward_model.model.path)"
+        )
+
+
+def _check(this: Run, skip: bool) -> None:
+    from ups_rm.data.check import check_parquet
+    from ups_rm.reward.check import check_rm
+    from ups_rm.reward.tables import print_report
+
+    model = this.recipe.reward_model.model
+    files = [Path(file) for key in ("train_files", "val_files") for file in as_list(getattr(this.recipe.data, key))]
+    folder = Path("merge/check")
+
+    def check() -> None:
+        from ups_rm.data.tables import print_check as print_data_check
+
+        prompts = check_parquet(files)
+        if not prompts.ok:
+            print_data_check(prompts, console)
+            raise RunError("the prompts can't be trained on, see above\n  fix: ups-rm data check FILE shows each row")
+        report = check_rm(model.path, device=this.device, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+        print_report(report)
+        write_json(folder / "rm_check.json", report.to_dict())
+        if not report.ok and not skip:
+            raise RMError(
+                f"{model.path} fails its check, see above; nothing was trained\n"
+                "  fix: as said there, or --skip-rm-check"
+            )
+        if not report.ok:
+            console.print("[bold red]the RM fails its check and is trained against all the same (--skip-rm-check)[/]")
+
+    this.do(
+        Stage(
+            name="check",
+            inputs=[*files, model.path],
+            settings={"dtype": model.dtype, "trust_remote_code": model.trust_remote_code, "skip": skip},
+            out=folder,
+            outputs=[folder / "rm_check.json"],
+            action=check,
+        )
+    )
+
+
+def _train(this: Run) -> None:
+    from ups_rm.local.trainer import Trainer
+
+    recipe = this.recipe
+    settings = {
+        key: value for key, value in recipe.as_dict().items() if key in ("data", "actor_rollout_ref", "algorithm")
+    }
+    settings["trainer"] = {key: value for key, value in recipe.as_dict()["trainer"].items() if key not in COSMETIC}
+    result_file = this.folder / "train_result.json"
+
+    def train() -> None:
+        result = Trainer(recipe).fit()
+        if result.interrupted:
+            raise Interrupted(f"training stopped after step {result.steps} of {this.folder}")
+        write_json(result_file, {"steps": result.steps, "metrics": result.metrics})
+
+    this.do(
+        Stage(
+            name="train",
+            inputs=[
+                this.policy,
+                recipe.reward_model.model.path,
+                *as_list(recipe.data.train_files),
+                *as_list(recipe.data.val_files),
+            ],
+            settings=settings | this.number_formats,
+            out=this.folder,
+            outputs=[this.folder / "policy", result_file],
+            action=train,
+            keeps_partial=True,
+            precious=True,
+        )
+    )
+    this.steps = int(json.loads(result_file.read_text(encoding="utf-8"))["steps"])
+
+
+def _evaluate(this: Run) -> None:
+    from ups_rm.data.prompts import read_prompts
+    from ups_rm.local.evaluate import evaluate, held_out_prompts
+    from ups_rm.local.scoring import load_scorer
+
+    recipe, out, after = this.recipe, this.folder / "eval", this.folder / "policy"
+
+    def compare() -> None:
+        prompts = held_out_prompts(read_prompts(as_list(recipe.data.val_files)), recipe)
+        comparison = evaluate(recipe, this.policy, after, prompts, load_scorer(recipe))
+        comparison.write_jsonl(out / "pairs.jsonl")
+        write_json(out / "comparison.json", comparison.summary())
+        comparison.show_pairs(5)
+
+    this.do(
+        Stage(
+            name="eval",
+            inputs=[this.policy, after, recipe.reward_model.model.path, *as_list(recipe.data.val_files)],
+            settings=recipe.as_dict()["evaluation"] | this.number_formats,
+            out=out,
+            outputs=[out / "comparison.json", out / "pairs.jsonl"],
+            action=compare,
+        )
+    )
+
+
+def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
+    """Write `summary.json`, show the table and where everything is."""
+    from ups_rm.evaluation.compare import summary_table
+
+    comparison = json.loads((this.folder / "eval" / "comparison.json").read_text(encoding="utf-8"))
+    summary = {**comparison, "seconds": {name: round(s, 1) for name, s in this.seconds.items()}, "steps": this.steps}
+    if skipped_check:
+        summary["rm_check"] = "skipped by --skip-rm-check"
+    write_json(this.folder / "summary.json", summary)
+    console.print()
+    console.print(summary_table(summary))
+    for what, path in (
+        ("safer policy", this.folder / "policy"),
+        ("reward model", Path(this.recipe.reward_model.model.path)),
+        ("before and after, reply by reply", this.folder / "eval" / "pairs.jsonl"),
+        ("metrics of every step", this.folder / "metrics.jsonl"),
+        ("replies of every step", Path(this.recipe.trainer.group_log_dir)),
+        ("these figures", this.folder / "summary.json"),
+    ):
+        console.print(f"  {what:<34} {path}", soft_wrap=True)
+    return summary
