@@ -37,3 +37,7 @@ class RunError(UpsRmError):
 
 class RMServerError(UpsRmError):
     """A reward server that can't start, can't be reached, or refuses a request."""
+
+
+class PlanError(UpsRmError):
+    """A capacity plan that can't be made: an unknown architecture or GPU, or a layout that does not divide."""

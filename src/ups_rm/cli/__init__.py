@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ups_rm.cli import data, models, rm, run, train
+from ups_rm.cli import data, models, plan, rm, run, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +21,7 @@ app.add_typer(models.app, name="models")
 app.command(name="run", epilog=run.EPILOG)(run.run)
 app.command(name="train", epilog=train.TRAIN_EPILOG)(train.train)
 app.command(name="eval", epilog=train.EVAL_EPILOG)(train.evaluate)
+app.command(name="plan", epilog=plan.EPILOG)(plan.plan)
 
 
 def main() -> None:

@@ -1,0 +1,113 @@
+"""`ups-rm plan`: memory, speed and growth of a recipe on GPUs that nobody has to have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ups_rm.cli.run import Overrides, RecipeName
+
+EPILOG = (
+    "Example: ups-rm plan --gpus 8 --gpu-mem 140 --policy qwen2-7b-instruct --rm llama3-8b "
+    "data.max_response_length=2048"
+)
+
+
+def plan(
+    gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")],
+    gpu_mem: Annotated[float, typer.Option(help="GB per GPU.")],
+    overrides: Overrides = None,
+    recipe: RecipeName = "quickstart",
+    nodes: Annotated[int, typer.Option(help="Machines that the GPUs are in.")] = 1,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with config.json, or a packaged description: qwen2-7b-instruct, llama3-8b, "
+            "smollm2-135m-instruct. "
+            "The recipe's if not given."
+        ),
+    ] = None,
+    rm: Annotated[
+        str | None, typer.Option("--rm", help="The same for the RM; a language model gets the recipe's head.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="a100, h100, h200, h20, b200 or mi300x; h100 up to 100 GB, else h200.")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(help="Peak bf16 TFLOP/s per GPU instead of the data sheet's.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Memory bandwidth in TB/s instead of the data sheet's.")
+    ] = None,
+    link: Annotated[float | None, typer.Option(help="NVLink GB/s per GPU, one way.")] = None,
+    network: Annotated[float | None, typer.Option(help="Network GB/s per GPU.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs per rollout engine.")] = 2,
+    rollout_share: Annotated[float, typer.Option(help="The rollout engine's part of the GPU memory.")] = 0.5,
+    fsdp_size: Annotated[int, typer.Option(help="GPUs that share one copy of the training state; -1: all.")] = -1,
+    param_offload: Annotated[
+        bool, typer.Option("--param-offload", help="Weights in host memory between phases.")
+    ] = False,
+    optimizer_offload: Annotated[
+        bool, typer.Option("--optimizer-offload", help="Optimizer in host memory between phases.")
+    ] = False,
+    rm_gpus: Annotated[int, typer.Option(help="GPUs of the RM's own; 0: a worker on every training GPU.")] = 0,
+    prompt_tokens: Annotated[float, typer.Option(help="Mean length of prompts.")] = 64,
+    response_tokens: Annotated[float, typer.Option(help="Mean length of replies.")] = 300,
+    eager: Annotated[bool, typer.Option("--eager", help="Rollout without CUDA graphs.")] = False,
+    json_out: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """What a recipe needs per GPU, what fits, how long a step takes, and what becomes of it on 64 to 4,096 GPUs.
+
+    Needs no weights and no GPU.
+    """
+    import json
+    from dataclasses import replace
+
+    from ups_rm.console import console
+    from ups_rm.errors import PlanError
+    from ups_rm.planning import speed
+    from ups_rm.planning.architecture import read_architecture, reward_model
+    from ups_rm.planning.plan import Machine, make_plan
+    from ups_rm.planning.report import print_plan
+    from ups_rm.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    name = gpu or ("h100" if gpu_mem <= 100 else "h200")
+    if name not in speed.GPUS:
+        raise PlanError(f"no data sheet for GPU {name!r}; known: {', '.join(speed.GPUS)}\n  fix: --tflops, --bandwidth")
+    sheet = speed.GPUS[name]
+    sheet = replace(
+        sheet,
+        flops=sheet.flops if tflops is None else tflops * 1e12,
+        memory_bandwidth=sheet.memory_bandwidth if bandwidth is None else bandwidth * 1e12,
+        link=sheet.link if link is None else link * 1e9,
+        network=sheet.network if network is None else network * 1e9,
+    )
+    training = settings.reward_training
+    judge = read_architecture(rm or settings.reward_model.model.path or training.backbone)
+    efficiency = speed.Efficiency(iteration=speed.EAGER) if eager else speed.Efficiency()
+    made = make_plan(
+        settings,
+        read_architecture(policy or settings.actor_rollout_ref.model.path),
+        judge if judge.head_dims is not None else reward_model(judge, training.hidden_dims),
+        Machine(
+            gpus=gpus,
+            nodes=nodes,
+            memory_gb=gpu_mem,
+            gpu=sheet,
+            tensor_parallel=tensor_parallel,
+            rollout_share=rollout_share,
+            fsdp_size=fsdp_size,
+            param_offload=param_offload,
+            optimizer_offload=optimizer_offload,
+            rm_gpus=rm_gpus,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            efficiency=efficiency,
+        ),
+    )
+    if json_out:
+        typer.echo(json.dumps(made.as_dict(), indent=1))
+    else:
+        print_plan(made, console)
+    if not made.fits:
+        raise typer.Exit(1)

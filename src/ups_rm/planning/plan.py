@@ -1,0 +1,296 @@
+"""A recipe, a policy, an RM and some GPUs -> memory per GPU, what fits, seconds per step, and how that grows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ups_rm.errors import PlanError
+from ups_rm.planning import memory, speed
+from ups_rm.planning.architecture import Architecture
+
+if TYPE_CHECKING:
+    from ups_rm.recipe import Recipe
+
+SCALES = (64, 512, 4096)
+"""GPUs that the growth tables go to."""
+HEADROOM = 0.92
+"""Share of the GPU that a plan may fill: the allocator needs the rest (fragmentation)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that the plan is for, and how the recipe uses them where no recipe key says so."""
+
+    gpus: int
+    """All of them, over all nodes."""
+    nodes: int
+    memory_gb: float
+    """GB of 10^9 bytes per GPU. Makers' 80 and 141 GB are a few per cent more, so this errs on the safe side."""
+    gpu: speed.Gpu
+    tensor_parallel: int = 2
+    rollout_share: float = 0.5
+    fsdp_size: int = -1
+    param_offload: bool = False
+    optimizer_offload: bool = False
+    rm_gpus: int = 0
+    """GPUs of the RM's own, beside the others; 0: a worker on every training GPU."""
+    prompt_tokens: float = 64.0
+    response_tokens: float = 300.0
+    efficiency: speed.Efficiency = field(default_factory=speed.Efficiency)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The largest micro batches that fit, in sequences per GPU; 0: not even one."""
+
+    with_checkpointing: int
+    without_checkpointing: int
+    log_probs: int
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A rollout engine at one degree of tensor parallelism."""
+
+    tensor_parallel: int
+    weights: int
+    cache: memory.Cache
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One row of a growth table."""
+
+    gpus: int
+    prompts: int
+    shard_group: int
+    rm_workers: int
+    time: speed.StepTime
+    tokens_per_second: float
+    gpu_hours_per_million_tokens: float
+    rm_workers_for_a_tenth: int
+    """RM workers with which scoring takes a tenth of the rest of the step."""
+    divides: bool
+    """verl needs the replies of a step (prompts x n) to be a multiple of the GPUs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it. Bytes are bytes, times are seconds."""
+
+    policy: Architecture
+    rm: Architecture
+    machine: Machine
+    layout: memory.Layout
+    work: speed.Work
+    phases: dict[str, dict[str, int]]
+    host_bytes: dict[str, int]
+    activations: dict[str, int]
+    """Of the recipe's micro batch, with and without checkpointing."""
+    engines: list[Engine]
+    micro_batch: MicroBatch
+    problems: list[str]
+    time: speed.StepTime
+    tokens_per_second: float
+    growing: list[Scale]
+    """The batch grows with the GPUs."""
+    fixed: list[Scale]
+    """The batch stays the recipe's."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json: the fields above, with totals and the bottleneck spelled out."""
+        found = asdict(self)
+        found["policy"]["parameters"], found["rm"]["parameters"] = self.policy.parameters, self.rm.parameters
+        found["fits"] = self.fits
+        for phase, parts in self.phases.items():
+            found["phases"][phase]["total"] = sum(parts.values())
+        rows = [(found["time"], self.time)]
+        for name, scales in (("growing", self.growing), ("fixed", self.fixed)):
+            rows += [(row["time"], scale.time) for row, scale in zip(found[name], scales, strict=True)]
+        for row, time in rows:
+            row["total"], row["bottleneck"] = time.total, time.bottleneck
+        return found
+
+
+def make_plan(recipe: Recipe, policy: Architecture, rm: Architecture, machine: Machine) -> Plan:
+    """The plan of a recipe on a machine.
+
+    Raises:
+        PlanError: the GPUs can't be divided as asked (nodes, tensor parallel, shard group).
+    """
+    layout, work = _layout(recipe, machine), _work(recipe, machine)
+    cluster = _cluster(recipe, machine, layout)
+    limit = int(HEADROOM * layout.gpu_memory)
+    phases = memory.phases(policy, rm, layout)
+    micro = MicroBatch(
+        _largest(policy, rm, replace(layout, checkpointing=True), "update", limit, work),
+        _largest(policy, rm, replace(layout, checkpointing=False), "update", limit, work),
+        _largest(policy, rm, layout, "log-probs and reference", limit, work),
+    )
+    engines = []
+    for degree in (1, 2, 4, 8):
+        if layout.gpus_per_node % degree == 0:
+            weights = memory.rollout_weights(policy, degree)
+            engines.append(Engine(degree, weights, memory.kv_cache(policy, replace(layout, tensor_parallel=degree))))
+    micro_tokens = layout.micro_batch * layout.length
+    time = speed.step_time(policy, rm, work, cluster, machine.efficiency)
+    return Plan(
+        policy=policy,
+        rm=rm,
+        machine=machine,
+        layout=layout,
+        work=work,
+        phases=phases,
+        host_bytes=memory.host_bytes(policy, layout),
+        activations={
+            "with checkpointing": memory.activation_bytes(policy, micro_tokens, checkpointing=True),
+            "without checkpointing": memory.activation_bytes(policy, micro_tokens, checkpointing=False),
+        },
+        engines=engines,
+        micro_batch=micro,
+        problems=_problems(policy, layout, phases, limit, micro),
+        time=time,
+        tokens_per_second=work.tokens / time.total,
+        growing=_growth(policy, rm, work, cluster, machine, grow=True),
+        fixed=_growth(policy, rm, work, cluster, machine, grow=False),
+    )
+
+
+def _layout(recipe: Recipe, machine: Machine) -> memory.Layout:
+    if machine.gpus < 1 or machine.nodes < 1 or machine.gpus % machine.nodes:
+        raise PlanError(f"{machine.gpus} GPUs can't be spread evenly over {machine.nodes} nodes")
+    settings = recipe.actor_rollout_ref
+    per_node = machine.gpus // machine.nodes
+    group = machine.gpus if machine.fsdp_size < 1 else machine.fsdp_size
+    if per_node % machine.tensor_parallel:
+        raise PlanError(f"tensor parallel {machine.tensor_parallel} does not divide the {per_node} GPUs of a node")
+    if machine.gpus % group:
+        raise PlanError(f"fsdp_size {group} does not divide {machine.gpus} GPUs")
+    return memory.Layout(
+        gpus=machine.gpus,
+        gpus_per_node=per_node,
+        gpu_memory=int(machine.memory_gb * 1e9),
+        shard_group=group,
+        tensor_parallel=machine.tensor_parallel,
+        rollout_share=machine.rollout_share,
+        length=recipe.data.max_prompt_length + recipe.data.max_response_length,
+        micro_batch=settings.actor.ppo_micro_batch_size_per_gpu,
+        logprob_micro_batch=settings.rollout.log_prob_micro_batch_size_per_gpu,
+        checkpointing=settings.model.enable_gradient_checkpointing,
+        param_offload=machine.param_offload,
+        optimizer_offload=machine.optimizer_offload,
+        lora_rank=settings.model.lora_rank,
+        rm_shared=machine.rm_gpus == 0,
+        rm_batch_tokens=recipe.reward_model.max_batch_tokens,
+    )
+
+
+def _work(recipe: Recipe, machine: Machine) -> speed.Work:
+    actor = recipe.actor_rollout_ref.actor
+    return speed.Work(
+        prompts=recipe.data.train_batch_size,
+        n=recipe.actor_rollout_ref.rollout.n,
+        prompt_tokens=min(machine.prompt_tokens, recipe.data.max_prompt_length),
+        response_tokens=min(machine.response_tokens, recipe.data.max_response_length),
+        max_response=recipe.data.max_response_length,
+        mini_batches=max(1, recipe.data.train_batch_size // actor.ppo_mini_batch_size),
+        epochs=actor.ppo_epochs,
+    )
+
+
+def _cluster(recipe: Recipe, machine: Machine, layout: memory.Layout) -> speed.Cluster:
+    settings = recipe.actor_rollout_ref
+    return speed.Cluster(
+        gpus=machine.gpus,
+        gpus_per_node=layout.gpus_per_node,
+        gpu=machine.gpu,
+        tensor_parallel=machine.tensor_parallel,
+        shard_group=layout.shard_group,
+        rm_gpus=machine.rm_gpus or machine.gpus,
+        rm_shared=layout.rm_shared,
+        max_num_seqs=settings.rollout.max_num_seqs,
+        micro_batch=layout.micro_batch,
+        checkpointing=layout.checkpointing,
+        use_reference=recipe.algorithm.use_kl_in_reward or settings.actor.use_kl_loss,
+    )
+
+
+def _largest(
+    policy: Architecture, rm: Architecture, layout: memory.Layout, phase: str, limit: int, work: speed.Work
+) -> int:
+    """The largest power of two of sequences per GPU with which a phase stays under the limit, at most a GPU's share."""
+    share = max(1, work.sequences // layout.gpus)
+    size, found = 1, 0
+    while size <= share:
+        tried = replace(layout, micro_batch=size, logprob_micro_batch=size)
+        if sum(memory.phases(policy, rm, tried)[phase].values()) > limit:
+            break
+        found, size = size, 2 * size
+    return found
+
+
+def _problems(
+    policy: Architecture, layout: memory.Layout, phases: dict[str, dict[str, int]], limit: int, micro: MicroBatch
+) -> list[str]:
+    """What does not fit, each with the way out."""
+    found = []
+    for phase, parts in phases.items():
+        total = sum(parts.values())
+        if total <= limit:
+            continue
+        best = micro.with_checkpointing if layout.checkpointing else micro.without_checkpointing
+        ways = {
+            "rollout": "a smaller rollout.gpu_memory_utilization, or optimizer_offload and param_offload",
+            "update": f"ppo_micro_batch_size_per_gpu={best}" if best else "checkpointing, offload, or more GPUs",
+            "log-probs and reference": f"log_prob_micro_batch_size_per_gpu={micro.log_probs}"
+            if micro.log_probs
+            else "offload, or more GPUs",
+        }
+        found.append(
+            f"{phase} needs {total / 1e9:.1f} GB of {layout.gpu_memory / 1e9:.0f} GB, {HEADROOM:.0%} may be used"
+            f"\n  fix: {ways[phase]}"
+        )
+    cache = memory.kv_cache(policy, layout)
+    if cache.sequences < 1:
+        found.append(
+            f"the rollout engine has {max(0, cache.tokens)} tokens of KV cache, one sequence needs {layout.length}"
+            "\n  fix: a larger tensor_model_parallel_size or gpu_memory_utilization"
+        )
+    return found
+
+
+def _growth(
+    policy: Architecture, rm: Architecture, work: speed.Work, cluster: speed.Cluster, machine: Machine, *, grow: bool
+) -> list[Scale]:
+    """The plan's GPUs and SCALES, sharded over all of them and over one node. GPUs of the RM's own stay as many."""
+    rows = []
+    for gpus in (machine.gpus, *(size for size in SCALES if size > machine.gpus)):
+        prompts = work.prompts * gpus // machine.gpus if grow else work.prompts
+        groups = {gpus} | ({cluster.gpus_per_node} if gpus % cluster.gpus_per_node == 0 else set())
+        for group in sorted(groups, reverse=True):
+            grown = replace(
+                cluster, gpus=gpus, shard_group=group, rm_gpus=gpus if cluster.rm_shared else cluster.rm_gpus
+            )
+            step = replace(work, prompts=prompts)
+            time = speed.step_time(policy, rm, step, grown, machine.efficiency)
+            alone = speed.rm_seconds(rm, step, replace(grown, rm_gpus=1), machine.efficiency)
+            paid = gpus + (0 if cluster.rm_shared else grown.rm_gpus)
+            rows.append(
+                Scale(
+                    gpus=gpus,
+                    prompts=prompts,
+                    shard_group=group,
+                    rm_workers=grown.rm_gpus,
+                    time=time,
+                    tokens_per_second=step.tokens / time.total,
+                    gpu_hours_per_million_tokens=paid * time.total / 3600 / step.tokens * 1e6,
+                    rm_workers_for_a_tenth=-int(-alone // (0.1 * (time.total - time.rm))),
+                    divides=step.sequences % gpus == 0,
+                )
+            )
+    return rows

@@ -1,0 +1,149 @@
+"""`ups-rm plan` from the recipe to the printed tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from tiny import tiny_policy, tiny_rm
+from ups_rm.cli import app
+from ups_rm.errors import PlanError
+from ups_rm.planning import memory
+from ups_rm.planning.architecture import read_architecture, reward_model
+from ups_rm.planning.plan import HEADROOM, Machine, Plan, make_plan
+from ups_rm.planning.speed import GPUS
+from ups_rm.recipe import load_recipe
+
+QWEN, RM = read_architecture("qwen2-7b-instruct"), reward_model(read_architecture("llama3-8b"))
+FULL_SCALE = [
+    "data.train_batch_size=64", "data.max_prompt_length=2048", "data.max_response_length=2048",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=64", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.model.enable_gradient_checkpointing=true", "actor_rollout_ref.actor.fsdp_config.dtype=bfloat16",
+    "reward_model.max_batch_tokens=16384",
+]  # fmt: skip
+H200 = Machine(gpus=8, nodes=1, memory_gb=140, gpu=GPUS["h200"])
+OPTIONS = ["plan", "--gpus", "8", "--gpu-mem", "140", "--policy", "qwen2-7b-instruct", "--rm", "llama3-8b"]
+RUNNER = CliRunner()
+
+
+def plan_of(machine: Machine = H200, *overrides: str) -> Plan:
+    return make_plan(load_recipe("quickstart", [*FULL_SCALE, *overrides]), QWEN, RM, machine)
+
+
+def test_the_full_scale_run_fits_8_gpus_of_140_gb():
+    plan = plan_of()
+    assert plan.fits, plan.problems
+    assert plan.micro_batch.with_checkpointing >= 8
+
+
+def test_the_same_run_on_24_gb_does_not_and_every_phase_says_the_way_out():
+    plan = plan_of(replace(H200, memory_gb=24))
+    assert not plan.fits
+    assert all("\n  fix: " in problem for problem in plan.problems)
+    assert {problem.split(" needs ")[0] for problem in plan.problems} >= {"rollout", "update"}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("memory_gb", [80, 140])
+def test_the_proposed_micro_batch_fits_and_twice_as_many_does_not(checkpointing, memory_gb):
+    plan = plan_of(replace(H200, memory_gb=memory_gb), "data.train_batch_size=4096")
+    best = plan.micro_batch.with_checkpointing if checkpointing else plan.micro_batch.without_checkpointing
+
+    def update(size: int) -> int:
+        layout = replace(plan.layout, micro_batch=size, checkpointing=checkpointing)
+        return sum(memory.phases(QWEN, RM, layout)["update"].values())
+
+    limit = int(HEADROOM * memory_gb * 1e9)
+    assert update(2 * best or 1) > limit
+    assert best == 0 or update(best) <= limit
+
+
+def test_checkpointing_saves_what_the_table_says():
+    size = plan_of().activations
+    assert size["without checkpointing"] > 8 * size["with checkpointing"]
+
+
+def test_growth_goes_to_4096_gpus_with_the_batch_and_without():
+    plan = plan_of()
+    for rows, prompts in ((plan.growing, 64 * 512), (plan.fixed, 64)):
+        assert {row.gpus for row in rows} == {8, 64, 512, 4096}
+        assert rows[-1].prompts == prompts
+        assert {row.shard_group for row in rows if row.gpus == 4096} == {8, 4096}
+    assert [row.divides for row in plan.fixed if row.shard_group == 8] == [True, True, False, False]
+    assert all(row.divides for row in plan.growing)
+
+
+def test_as_many_rm_workers_as_the_table_says_take_a_tenth():
+    plan = plan_of(replace(H200, rm_gpus=1))
+    row = next(row for row in plan.growing if row.gpus == 512)
+    again = plan_of(replace(H200, gpus=512, nodes=64, rm_gpus=row.rm_workers_for_a_tenth), "data.train_batch_size=4096")
+    from ups_rm.planning.speed import rm_seconds
+
+    cluster_seconds = rm_seconds(RM, again.work, _cluster_of(again), again.machine.efficiency)
+    assert cluster_seconds <= 0.1 * (row.time.total - row.time.rm)
+
+
+def _cluster_of(plan: Plan):  # type: ignore[no-untyped-def]
+    from ups_rm.planning.plan import _cluster
+
+    return _cluster(load_recipe("quickstart", FULL_SCALE), plan.machine, plan.layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nodes": 3}, "8 GPUs can't be spread evenly over 3 nodes"),
+        ({"tensor_parallel": 3}, "tensor parallel 3 does not divide the 8 GPUs of a node"),
+        ({"fsdp_size": 3}, "fsdp_size 3 does not divide 8 GPUs"),
+    ],
+)
+def test_layouts_that_don_t_divide_are_refused(change, message):
+    with pytest.raises(PlanError, match=message):
+        plan_of(replace(H200, **change))
+
+
+def test_the_command_prints_every_table():
+    done = RUNNER.invoke(app, [*OPTIONS, *FULL_SCALE], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    for text in ("7,615,616,512 parameters", "GB per GPU, by phase", "with checkpointing", "tensor parallel",
+                 "tokens/s per GPU", "4,096", "bottleneck", "assumed per GPU: 989 TFLOP/s", "fits"):  # fmt: skip
+        assert text in done.output
+
+
+def test_json_is_the_same_plan_and_a_plan_that_does_not_fit_exits_with_1():
+    done = RUNNER.invoke(app, [*OPTIONS, "--json", *FULL_SCALE])
+    found = json.loads(done.output)
+    plan = plan_of()
+    assert found["phases"]["update"]["total"] == sum(plan.phases["update"].values())
+    assert found["time"]["total"] == pytest.approx(plan.time.total)
+    assert found["growing"][-1]["time"]["bottleneck"] == plan.growing[-1].time.bottleneck
+    assert found["fits"] is True
+    small = RUNNER.invoke(app, [*OPTIONS[:4], "24", *OPTIONS[5:], "--json", *FULL_SCALE])
+    assert small.exit_code == 1
+    assert json.loads(small.output)["problems"]
+
+
+def test_stated_flops_and_bandwidths_count_instead_of_the_data_sheet():
+    stated = ["--tflops", "500", "--bandwidth", "2.5", "--link", "100", "--network", "12.5", "--eager"]
+    found = json.loads(RUNNER.invoke(app, [*OPTIONS, *stated, "--json", *FULL_SCALE]).output)["machine"]
+    gpu = found["gpu"]
+    assert (gpu["flops"], gpu["memory_bandwidth"], gpu["link"], gpu["network"]) == (500e12, 2.5e12, 100e9, 12.5e9)
+    assert found["efficiency"]["iteration"] == 0.035
+
+
+def test_folders_of_a_policy_and_an_rm_are_read_from_their_configs(tmp_path):
+    policy, rm = tiny_policy(tmp_path / "policy"), tiny_rm(tmp_path / "rm")
+    options = ["plan", "--gpus", "2", "--gpu-mem", "8", "--policy", str(policy), "--rm", str(rm), "--json"]
+    found = json.loads(RUNNER.invoke(app, options).output)
+    assert found["rm"]["head_dims"] == [16, 8]
+    assert found["policy"]["hidden"] == 64
+
+
+def test_an_unknown_gpu_is_refused():
+    done = RUNNER.invoke(app, [*OPTIONS, "--gpu", "abacus"])
+    assert isinstance(done.exception, PlanError)
+    assert "h200" in str(done.exception)
