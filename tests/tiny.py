@@ -135,15 +135,19 @@ def tiny_head(
     hidden_dims: tuple[int, ...] = (16, 8),
     temperature: float = 1.0,
     seed: int = 2,
+    pooling: str | None = None,
 ) -> Path:
-    """A random MLP head in our format: head.safetensors and head.json."""
+    """A random MLP head in our format: head.safetensors and head.json (which says nothing of pooling if None)."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(head_tensors(hidden_size=hidden_size, hidden_dims=hidden_dims, seed=seed), folder / "head.safetensors")
     (folder / "head.json").write_text(
-        json.dumps({"hidden_dims": list(hidden_dims), "loss": "bce", "seed": seed, "temperature": temperature})
+        json.dumps(
+            {"hidden_dims": list(hidden_dims), "loss": "bce", "seed": seed, "temperature": temperature}
+            | ({} if pooling is None else {"pooling": pooling})
+        )
     )
     return folder
 
@@ -170,6 +174,7 @@ def tiny_rm(
     architecture: str = "llama",
     hidden_dims: tuple[int, ...] = (16, 8),
     tokenizer: PreTrainedTokenizerFast | None = None,
+    pooling: str | None = None,
 ) -> Path:
     """A whole RM folder with its card: `tiny_backbone` and `tiny_head` merged by the real merge; the parts stay."""
     from ups_rm.reward.merge import merge
@@ -177,7 +182,9 @@ def tiny_rm(
     folder = Path(folder)
     parts = folder.parent / f"{folder.name}-parts"
     backbone = tiny_backbone(parts / "backbone", seed=seed, architecture=architecture, tokenizer=tokenizer)
-    merge(backbone, tiny_head(parts / "head", hidden_dims=hidden_dims, seed=seed + 1), folder)
+    width = 64 if pooling == "last+mean" else 32
+    head = tiny_head(parts / "head", hidden_size=width, hidden_dims=hidden_dims, seed=seed + 1, pooling=pooling)
+    merge(backbone, head, folder)
     return folder
 
 

@@ -87,6 +87,8 @@ class RewardTraining:
     """Keep only the first so many layers of the backbone (`ups-rm rm trim`); all if not given."""
     judge: bool = False
     """End each conversation with "Is this reply safe or unsafe?", so that the last token has to judge (`rm trim`)."""
+    pooling: str = "last"
+    """Hidden state(s) the head is given: of the `last` token, the `mean` over all tokens, or `last+mean`."""
     lora: bool = False
     """Train LoRA adapters of the backbone together with the head and merge them."""
     lora_rank: int = 16

@@ -33,6 +33,9 @@ Template = Annotated[Path | None, typer.Option(help="File with the chat template
 EndToken = Annotated[str | None, typer.Option(help="Special token that closes a reply, if not the template's.")]
 Side = Annotated[str | None, typer.Option(help="Which tokens go when a text is too long: left or right.")]
 MaxLength = Annotated[int | None, typer.Option(help="Limit in RM tokens. Default: the model's, at most 4096.")]
+Pooling = Annotated[
+    str, typer.Option(help="Hidden state(s) the head is given: last token, mean over all tokens, or last+mean.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Number format of the backbone: auto, bfloat16, float32.")]
 MaxBad = Annotated[float, typer.Option(help="Largest share of unusable rows that is tolerated.")]
@@ -72,13 +75,14 @@ def features(
     end_token: EndToken = None,
     truncation_side: Side = None,
     max_length: MaxLength = None,
+    pooling: Pooling = "last",
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_batch_tokens: Annotated[int, typer.Option(help="Upper bound of a batch, padding included.")] = 4096,
     max_bad: MaxBad = 0.001,
     force: Force = False,
 ) -> None:
-    """Hidden state of every reply's last token, with its labels. Goes on where an earlier start was killed."""
+    """Hidden state of every reply, with its labels. Goes on where an earlier start was killed."""
     from ups_rm.console import console
     from ups_rm.models import resolve_model
     from ups_rm.reward.features import extract_features
@@ -90,6 +94,7 @@ def features(
         rows,
         out,
         **_rendering(chat_template, end_token, truncation_side, max_length),
+        pooling=pooling,
         device=device,
         dtype=dtype,
         max_batch_tokens=max_batch_tokens,
@@ -149,6 +154,7 @@ def train(
     end_token: EndToken = None,
     truncation_side: Side = None,
     max_length: MaxLength = None,
+    pooling: Pooling = "last",
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_bad: MaxBad = 0.001,
@@ -204,6 +210,7 @@ def train(
         settings,
         LoraSettings(rank=lora_rank, alpha=2 * lora_rank, epochs=lora_epochs, lr=lora_lr, head_lr=lora_lr),
         **_rendering(chat_template, end_token, truncation_side, max_length),
+        pooling=pooling,
         device=device,
         dtype=dtype,
         sources=_source_names(sources),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RunError
 from ups_rm.models import resolve_model
@@ -44,14 +44,24 @@ def make_rm(this: Run) -> None:
             for name, source in sources.items():
                 rows = labelled_rows(this.recipe, source, held_out=held_out, benign_only=name == "benign")
                 extract_features(
-                    backbone, rows, files[name], max_length=settings.max_length, sources=[Path(source).name]
+                    backbone,
+                    rows,
+                    files[name],
+                    max_length=settings.max_length,
+                    pooling=settings.pooling,
+                    sources=[Path(source).name],
                 )
 
         this.do(
             Stage(
                 name="features",
                 inputs=[backbone, *(source_of(source) for source in sources.values())],
-                settings={"max_length": settings.max_length, "sources": sources, "held_out": sorted(held_out)},
+                settings={
+                    "max_length": settings.max_length,
+                    "pooling": settings.pooling,
+                    "sources": sources,
+                    "held_out": sorted(held_out),
+                },
                 out=work,
                 outputs=list(files.values()),
                 action=features,
@@ -160,7 +170,8 @@ def _train_lora(this: Run, backbone: str, sources: dict[str, str]) -> None:
             for name, source in sources.items()
             for row in labelled_rows(this.recipe, source, held_out=held_out, benign_only=name == "benign")
         ]
-        train_lora(backbone, rows, out, head, lora, max_length=settings.max_length, overwrite=True)
+        limits: dict[str, Any] = {"max_length": settings.max_length, "pooling": settings.pooling}
+        train_lora(backbone, rows, out, head, lora, **limits, overwrite=True)
 
     this.do(
         Stage(
@@ -171,6 +182,7 @@ def _train_lora(this: Run, backbone: str, sources: dict[str, str]) -> None:
                 "lora": str(lora),
                 "held_out": sorted(held_out),
                 "length": settings.max_length,
+                "pooling": settings.pooling,
             },
             out=out,
             outputs=[out / "backbone", out / "head"],

@@ -76,6 +76,7 @@ class RMCard:
     render: BOS, end token, truncation side and limit (stored flat in the file).
     chat_template_sha256: of the template's text.
     hidden_dim_str: the head's widths.
+    pooling: what the head is given of the hidden states (MyRMConfig); cards of before it was a choice mean "last".
     backbone: model_type, hidden_size, num_hidden_layers, vocab_size, and the name it was merged from.
     labels: what the head was trained on; "unknown" for folders that came without a card.
     dtype: in which the golden logits were computed.
@@ -92,6 +93,7 @@ class RMCard:
     temperature: float = 1.0
     head: dict[str, Any] = field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
+    pooling: str = "last"
     output: str = OUTPUT
     sign: str = SIGN
     transform: str = TRANSFORM
@@ -157,6 +159,7 @@ def make_card(
         temperature=temperature,
         head=head or {},
         golden=golden,
+        pooling=config.get("pooling", "last"),
     )
 
 
@@ -221,6 +224,7 @@ def verify_folder(card: RMCard, folder: Path, tokenizer: Any) -> None:
     """
     config = read_config(folder)
     _same(folder, "hidden_dim_str", card.hidden_dim_str, hidden_dim_text(config.get("hidden_dim_str", "")))
+    _same(folder, "pooling", card.pooling, config.get("pooling", "last"))
     found = backbone_facts(config)
     for name, value in card.backbone.items():
         if name in found:
@@ -277,6 +281,7 @@ def _same(folder: Path, name: str, expected: Any, found: Any) -> None:
 def _parse(values: Any, path: Path) -> RMCard:
     if not isinstance(values, dict):
         raise RMError(f"{path} holds a {type(values).__name__}, expected an object")
+    values.setdefault("pooling", "last")
     policy_names = [f.name for f in fields(RenderPolicy)]
     known = {f.name for f in fields(RMCard)} - {"render"} | set(policy_names)
     if unknown := sorted(set(values) - known):
@@ -294,6 +299,7 @@ def _parse(values: Any, path: Path) -> RMCard:
         "hidden_dim_str": str,
         "backbone": dict,
         "labels": str,
+        "pooling": str,
         "dtype": str,
         "temperature": (int, float),
         "head": dict,

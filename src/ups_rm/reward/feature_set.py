@@ -28,7 +28,10 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """What the hidden states are of: everything that a head must be asked with, and where the rows came from."""
+    """What the hidden states are of: everything that a head must be asked with, and where the rows came from.
+
+    hidden_size: width of a state as the head takes it; with pooling "last+mean" twice the backbone's hidden size.
+    """
 
     backbone: str
     fingerprint: str
@@ -40,6 +43,7 @@ class FeatureInfo:
     sources: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     rejected: int = 0
+    pooling: str = "last"
 
     @classmethod
     def from_json(cls, text: str) -> FeatureInfo:
@@ -57,7 +61,7 @@ class FeatureInfo:
 class FeatureSet:
     """Hidden states with labels. Shapes (N, ...) per text, (M, ...) per row.
 
-    hidden: last attended token's final hidden state. (N, H) float32.
+    hidden: final hidden state, pooled as `info.pooling` says. (N, H) float32.
     unsafe: share of labels that say unsafe, in [0, 1]; NaN where no row has a label. (N,) float32.
     severity: mean severity 0..3; NaN where unknown. (N,) float32.
     category_bits: bit i is set if any row flags category `info.categories[i]`. (N,) int64.
@@ -166,7 +170,7 @@ def join(sets: Sequence[FeatureSet]) -> FeatureSet:
     if len(sets) == 1:
         return first
     for other in sets[1:]:
-        for name in ("backbone", "hidden_size", "dtype", "render", "chat_template_sha256", "categories"):
+        for name in ("backbone", "pooling", "hidden_size", "dtype", "render", "chat_template_sha256", "categories"):
             ours, theirs = getattr(first.info, name), getattr(other.info, name)
             if ours != theirs:
                 raise RMError(f"features that differ in {name} can't be joined: {ours!r} and {theirs!r}")

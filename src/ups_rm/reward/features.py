@@ -1,9 +1,9 @@
 """Hidden states of a frozen backbone for every reply: what the head of a reward model is trained on.
 
 Rows in (ups_rm.data.rows), one safetensors file out (feature_set.py). Each distinct (prompt, response) is rendered as
-the RM will render it, goes through the backbone once, in batches of like length, and leaves the final hidden state of
-its last attended token, read as modeling_myrm.py reads it. Finished states are saved in `<out>.parts/` every few
-seconds: a process that was killed goes on where it stopped.
+the RM will render it, goes through the backbone once, in batches of like length, and leaves its final hidden state,
+pooled as modeling_myrm.py pools it: that of the last attended token, or the mean over all of them. Finished states are
+saved in `<out>.parts/` every few seconds: a process that was killed goes on where it stopped.
 
 Not done here: training (head.py), adapters (lora.py).
 """
@@ -160,6 +160,7 @@ def extract_features(
     end_token: str | None = None,
     truncation_side: Literal["left", "right"] | None = None,
     max_length: int | None = None,
+    pooling: str = "last",
     sources: Sequence[str] = (),
     rejects: Sequence[Reject] = (),
     overwrite: bool = False,
@@ -173,6 +174,7 @@ def extract_features(
         device: "auto" is a GPU if there is one. dtype: "auto" is bfloat16 where the hardware computes in it.
         max_batch_tokens: upper bound of a batch, padding included.
         chat_template, end_token, truncation_side, max_length: how texts are rendered, if not as the tokenizer says.
+        pooling: which hidden state(s) the head is given: last, mean or last+mean (MyRMConfig).
         sources, rejects: noted in the file (where rows came from) and counted (lines that were left out).
         overwrite: replace an `out` that holds other features. The same features are never computed twice.
         save_seconds: how often finished states are put on disk.
@@ -180,6 +182,10 @@ def extract_features(
     Raises:
         RMError: no rows; a backbone that can't be loaded; `out` holds other features; a state that is not finite.
     """
+    from ups_rm.reward.myrm.configuration_myrm import POOLINGS
+
+    if pooling not in POOLINGS:
+        raise RMError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
     start, out = perf_counter(), Path(out)
     texts = collect_texts(rows)
     place = best_device() if device == "auto" else device
@@ -192,7 +198,8 @@ def extract_features(
     info = FeatureInfo(
         backbone=backbone_identity(backbone, config),
         fingerprint="",
-        hidden_size=config.get_text_config().hidden_size,
+        hidden_size=config.get_text_config().hidden_size * POOLINGS[pooling],
+        pooling=pooling,
         dtype=str(number_format).removeprefix("torch."),
         render=policy,
         chat_template_sha256=template_sha256(tokenizer),
@@ -250,7 +257,7 @@ def _fill(
     saved = start
     with progress_bar("features", len(todo), unit="texts", enabled=progress) as advance:
         for batch in batches:
-            parts.add(batch, hidden_states(model, [ids[i] for i in batch], dtype, device))
+            parts.add(batch, hidden_states(model, [ids[i] for i in batch], dtype, device, parts.pooling))
             tokens += sum(len(ids[i]) for i in batch)
             advance(len(batch), f"{tokens / (perf_counter() - start):,.0f} tok/s")
             if perf_counter() - saved >= save_seconds:
@@ -261,8 +268,14 @@ def _fill(
 
 
 @torch.inference_mode()
-def hidden_states(model: Any, rows: Sequence[Tensor], dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
-    """Final hidden state of the last token of each row, float32, on the CPU. Shape (B, H).
+def hidden_states(
+    model: Any,
+    rows: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    pooling: str = "last",
+) -> Tensor:
+    """What the head is given of each row, float32, on the CPU. Shape (B, H), H as in FeatureInfo.hidden_size.
 
     Args:
         model: from `load_decoder`, with the same dtype and device.
@@ -270,11 +283,11 @@ def hidden_states(model: Any, rows: Sequence[Tensor], dtype: torch.dtype, device
     Raises:
         RMError: a state that is not finite.
     """
-    from ups_rm.reward.myrm.modeling_myrm import last_attended_hidden
+    from ups_rm.reward.myrm.modeling_myrm import pooled_hidden
 
     input_ids, mask = pad_batch(rows, device)
     with compute_context(dtype, device):
-        hidden, _ = last_attended_hidden(model, input_ids, mask)
+        hidden, _ = pooled_hidden(model, input_ids, mask, pooling=pooling)
     if not torch.isfinite(hidden).all():
         raise RMError(f"the backbone's hidden states are not finite in {dtype}\n  fix: --dtype float32")
     return hidden.cpu()
@@ -285,6 +298,7 @@ class Parts:
 
     def __init__(self, folder: Path, info: FeatureInfo, texts: int) -> None:
         self.folder = folder
+        self.pooling = info.pooling
         self.hidden = torch.zeros(texts, info.hidden_size)
         self.done = torch.zeros(texts, dtype=torch.bool)
         self._waiting: list[int] = []

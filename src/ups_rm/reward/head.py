@@ -256,6 +256,7 @@ def head_description(settings: HeadSettings, info: FeatureInfo, report: HeadRepo
         "seed": settings.seed,
         "backbone": info.backbone,
         "features_dtype": info.dtype,
+        "pooling": info.pooling,
         "render": {**asdict(info.render), "chat_template_sha256": info.chat_template_sha256},
         "training": training,
         "sources": list(info.sources),

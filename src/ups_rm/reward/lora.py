@@ -95,6 +95,7 @@ class _Run:
     dtype: torch.dtype
     head_settings: HeadSettings
     settings: LoraSettings
+    pooling: str = "last"
     tokens: int = 0
 
 
@@ -111,6 +112,7 @@ def train_lora(
     end_token: str | None = None,
     truncation_side: Literal["left", "right"] | None = None,
     max_length: int | None = None,
+    pooling: str = "last",
     sources: Sequence[str] = (),
     rejects: Sequence[Reject] = (),
     extra: dict[str, Sequence[Row]] | None = None,
@@ -135,6 +137,7 @@ def train_lora(
     place = best_device() if device == "auto" else device
     how: dict[str, Any] = {"device": place, "dtype": dtype, "chat_template": chat_template, "progress": progress}
     limits: dict[str, Any] = {"end_token": end_token, "truncation_side": truncation_side, "max_length": max_length}
+    limits["pooling"] = pooling
     notes: dict[str, Any] = {"sources": sources, "rejects": rejects}
     file = out / "features.safetensors"
     extract_features(backbone, rows, file, **how, **limits, **notes, overwrite=True)
@@ -151,7 +154,7 @@ def train_lora(
     ids, _ = render_texts(tokenizer, collect_texts(rows), frozen.info.render)
     number_format = compute_dtype(dtype, place)
     model = _with_adapters(load_decoder(backbone, number_format, place), settings, head_settings.seed)
-    run = _Run(model, head.to(place), ids, place, number_format, head_settings, settings)
+    run = _Run(model, head.to(place), ids, place, number_format, head_settings, settings, pooling)
     steps, best_loss = _train(run, train_part, validation_part, progress)
     adapter = out / "adapter"
     shutil.rmtree(adapter, ignore_errors=True)
@@ -264,13 +267,13 @@ def _pieces(run: _Run, part: Part, rows: Tensor) -> Iterator[Tensor]:
 
 def _piece_loss(run: _Run, part: Part, rows: Tensor) -> Tensor:
     """The loss of head.py on hidden states computed just now."""
-    from ups_rm.reward.myrm.modeling_myrm import last_attended_hidden
+    from ups_rm.reward.myrm.modeling_myrm import pooled_hidden
 
     texts = part.items[rows].flatten()
     input_ids, mask = pad_batch([run.ids[text] for text in texts.tolist()], run.device)
     run.tokens += int(mask.sum())
     with compute_context(run.dtype, run.device):
-        hidden, _ = last_attended_hidden(run.model.get_base_model(), input_ids, mask)  # (texts, H)
+        hidden, _ = pooled_hidden(run.model.get_base_model(), input_ids, mask, pooling=run.pooling)  # (texts, H)
     here = torch.arange(len(texts)).view(part.items[rows].shape)
     piece = Part(here, part.targets[rows].to(run.device), part.weights[rows].to(run.device))
     return loss_of(run.head, hidden, piece, torch.arange(len(rows)), run.head_settings)

@@ -201,6 +201,20 @@ def _check_identity(backbone: Path | str, config: Any, trained_on: Any) -> None:
         )
 
 
+def pooling_of(weights: HeadWeights) -> str:
+    """What the head was trained on, "last" for heads that don't say.
+
+    Raises:
+        RMError: head.json names a pooling that there is not.
+    """
+    from ups_rm.reward.myrm.configuration_myrm import POOLINGS
+
+    pooling = weights.info.get("pooling", "last")
+    if pooling not in POOLINGS:
+        raise RMError(f"head.json: pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
+    return str(pooling)
+
+
 def write_weights(made: Path, model: Any, weights: HeadWeights, *, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
     """Shards of the backbone (`model.*`), the head's own shard (`myscore.*`) and the byte index.
 
@@ -209,10 +223,16 @@ def write_weights(made: Path, model: Any, weights: HeadWeights, *, shard_bytes: 
     Returns:
         Bytes and number of all tensors.
     """
+    from ups_rm.reward.myrm.configuration_myrm import POOLINGS
+
     width = weights.tensors["layers.0.weight" if weights.hidden_dims else "output_layer.weight"].shape[1]
-    hidden_size = model.config.get_text_config().hidden_size
-    if width != hidden_size:
-        raise RMError(f"the head takes {width} numbers, the backbone gives {hidden_size}: they do not belong together")
+    pooling = pooling_of(weights)
+    given = model.config.get_text_config().hidden_size * POOLINGS[pooling]
+    if width != given:
+        raise RMError(
+            f"the head takes {width} numbers, the backbone gives {given} (pooling {pooling!r}): they do not belong "
+            "together"
+        )
     shards = list(_shards({f"model.{k}": v for k, v in model.state_dict().items()}, shard_bytes))
     named = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
     named[HEAD_SHARD] = {f"myscore.{k}": v for k, v in folded(weights).items()}
@@ -259,7 +279,8 @@ def write_config(made: Path, model: Any, weights: HeadWeights, tokenizer: Any) -
 
     backbone = {k: v for k, v in model.config.to_dict().items() if k not in OWN_FIELDS + LABEL_FIELDS}
     text = hidden_dim_text(weights.hidden_dims)
-    config = MyRMConfig(text, model.config.model_type, id2label={0: "unsafe"}, label2id={"unsafe": 0}, **backbone)
+    labels: dict[str, Any] = {"id2label": {0: "unsafe"}, "label2id": {"unsafe": 0}}
+    config = MyRMConfig(text, model.config.model_type, pooling_of(weights), **labels, **backbone)
     config.architectures = ["MyRMForTokenClassification"]
     config.auto_map = dict(AUTO_MAP)
     config.dtype = model.dtype
@@ -277,17 +298,23 @@ def _backbone_then_head(model: Any, weights: HeadWeights, tokenizer: Any, policy
     rows = [row.input_ids for row in render(tokenizer, list(GOLDEN_CONVERSATIONS), policy)]
     head = folded(weights)
 
-    def answer(hidden: torch.Tensor) -> torch.Tensor:
-        x = hidden.float()
+    def answer(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        states = {
+            "last": hidden[torch.arange(len(hidden)), mask.sum(1) - 1].float(),
+            "mean": (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True),
+        }
+        x = torch.cat([states[name] for name in pooling_of(weights).split("+")], dim=1)
         for i in range(len(weights.hidden_dims)):
             x = F.leaky_relu(F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"]))
         return F.linear(x, head["output_layer.weight"], head["output_layer.bias"])
 
     with torch.inference_mode():
-        alone = [answer(model(torch.tensor([row])).last_hidden_state[:, -1]) for row in rows]
+        alone = [
+            answer(model(torch.tensor([row])).last_hidden_state, torch.ones(1, len(row), dtype=torch.long))
+            for row in rows
+        ]
         input_ids, mask = pad_batch(rows)
-        hidden = model(input_ids, attention_mask=mask).last_hidden_state
-        together = answer(hidden[torch.arange(len(rows)), mask.sum(1) - 1])
+        together = answer(model(input_ids, attention_mask=mask).last_hidden_state, mask)
     return [*alone, together]
 
 
@@ -319,7 +346,8 @@ def _verify_and_write_card(
                 raise RMError(f"the merged logits are not those of backbone and head: they differ by {difference:.3g}")
     scorer = RewardScorer(model, reloaded, policy, dtype=dtype)
     policy_fields = {f.name for f in fields(RenderPolicy)}
-    told = {k: v for k, v in weights.info.items() if k not in policy_fields | {"render", "chat_template_sha256"}}
+    elsewhere = policy_fields | {"render", "chat_template_sha256", "pooling"}
+    told = {k: v for k, v in weights.info.items() if k not in elsewhere}
     labels = str(told.get("labels") or told.get("loss") or "unknown")
     card = make_card(scorer, made, labels=labels, temperature=weights.temperature, head=told)
     replace(card, backbone={"name": backbone_name} | card.backbone).write(made)

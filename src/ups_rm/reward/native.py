@@ -76,7 +76,7 @@ def myrm_config(folder: Path | str) -> MyRMConfig:
         # through the backbone's own class first: it knows older spellings, such as rope_theta and rope_scaling
         fields = AutoConfig.for_model(backbone_type, **fields).to_dict()
         fields = {key: value for key, value in fields.items() if key not in OWN_FIELDS + LABEL_FIELDS}
-        config = MyRMConfig(hidden_dim_text(raw["hidden_dim_str"]), backbone_type, **fields)
+        config = MyRMConfig(hidden_dim_text(raw["hidden_dim_str"]), backbone_type, raw.get("pooling", "last"), **fields)
         config.backbone_config()
     except Exception as error:  # transformers validates with several error classes
         raise RMError(f"{folder}/config.json: {type(error).__name__}: {error}") from error

@@ -1,7 +1,7 @@
 """Configuration of a reward model that is a decoder backbone with an MLP head. Copied verbatim into every RM folder.
 
-`config.json` is the backbone's own config, flat, plus `hidden_dim_str` and `backbone_model_type`. Nothing but
-transformers is imported, so the folder loads with `trust_remote_code=True` where nothing else is installed.
+`config.json` is the backbone's own config, flat, plus `hidden_dim_str`, `pooling` and `backbone_model_type`. Nothing
+but transformers is imported, so the folder loads with `trust_remote_code=True` where nothing else is installed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 # Fields of config.json that are not the backbone's
 OWN_FIELDS = (
     "hidden_dim_str",
+    "pooling",
     "backbone_model_type",
     "auto_map",
     "architectures",
@@ -21,6 +22,8 @@ OWN_FIELDS = (
     "dtype",
     "torch_dtype",
 )
+# What the head is given of a sequence's final hidden states, and how many times the hidden size that is wide
+POOLINGS = {"last": 1, "mean": 1, "last+mean": 2}
 LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
 
 
@@ -29,14 +32,25 @@ class MyRMConfig(PretrainedConfig):
 
     Args:
         hidden_dim_str: widths of the head's hidden layers, comma-separated, e.g. "256,64"; empty for a linear head.
+        pooling: what the head is given: "last", the last attended token's state; "mean", the mean over all attended
+            tokens; "last+mean", both, in this order.
         backbone_model_type: the transformers `model_type` that the other fields belong to, e.g. "llama", "qwen2".
         kwargs: every field of the backbone's config.
     """
 
     model_type = "myrm"
 
-    def __init__(self, hidden_dim_str: str | int = "256", backbone_model_type: str = "llama", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        hidden_dim_str: str | int = "256",
+        backbone_model_type: str = "llama",
+        pooling: str = "last",
+        **kwargs: Any,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
         self.hidden_dim_str = str(hidden_dim_str)
+        self.pooling = pooling
         self.backbone_model_type = backbone_model_type
         if kwargs.get("id2label") is None:
             kwargs.setdefault("num_labels", 1)

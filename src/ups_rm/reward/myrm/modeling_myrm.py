@@ -1,7 +1,8 @@
-"""Reward model: decoder backbone, last attended token, MLP head, one logit. Copied verbatim into every RM folder.
+"""Reward model: decoder backbone, pooled hidden state, MLP head, one logit. Copied verbatim into every RM folder.
 
 The logit is the degree of *unsafety* of the last reply; sigmoid(-logit) is its safe score. Decisions that count:
 - the hidden state is read at the last position where `attention_mask` is not 0, so left, right and no padding agree;
+  config.pooling may ask for the mean over all such positions instead, or for both;
 - positions are counted from the first attended token;
 - hidden state and head are computed in float32, whatever the dtype of the backbone and even under autocast;
 - a weight that is missing from the checkpoint or left over in it is an error: a re-initialised head answers noise.
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from .configuration_myrm import MyRMConfig
+from .configuration_myrm import POOLINGS, MyRMConfig
 
 
 def last_attended_index(attention_mask: Tensor) -> Tensor:
@@ -28,23 +29,25 @@ def last_attended_index(attention_mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
 
 
-def last_attended_hidden(
+def pooled_hidden(
     backbone: nn.Module,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    pooling: str = "last",
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Final hidden state of each row's last attended token, and the backbone's whole output.
+    """What the head is given of each row's final hidden states, and the backbone's whole output.
 
     Args:
         backbone: a decoder without a head, as AutoModel gives it.
         input_ids: shape (B, T).
         attention_mask: 1 for tokens to read, 0 for padding on either side; None means all ones. Shape (B, T).
         position_ids: counted over the attended tokens if not given. Shape (B, T).
+        pooling: one of POOLINGS, see MyRMConfig.
 
     Returns:
-        Hidden states in float32, shape (B, H); the backbone's output.
+        Pooled hidden states in float32, shape (B, H * POOLINGS[pooling]); the backbone's output.
     """
     takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
     if attention_mask is not None and position_ids is None and takes_positions:
@@ -54,10 +57,15 @@ def last_attended_hidden(
     output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
     hidden = output.last_hidden_state  # (B, T, H)
     if attention_mask is None:
-        return hidden[:, -1].float(), output
+        attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     index = last_attended_index(attention_mask).to(hidden.device)
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    return hidden[rows, index].float(), output
+    last = hidden[torch.arange(hidden.shape[0], device=hidden.device), index].float()
+    if pooling == "last":
+        return last, output
+    attended = (attention_mask != 0).to(hidden.device)[:, :, None]  # (B, T, 1)
+    # padding is replaced, not multiplied away: its states may be anything, NaN too
+    mean = hidden.float().masked_fill(~attended, 0.0).sum(dim=1) / attended.sum(dim=1)
+    return (mean if pooling == "mean" else torch.cat([last, mean], dim=1)), output
 
 
 def _linear_fp32(layer: Any, x: Tensor) -> Tensor:
@@ -102,7 +110,8 @@ class MyRMForTokenClassification(PreTrainedModel):
         backbone_config = config.backbone_config()
         kwargs = {} if requested_attention is None else {"attn_implementation": requested_attention}
         self.model = AutoModel.from_config(backbone_config, **kwargs)
-        self.myscore = MyRMHead(backbone_config.get_text_config().hidden_size, config.hidden_dims)
+        width = backbone_config.get_text_config().hidden_size * POOLINGS[config.pooling]
+        self.myscore = MyRMHead(width, config.hidden_dims)
         self.post_init()
 
     def forward(
@@ -118,7 +127,9 @@ class MyRMForTokenClassification(PreTrainedModel):
             kwargs.pop(unused, None)
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
-        hidden, output = last_attended_hidden(self.model, input_ids, attention_mask, position_ids, **kwargs)
+        hidden, output = pooled_hidden(
+            self.model, input_ids, attention_mask, position_ids, self.config.pooling, **kwargs
+        )
         return TokenClassifierOutput(
             logits=self.myscore(hidden), hidden_states=output.hidden_states, attentions=output.attentions
         )

@@ -1,0 +1,150 @@
+"""Hidden states of every layer, pooled in several ways, in one pass over the texts: what rm_quality.py compares.
+
+Rows in, a folder of safetensors parts out. Layer l is read after the backbone's final norm, which is exactly what the
+backbone trimmed to l layers (`ups-rm rm trim --layers l`) gives. Stored as float16. A process that was stopped goes on
+where it was.
+
+N texts, L layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ups_rm.console import progress_bar
+from ups_rm.data.rows import Row
+from ups_rm.device import compute_dtype
+from ups_rm.reward.batching import token_batches
+from ups_rm.reward.features import Texts, backbone_config, collect_texts, load_decoder, pad_batch, render_texts
+from ups_rm.reward.merge import load_backbone_tokenizer, render_policy
+from ups_rm.reward.native import compute_context
+from ups_rm.reward.render import template_sha256
+
+# last: the last attended token. mean: all attended tokens. reply: from the first token in which the text differs from
+# that with an empty reply, to the end.
+POOLINGS = ("last", "mean", "reply")
+SAVE_SECONDS = 20.0
+MAX_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """Pooled states by layer: `states[pooling]` has shape (N, L, H), float16; layer l is at index l - 1."""
+
+    texts: Texts
+    states: dict[str, Tensor]
+    tokens: Tensor
+
+    def of(self, layer: int, *poolings: str) -> Tensor:
+        """States of one layer, several poolings side by side, float32. Shape (N, H * len(poolings))."""
+        return torch.cat([self.states[pooling][:, layer - 1] for pooling in poolings], dim=1).float()
+
+
+def layer_features(
+    backbone: str, rows: Sequence[Row], folder: Path, *, chat_template: str | None = None, max_seconds: float = 1e9
+) -> LayerFeatures | None:
+    """The features of `rows`, from `folder` as far as they are there; None if `max_seconds` were not enough."""
+    texts = collect_texts(rows)
+    tokenizer = load_backbone_tokenizer(backbone, chat_template)
+    policy = render_policy(tokenizer, {}, backbone_config(backbone))
+    ids, _ = render_texts(tokenizer, texts, policy)
+    empty, _ = render_texts(tokenizer, Texts(texts.prompts, [""] * len(texts.prompts)), policy)
+    starts = torch.tensor([_common_prefix(a, b) for a, b in zip(ids, empty, strict=True)])
+    digest = hashlib.sha256(f"{backbone} {template_sha256(tokenizer)}".encode())
+    for row in ids:
+        digest.update(row.numpy().tobytes() + b"/")
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and json.loads(manifest.read_text())["fingerprint"] != digest.hexdigest():
+        raise ValueError(f"{folder} holds features of other texts or another backbone: remove it or give another")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps({"fingerprint": digest.hexdigest(), "texts": len(ids)}))
+    done = torch.zeros(len(ids), dtype=torch.bool)
+    parts = sorted(folder.glob("*.safetensors"))
+    for part in parts:
+        done[load_file(part)["index"]] = True
+    todo = (~done).nonzero()[:, 0].tolist()
+    if todo and not _fill(backbone, ids, starts, todo, folder, len(parts), max_seconds):
+        return None
+    loaded = [load_file(part) for part in sorted(folder.glob("*.safetensors"))]
+    order = torch.cat([part["index"] for part in loaded]).argsort()
+    states = {pooling: torch.cat([part[pooling] for part in loaded])[order] for pooling in POOLINGS}
+    return LayerFeatures(texts, states, torch.tensor([len(row) for row in ids]))
+
+
+def _fill(
+    backbone: str,
+    ids: Sequence[Tensor],
+    starts: Tensor,
+    todo: Sequence[int],
+    folder: Path,
+    next_part: int,
+    max_seconds: float,
+) -> bool:
+    """Writes the parts that are missing; False when time was over before the end."""
+    start = saved = perf_counter()
+    dtype = compute_dtype("auto")
+    model = load_decoder(backbone, dtype)
+    waiting: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def save() -> None:
+        nonlocal next_part
+        index = torch.cat([batch for batch, _ in waiting])
+        states = {pooling: torch.cat([one[pooling] for _, one in waiting]) for pooling in POOLINGS}
+        temporary = folder / "part.tmp"
+        save_file({"index": index, **states}, temporary)
+        temporary.replace(folder / f"{next_part:05d}.safetensors")
+        waiting.clear()
+        next_part += 1
+
+    with progress_bar("layers", len(todo), unit="texts") as advance:
+        for batch in token_batches([len(ids[i]) for i in todo], MAX_BATCH_TOKENS):
+            index = torch.tensor([todo[i] for i in batch])
+            waiting.append((index, pooled_layers(model, [ids[i] for i in index.tolist()], starts[index], dtype)))
+            advance(len(batch))
+            over = perf_counter() - start > max_seconds
+            if over or perf_counter() - saved > SAVE_SECONDS:
+                save()
+                saved = perf_counter()
+            if over:
+                return False
+    if waiting:
+        save()
+    return True
+
+
+@torch.inference_mode()
+def pooled_layers(model: Any, rows: Sequence[Tensor], starts: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every layer's normed states under every pooling, float16. Shape of each (B, L, H)."""
+    input_ids, mask = pad_batch(rows)
+    with compute_context(dtype, "cpu"):
+        output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        # hidden_states: the embeddings, then each layer's output; the last one is normed already
+        layers = [model.norm(state) for state in output.hidden_states[1:-1]] + [output.last_hidden_state]
+    positions = torch.arange(input_ids.shape[1])
+    lengths = mask.sum(1)
+    masks = {
+        "last": positions == (lengths - 1)[:, None],
+        "mean": mask.bool(),
+        "reply": mask.bool() & (positions >= torch.minimum(starts, lengths - 1)[:, None]),
+    }
+    pooled = {}
+    for name, chosen in masks.items():
+        weights = chosen.float() / chosen.sum(1, keepdim=True)  # (B, T)
+        pooled[name] = torch.stack([(weights[:, None] @ state.float())[:, 0] for state in layers], dim=1).half()
+    return pooled
+
+
+def _common_prefix(a: Tensor, b: Tensor) -> int:
+    shorter = min(len(a), len(b))
+    differ = (a[:shorter] != b[:shorter]).nonzero()
+    return int(differ[0, 0]) if len(differ) else shorter
