@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from labelled_rows import make_rows
@@ -16,7 +19,7 @@ from ups_rm.reward.feature_set import FeatureSet
 from ups_rm.reward.features import collect_texts, extract_features, load_decoder, render_texts
 from ups_rm.reward.head import TrainableHead, head_logits
 from ups_rm.reward.head_files import read_head
-from ups_rm.reward.head_objective import HeadSettings, part_of
+from ups_rm.reward.head_objective import HeadSettings, Part, part_of
 from ups_rm.reward.lora import LoraReport, LoraSettings, train_lora
 from ups_rm.reward.merge import load_backbone_tokenizer, merge
 from ups_rm.reward.scorer import RewardScorer
@@ -82,12 +85,64 @@ def test_gradient_does_not_hang_on_the_size_of_the_pieces(backbone: Path, tmp_pa
                 torch.nn.init.normal_(parameter, std=0.1)
         head = TrainableHead(features.hidden.mean(0), features.hidden.std(0), (8,), dropout=0.0)
         run = module._Run(model, head, ids, "cpu", torch.float32, head_settings, settings)
-        module._gradient(run, part, torch.arange(len(part)))
+        module._gradient(run, part, module._units(part, torch.arange(len(part))))
         trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
         gradients.append(torch.cat([p.grad.flatten() for p in trained]))
     assert gradients[2].abs().max() > 1e-4
     for other in gradients[:2]:
         torch.testing.assert_close(other, gradients[2], atol=1e-5, rtol=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    prompts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=6), seed=st.integers(0, 99)
+)
+def test_an_epoch_has_each_text_once_and_opposites_side_by_side(prompts: list[tuple[int, int]], seed: int) -> None:
+    """Whatever numbers of unsafe and safe replies the prompts have, and in whatever order they are drawn."""
+    targets, prompt_of, contrast = [], [], []
+    for prompt, (unsafe, safe) in enumerate(prompts):
+        start = len(targets)
+        targets += [0.95] * unsafe + [0.05] * safe
+        prompt_of += [prompt] * (unsafe + safe)
+        contrast += [(start + u, start + unsafe + s) for u in range(unsafe) for s in range(safe)]
+    texts = torch.arange(len(targets)) + 100  # items are texts of a larger set
+    pairs = torch.tensor(contrast) + 100 if contrast else None
+    part = Part(texts, torch.tensor(targets), torch.ones(len(targets)), pairs)
+    torch.manual_seed(seed)
+    steps = list(module._steps(part, batch_size=4))
+    units = [unit for step in steps for unit in step]
+    assert sorted(item for unit in units for item in unit) == list(range(len(targets)))
+    assert sum(len(unit) == 2 for unit in units) == sum(min(counts) for counts in prompts)
+    for unsafe, safe in (unit for unit in units if len(unit) == 2):
+        assert prompt_of[unsafe] == prompt_of[safe]
+        assert (targets[unsafe], targets[safe]) == (0.95, 0.05)
+    assert all(sum(map(len, step)) <= 5 for step in steps)
+
+
+def test_contrast_moves_the_replies_of_one_prompt_apart(backbone: Path, tmp_path: Path) -> None:
+    """The loss of a pair is that of rm train: (1 - contrast) * cross-entropy + contrast * Bradley-Terry."""
+    rows = make_rows(2)
+    extract_features(backbone, rows, tmp_path / "f.safetensors", dtype="float32", device="cpu", progress=False)
+    features = FeatureSet.read(tmp_path / "f.safetensors")
+    head_settings = HeadSettings(hidden_dims=(8,), dropout=0.0, contrast=0.3)
+    part = part_of(features, features.prompt_id.unique(), head_settings)
+    head = TrainableHead(features.hidden.mean(0), features.hidden.std(0), (8,), dropout=0.0)
+    model = module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(rank=2), seed=0)
+    ids, _ = render_texts(load_backbone_tokenizer(backbone, None), collect_texts(rows), features.info.render)
+    run = module._Run(model, head, ids, "cpu", torch.float32, head_settings, LoraSettings())
+    units = module._units(part, torch.arange(len(part)))
+    logits = head(features.hidden)[part.items]
+    plain = F.binary_cross_entropy_with_logits(logits, part.targets, weight=part.weights)
+    apart = torch.stack([-F.logsigmoid(logits[unsafe] - logits[safe]) for unsafe, safe in units]).mean()
+    assert module._check(run, part) == pytest.approx((0.7 * plain + 0.3 * apart).item(), abs=1e-5)
+
+
+def test_adapters_only_from_a_layer_on(backbone: Path) -> None:
+    model = module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(from_layer=1), seed=0)
+    trained = {name.split("layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"1"}
+    with pytest.raises(RMError, match="from_layer is 2, but the backbone has 2 layers"):
+        module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(from_layer=2), seed=0)
 
 
 def test_same_seed_same_merged_weights(backbone: Path, tmp_path: Path) -> None:

@@ -147,6 +147,9 @@ def train(
     lora_rank: Annotated[int, typer.Option()] = 16,
     lora_epochs: Annotated[int, typer.Option()] = 3,
     lora_lr: Annotated[float, typer.Option()] = 2e-4,
+    lora_from_layer: Annotated[
+        int, typer.Option(help="No adapters in the layers below this one: cheaper, less room to learn.")
+    ] = 0,
     backbone: Backbone = "smollm2-135m-instruct",
     data: Data = None,
     split: Split = "train",
@@ -208,7 +211,14 @@ def train(
         rows,
         out,
         settings,
-        LoraSettings(rank=lora_rank, alpha=2 * lora_rank, epochs=lora_epochs, lr=lora_lr, head_lr=lora_lr),
+        LoraSettings(
+            rank=lora_rank,
+            alpha=2 * lora_rank,
+            epochs=lora_epochs,
+            lr=lora_lr,
+            head_lr=lora_lr,
+            from_layer=lora_from_layer,
+        ),
         **_rendering(chat_template, end_token, truncation_side, max_length),
         pooling=pooling,
         device=device,

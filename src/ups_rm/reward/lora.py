@@ -1,7 +1,8 @@
 """LoRA adapters of the backbone trained together with the head, then merged: a backbone and a head for `rm merge`.
 
 A head is first trained on the frozen backbone (head.py), so that adapters start from a direction that means something
-(arXiv:2202.10054 calls it linear probing, then fine-tuning). Then both learn from the same labels, split and loss. The
+(arXiv:2202.10054 calls it linear probing, then fine-tuning). Then both learn from the same labels, split and loss; an
+unsafe and a safe reply to one prompt go through the backbone together, so that comparing them costs nothing extra. The
 adapters are merged into the backbone's own weights, and calibration and figures come from the merged backbone, computed
 as the RM will compute it.
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -40,9 +43,12 @@ from ups_rm.reward.head import (
     write_head,
 )
 from ups_rm.reward.head_metrics import Quality
-from ups_rm.reward.head_objective import HeadSettings, Part, loss_of, part_of
+from ups_rm.reward.head_objective import HeadSettings, Part, contrast_loss, loss_of, part_of
 from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer
 from ups_rm.reward.native import compute_context
+
+Unit = tuple[int, ...]
+"""Positions in a Part's items that go through the backbone together: one item, or (unsafe, safe) of one prompt."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class LoraSettings:
     dropout: float = 0.05
     target_modules: str = "all-linear"
     """`all-linear`, or names of modules with commas between, e.g. q_proj,v_proj."""
+    from_layer: int = 0
+    """Adapters of layers below this one are not trained, and no gradient has to pass them: cheaper, less room to learn."""
     lr: float = 2e-4
     head_lr: float = 2e-4
     weight_decay: float = 0.01
@@ -71,6 +79,8 @@ class LoraSettings:
         for name in ("rank", "alpha", "epochs", "checks_per_epoch", "batch_size", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise RMError(f"lora {name} is {getattr(self, name)}, expected at least 1")
+        if self.from_layer < 0:
+            raise RMError(f"lora from_layer is {self.from_layer}, expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -191,6 +201,9 @@ def train_lora(
 def _with_adapters(model: Any, settings: LoraSettings, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    there = model.config.get_text_config().num_hidden_layers
+    if settings.from_layer >= there:
+        raise RMError(f"lora from_layer is {settings.from_layer}, but the backbone has {there} layers")
     names = settings.target_modules
     config = LoraConfig(
         r=settings.rank,
@@ -202,9 +215,14 @@ def _with_adapters(model: Any, settings: LoraSettings, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:  # peft: no module of that name
             raise RMError(f"LoRA can't be put on this backbone: {error}") from error
+    for name, parameter in adapted.named_parameters():
+        layer = re.search(r"\.(\d+)\.", name)
+        if layer is not None and int(layer[1]) < settings.from_layer:
+            parameter.requires_grad_(False)  # its B stays 0: no change
+    return adapted
 
 
 def _train(run: _Run, train: Part, validation: Part, progress: bool) -> tuple[int, float]:
@@ -224,8 +242,8 @@ def _train(run: _Run, train: Part, validation: Part, progress: bool) -> tuple[in
     with torch.random.fork_rng(devices=[]), progress_bar("LoRA", total, unit="steps", enabled=progress) as advance:
         torch.manual_seed(run.head_settings.seed)
         for _ in range(settings.epochs):
-            for i, rows in enumerate(torch.randperm(len(train)).split(settings.batch_size), start=1):
-                _gradient(run, train, rows)
+            for i, units in enumerate(_steps(train, settings.batch_size), start=1):
+                _gradient(run, train, units)
                 torch.nn.utils.clip_grad_norm_([*adapters, *run.head.parameters()], settings.max_grad_norm)
                 optimizer.step()
                 schedule.step()
@@ -240,43 +258,88 @@ def _train(run: _Run, train: Part, validation: Part, progress: bool) -> tuple[in
     return step, best_loss
 
 
-def _gradient(run: _Run, part: Part, rows: Tensor) -> None:
-    """Adds the gradient of the mean loss over `rows`, in pieces that fit the token limit."""
+def _steps(part: Part, batch_size: int) -> Iterator[list[Unit]]:
+    """One epoch in random order: the units of each optimizer step, together `batch_size` items or one more."""
+    units = _units(part, torch.randperm(len(part)))
+    starts = [0, *accumulate(map(len, units))]
+    steps: dict[int, list[Unit]] = {}
+    for start, unit in zip(starts, units, strict=False):
+        steps.setdefault(start // batch_size, []).append(unit)
+    yield from steps.values()
+
+
+def _units(part: Part, order: Tensor) -> list[Unit]:
+    """The items of `order`, each once: (unsafe, safe) where an opposite of the same prompt is left, else alone."""
+    place = {text: i for i, text in enumerate(part.items.flatten().tolist())} if part.contrast is not None else {}
+    opposites: dict[int, list[int]] = {}
+    for unsafe, safe in [] if part.contrast is None else part.contrast.tolist():
+        opposites.setdefault(place[unsafe], []).append(place[safe])
+        opposites.setdefault(place[safe], []).append(place[unsafe])
+    left = dict.fromkeys(order.tolist())
+    units: list[Unit] = []
+    while left:
+        item = next(iter(left))
+        del left[item]
+        other = next((one for one in opposites.get(item, ()) if one in left), None)
+        if other is None:
+            units.append((item,))
+        else:
+            del left[other]
+            units.append((item, other) if part.targets[item] > part.targets[other] else (other, item))
+    return units
+
+
+def _gradient(run: _Run, part: Part, units: Sequence[Unit]) -> None:
+    """Adds the gradient of the loss over `units`, in pieces that fit the token limit."""
     run.model.train()
     run.head.train()
-    for piece in _pieces(run, part, rows):
-        (_piece_loss(run, part, piece) * (len(piece) / len(rows))).backward()
+    for loss in _losses(run, part, units):
+        loss.backward()
 
 
 @torch.no_grad()
 def _check(run: _Run, part: Part) -> float:
-    """Mean loss over a whole part."""
+    """The loss over a whole part."""
     run.model.eval()
     run.head.eval()
-    pieces = _pieces(run, part, torch.arange(len(part)))
-    return sum(_piece_loss(run, part, piece).item() * len(piece) for piece in pieces) / len(part)
+    return sum(loss.item() for loss in _losses(run, part, _units(part, torch.arange(len(part)))))
 
 
-def _pieces(run: _Run, part: Part, rows: Tensor) -> Iterator[Tensor]:
-    """`rows` in groups of like length whose texts, padded, stay within max_batch_tokens."""
-    texts = part.items[rows].view(len(rows), -1)
-    lengths = [max(len(run.ids[text]) for text in item) for item in texts.tolist()]
-    for batch in token_batches(lengths, max(1, run.settings.max_batch_tokens // texts.shape[1])):
-        yield rows[torch.tensor(batch)]
+def _losses(run: _Run, part: Part, units: Sequence[Unit]) -> Iterator[Tensor]:
+    """What each piece adds to (1 - contrast) * mean loss of the items + contrast * mean comparison of the pairs.
+
+    A piece are units of like length and of one kind, whose texts, padded, stay within max_batch_tokens.
+    """
+    items, pairs = sum(map(len, units)), sum(len(unit) == 2 for unit in units)
+    share = run.head_settings.contrast if pairs else 0.0
+    for size in (1, 2):
+        of_size = [unit for unit in units if len(unit) == size]
+        if not of_size:
+            continue
+        chosen = torch.tensor(of_size)  # (U, size)
+        texts = part.items[chosen].view(len(chosen), -1)
+        lengths = [max(len(run.ids[text]) for text in unit) for unit in texts.tolist()]
+        for batch in token_batches(lengths, max(1, run.settings.max_batch_tokens // texts.shape[1])):
+            piece = chosen[torch.tensor(batch)]
+            plain, compared = _piece_loss(run, part, piece)
+            yield (1 - share) * plain * (piece.numel() / items) + share * compared * (len(piece) / max(1, pairs))
 
 
-def _piece_loss(run: _Run, part: Part, rows: Tensor) -> Tensor:
-    """The loss of head.py on hidden states computed just now."""
+def _piece_loss(run: _Run, part: Part, piece: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of head.py on hidden states computed just now, and that of comparing (unsafe, safe) if size is 2."""
     from ups_rm.reward.myrm.modeling_myrm import pooled_hidden
 
+    rows = piece.flatten()
     texts = part.items[rows].flatten()
     input_ids, mask = pad_batch([run.ids[text] for text in texts.tolist()], run.device)
     run.tokens += int(mask.sum())
     with compute_context(run.dtype, run.device):
         hidden, _ = pooled_hidden(run.model.get_base_model(), input_ids, mask, pooling=run.pooling)  # (texts, H)
     here = torch.arange(len(texts)).view(part.items[rows].shape)
-    piece = Part(here, part.targets[rows].to(run.device), part.weights[rows].to(run.device))
-    return loss_of(run.head, hidden, piece, torch.arange(len(rows)), run.head_settings)
+    computed = Part(here, part.targets[rows].to(run.device), part.weights[rows].to(run.device))
+    plain = loss_of(run.head, hidden, computed, torch.arange(len(rows)), run.head_settings)
+    compared = contrast_loss(run.head, hidden, here.view(piece.shape)) if piece.shape[1] == 2 else plain.new_zeros(())
+    return plain, compared
 
 
 def _warmup_then_decay(total: int, warmup_share: float) -> Callable[[int], float]:
