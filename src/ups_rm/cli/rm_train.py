@@ -147,9 +147,7 @@ def train(
     lora_rank: Annotated[int, typer.Option()] = 16,
     lora_epochs: Annotated[int, typer.Option()] = 3,
     lora_lr: Annotated[float, typer.Option()] = 2e-4,
-    lora_from_layer: Annotated[
-        int, typer.Option(help="No adapters in the layers below this one: cheaper, less room to learn.")
-    ] = 0,
+    lora_from_layer: Annotated[int, typer.Option(help="Adapters of lower layers are not trained: cheaper.")] = 0,
     backbone: Backbone = "smollm2-135m-instruct",
     data: Data = None,
     split: Split = "train",

@@ -61,7 +61,7 @@ class LoraSettings:
     target_modules: str = "all-linear"
     """`all-linear`, or names of modules with commas between, e.g. q_proj,v_proj."""
     from_layer: int = 0
-    """Adapters of layers below this one are not trained, and no gradient has to pass them: cheaper, less room to learn."""
+    """Adapters of layers below this one are not trained, and no gradient has to pass them: cheaper, learns less."""
     lr: float = 2e-4
     head_lr: float = 2e-4
     weight_decay: float = 0.01
