@@ -182,8 +182,7 @@ def tiny_rm(
     folder = Path(folder)
     parts = folder.parent / f"{folder.name}-parts"
     backbone = tiny_backbone(parts / "backbone", seed=seed, architecture=architecture, tokenizer=tokenizer)
-    width = 64 if pooling == "last+mean" else 32
-    head = tiny_head(parts / "head", hidden_size=width, hidden_dims=hidden_dims, seed=seed + 1, pooling=pooling)
+    head = tiny_head(parts / "head", hidden_dims=hidden_dims, seed=seed + 1, pooling=pooling)
     merge(backbone, head, folder)
     return folder
 

@@ -88,7 +88,7 @@ class RewardTraining:
     judge: bool = False
     """End each conversation with "Is this reply safe or unsafe?", so that the last token has to judge (`rm trim`)."""
     pooling: str = "last"
-    """Hidden state(s) the head is given: of the `last` token, the `mean` over all tokens, or `last+mean`."""
+    """What the head is given of the hidden states: that of the `last` token, or the `mean` over all tokens."""
     lora: bool = False
     """Train LoRA adapters of the backbone together with the head and merge them."""
     lora_rank: int = 16

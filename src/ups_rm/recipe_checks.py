@@ -20,7 +20,7 @@ ARR = "actor_rollout_ref"
 ONE_OF: dict[str, tuple[str, ...]] = {
     "prepare.dedup": ("none", "prompt"),
     "reward_training.loss": ("bce", "severity", "pairs"),
-    "reward_training.pooling": ("last", "mean", "last+mean"),
+    "reward_training.pooling": ("last", "mean"),
     "data.truncation": ("error",),
     "data.prompt_key": ("prompt",),
     f"{ARR}.actor.kl_loss_type": (*KL_ESTIMATORS, *(f"{name}+" for name in KL_ESTIMATORS)),

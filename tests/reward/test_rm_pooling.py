@@ -1,4 +1,4 @@
-"""What the head is given: the last attended token, the mean over all of them, or both; the same wherever it is read."""
+"""Mean pooling: the head is given the mean over all attended tokens, the same wherever it is read."""
 
 from __future__ import annotations
 
@@ -28,30 +28,23 @@ from ups_rm.reward.myrm.modeling_myrm import pooled_hidden
 from ups_rm.reward.render import render
 from ups_rm.reward.scorer import RewardScorer
 
-OTHERS = ["mean", "last+mean"]
 
-
-@pytest.fixture(scope="module", params=OTHERS)
-def rm(request, tmp_path_factory) -> Path:
-    return tiny_rm(tmp_path_factory.mktemp("pooled") / "rm", pooling=request.param)
+@pytest.fixture(scope="module")
+def rm(tmp_path_factory) -> Path:
+    return tiny_rm(tmp_path_factory.mktemp("pooled") / "rm", pooling="mean")
 
 
 def pooling_of(folder: Path) -> str:
     return json.loads((folder / "config.json").read_text())["pooling"]
 
 
-def states_by_hand(states: torch.Tensor, pooling: str) -> torch.Tensor:
-    """(T, H) of one conversation without padding -> (H * ...,)."""
-    return torch.cat([{"last": states[-1], "mean": states.mean(0)}[name] for name in pooling.split("+")])
-
-
 def test_logits_are_those_of_backbone_pooling_and_head_by_hand(rm):
-    scorer, pooling = RewardScorer.load(rm, dtype="float32"), pooling_of(rm)
+    scorer = RewardScorer.load(rm, dtype="float32")
     backbone = AutoModel.from_pretrained(rm.parent / "rm-parts" / "backbone")
-    head = head_tensors(hidden_size=64 if pooling == "last+mean" else 32, seed=2)
+    head = head_tensors(seed=2)
     for talk, row in zip(TALKS, render(scorer.tokenizer, TALKS, scorer.policy), strict=True):
         with torch.inference_mode():
-            x = states_by_hand(backbone(torch.tensor([row.input_ids])).last_hidden_state[0], pooling)
+            x = backbone(torch.tensor([row.input_ids])).last_hidden_state[0].mean(0)
         for i in range(2):
             x = F.leaky_relu(F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"]))
         expected = F.linear(x, head["output_layer.weight"], head["output_layer.bias"]).item()
@@ -98,8 +91,8 @@ def test_states_at_padding_may_be_anything():
             return type("Output", (), {"last_hidden_state": states})
 
     ids, mask = torch.tensor([[9, 1, 3], [2, 4, 9]]), torch.tensor([[0, 1, 1], [1, 1, 0]])
-    hidden, _ = pooled_hidden(Backbone(), ids, mask, pooling="last+mean")
-    assert hidden.tolist() == [[3.0] * 4 + [2.0] * 4, [4.0] * 4 + [3.0] * 4]
+    hidden, _ = pooled_hidden(Backbone(), ids, mask, pooling="mean")
+    assert hidden.tolist() == [[2.0] * 4, [3.0] * 4]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -110,20 +103,18 @@ def test_plain_transformers_gives_the_same_logits(rm, tmp_path, side):
     assert answer["logits"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("pooling", OTHERS)
-def test_a_head_trained_on_pooled_features_scores_so_once_merged(tmp_path, pooling):
+def test_a_head_trained_on_pooled_features_scores_so_once_merged(tmp_path):
     backbone, rows = tiny_backbone(tmp_path / "backbone"), make_rows(30)
     file = extract_features(
-        backbone, rows, tmp_path / "f.safetensors", dtype="float32", pooling=pooling, progress=False
+        backbone, rows, tmp_path / "f.safetensors", dtype="float32", pooling="mean", progress=False
     ).path
     features = FeatureSet.read(file)
-    assert features.hidden.shape[1] == features.info.hidden_size == (64 if pooling == "last+mean" else 32)
     settings = HeadSettings(hidden_dims=(8,), max_epochs=2)
     report = train_head(features, tmp_path / "head", settings, progress=False)
     merge(backbone, tmp_path / "head", tmp_path / "rm")
     card = RMCard.read(tmp_path / "rm")
     assert card is not None
-    assert card.pooling == pooling_of(tmp_path / "rm") == pooling
+    assert card.pooling == pooling_of(tmp_path / "rm") == "mean"
     weights = read_head(tmp_path / "head")
     expected = head_logits(weights.tensors, features.hidden, temperature=report.temperature)
     texts = collect_texts(rows)
@@ -156,15 +147,13 @@ def test_a_pooling_that_there_is_not_is_refused_by_name(tmp_path):
         )
     with pytest.raises(RMError, match="pooling is 'max', expected one of last, mean"):
         merge(tmp_path / "b", tiny_head(tmp_path / "head", pooling="max"), tmp_path / "rm")
-    with pytest.raises(RMError, match=r"takes 32 numbers, the backbone gives 64 \(pooling 'last\+mean'\)"):
-        merge(tmp_path / "b", tiny_head(tmp_path / "head", pooling="last+mean"), tmp_path / "rm")
 
 
 def test_a_changed_pooling_is_named_by_the_card(rm, tmp_path):
     folder = shutil.copytree(rm, tmp_path / "rm")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pooling": "last"}))
-    with pytest.raises(RMError, match=r"pooling is '(mean|last\+mean)', the folder has 'last'"):
+    with pytest.raises(RMError, match="pooling is 'mean', the folder has 'last'"):
         RewardScorer.load(folder)
 
 

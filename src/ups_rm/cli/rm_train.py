@@ -34,7 +34,7 @@ EndToken = Annotated[str | None, typer.Option(help="Special token that closes a 
 Side = Annotated[str | None, typer.Option(help="Which tokens go when a text is too long: left or right.")]
 MaxLength = Annotated[int | None, typer.Option(help="Limit in RM tokens. Default: the model's, at most 4096.")]
 Pooling = Annotated[
-    str, typer.Option(help="Hidden state(s) the head is given: last token, mean over all tokens, or last+mean.")
+    str, typer.Option(help="Hidden state that the head is given: last token's, or mean over all tokens.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="Number format of the backbone: auto, bfloat16, float32.")]

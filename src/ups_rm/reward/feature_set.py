@@ -28,10 +28,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """What the hidden states are of: everything that a head must be asked with, and where the rows came from.
-
-    hidden_size: width of a state as the head takes it; with pooling "last+mean" twice the backbone's hidden size.
-    """
+    """What the hidden states are of: everything that a head must be asked with, and where the rows came from."""
 
     backbone: str
     fingerprint: str

@@ -174,7 +174,7 @@ def extract_features(
         device: "auto" is a GPU if there is one. dtype: "auto" is bfloat16 where the hardware computes in it.
         max_batch_tokens: upper bound of a batch, padding included.
         chat_template, end_token, truncation_side, max_length: how texts are rendered, if not as the tokenizer says.
-        pooling: which hidden state(s) the head is given: last, mean or last+mean (MyRMConfig).
+        pooling: which hidden states the head is given: last or mean (MyRMConfig).
         sources, rejects: noted in the file (where rows came from) and counted (lines that were left out).
         overwrite: replace an `out` that holds other features. The same features are never computed twice.
         save_seconds: how often finished states are put on disk.
@@ -198,7 +198,7 @@ def extract_features(
     info = FeatureInfo(
         backbone=backbone_identity(backbone, config),
         fingerprint="",
-        hidden_size=config.get_text_config().hidden_size * POOLINGS[pooling],
+        hidden_size=config.get_text_config().hidden_size,
         pooling=pooling,
         dtype=str(number_format).removeprefix("torch."),
         render=policy,
@@ -275,7 +275,7 @@ def hidden_states(
     device: str | torch.device = "cpu",
     pooling: str = "last",
 ) -> Tensor:
-    """What the head is given of each row, float32, on the CPU. Shape (B, H), H as in FeatureInfo.hidden_size.
+    """What the head is given of each row, float32, on the CPU. Shape (B, H).
 
     Args:
         model: from `load_decoder`, with the same dtype and device.

@@ -223,16 +223,10 @@ def write_weights(made: Path, model: Any, weights: HeadWeights, *, shard_bytes: 
     Returns:
         Bytes and number of all tensors.
     """
-    from ups_rm.reward.myrm.configuration_myrm import POOLINGS
-
     width = weights.tensors["layers.0.weight" if weights.hidden_dims else "output_layer.weight"].shape[1]
-    pooling = pooling_of(weights)
-    given = model.config.get_text_config().hidden_size * POOLINGS[pooling]
-    if width != given:
-        raise RMError(
-            f"the head takes {width} numbers, the backbone gives {given} (pooling {pooling!r}): they do not belong "
-            "together"
-        )
+    hidden_size = model.config.get_text_config().hidden_size
+    if width != hidden_size:
+        raise RMError(f"the head takes {width} numbers, the backbone gives {hidden_size}: they do not belong together")
     shards = list(_shards({f"model.{k}": v for k, v in model.state_dict().items()}, shard_bytes))
     named = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
     named[HEAD_SHARD] = {f"myscore.{k}": v for k, v in folded(weights).items()}
@@ -299,11 +293,10 @@ def _backbone_then_head(model: Any, weights: HeadWeights, tokenizer: Any, policy
     head = folded(weights)
 
     def answer(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states = {
-            "last": hidden[torch.arange(len(hidden)), mask.sum(1) - 1].float(),
-            "mean": (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True),
-        }
-        x = torch.cat([states[name] for name in pooling_of(weights).split("+")], dim=1)
+        if pooling_of(weights) == "mean":
+            x = (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            x = hidden[torch.arange(len(hidden)), mask.sum(1) - 1].float()
         for i in range(len(weights.hidden_dims)):
             x = F.leaky_relu(F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"]))
         return F.linear(x, head["output_layer.weight"], head["output_layer.bias"])

@@ -22,8 +22,7 @@ OWN_FIELDS = (
     "dtype",
     "torch_dtype",
 )
-# What the head is given of a sequence's final hidden states, and how many times the hidden size that is wide
-POOLINGS = {"last": 1, "mean": 1, "last+mean": 2}
+POOLINGS = ("last", "mean")
 LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
 
 
@@ -33,7 +32,7 @@ class MyRMConfig(PretrainedConfig):
     Args:
         hidden_dim_str: widths of the head's hidden layers, comma-separated, e.g. "256,64"; empty for a linear head.
         pooling: what the head is given: "last", the last attended token's state; "mean", the mean over all attended
-            tokens; "last+mean", both, in this order.
+            tokens.
         backbone_model_type: the transformers `model_type` that the other fields belong to, e.g. "llama", "qwen2".
         kwargs: every field of the backbone's config.
     """

@@ -2,7 +2,7 @@
 
 The logit is the degree of *unsafety* of the last reply; sigmoid(-logit) is its safe score. Decisions that count:
 - the hidden state is read at the last position where `attention_mask` is not 0, so left, right and no padding agree;
-  config.pooling may ask for the mean over all such positions instead, or for both;
+  config.pooling may ask for the mean over all such positions instead;
 - positions are counted from the first attended token;
 - hidden state and head are computed in float32, whatever the dtype of the backbone and even under autocast;
 - a weight that is missing from the checkpoint or left over in it is an error: a re-initialised head answers noise.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from .configuration_myrm import POOLINGS, MyRMConfig
+from .configuration_myrm import MyRMConfig
 
 
 def last_attended_index(attention_mask: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ def pooled_hidden(
         input_ids: shape (B, T).
         attention_mask: 1 for tokens to read, 0 for padding on either side; None means all ones. Shape (B, T).
         position_ids: counted over the attended tokens if not given. Shape (B, T).
-        pooling: one of POOLINGS, see MyRMConfig.
+        pooling: "last" or "mean", see MyRMConfig.
 
     Returns:
-        Pooled hidden states in float32, shape (B, H * POOLINGS[pooling]); the backbone's output.
+        Pooled hidden states in float32, shape (B, H); the backbone's output.
     """
     takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
     if attention_mask is not None and position_ids is None and takes_positions:
@@ -58,14 +58,12 @@ def pooled_hidden(
     hidden = output.last_hidden_state  # (B, T, H)
     if attention_mask is None:
         attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "mean":
+        attended = (attention_mask != 0).to(hidden.device)[:, :, None]  # (B, T, 1)
+        # padding is replaced, not multiplied away: its states may be anything, NaN too
+        return hidden.float().masked_fill(~attended, 0.0).sum(dim=1) / attended.sum(dim=1), output
     index = last_attended_index(attention_mask).to(hidden.device)
-    last = hidden[torch.arange(hidden.shape[0], device=hidden.device), index].float()
-    if pooling == "last":
-        return last, output
-    attended = (attention_mask != 0).to(hidden.device)[:, :, None]  # (B, T, 1)
-    # padding is replaced, not multiplied away: its states may be anything, NaN too
-    mean = hidden.float().masked_fill(~attended, 0.0).sum(dim=1) / attended.sum(dim=1)
-    return (mean if pooling == "mean" else torch.cat([last, mean], dim=1)), output
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index].float(), output
 
 
 def _linear_fp32(layer: Any, x: Tensor) -> Tensor:
@@ -110,8 +108,7 @@ class MyRMForTokenClassification(PreTrainedModel):
         backbone_config = config.backbone_config()
         kwargs = {} if requested_attention is None else {"attn_implementation": requested_attention}
         self.model = AutoModel.from_config(backbone_config, **kwargs)
-        width = backbone_config.get_text_config().hidden_size * POOLINGS[config.pooling]
-        self.myscore = MyRMHead(width, config.hidden_dims)
+        self.myscore = MyRMHead(backbone_config.get_text_config().hidden_size, config.hidden_dims)
         self.post_init()
 
     def forward(
