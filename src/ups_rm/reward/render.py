@@ -72,7 +72,7 @@ class RenderPolicy:
         ids = _encode(tokenizer, _texts(tokenizer, [_PROBE]))[0]
         has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
         closing = (_ending(tokenizer) or Ending("", "")).closing.rstrip()
-        found = [token for token in _special_tokens(tokenizer).values() if token and closing.endswith(token)]
+        found = [token for token in special_tokens(tokenizer).values() if token and closing.endswith(token)]
         end_token = max(found, key=len, default=None)
         return cls("one" if has_bos else "none", end_token, truncation_side, max_length)
 
@@ -100,9 +100,20 @@ def render(tokenizer: Any, conversations: Sequence[Conversation], policy: Render
         RMError: a conversation that is empty, malformed or does not end with a reply; no chat template; a template that
             refuses the conversation.
     """
-    if not conversations:
+    return render_text(tokenizer, _texts(tokenizer, conversations), policy) if conversations else []
+
+
+def render_text(tokenizer: Any, texts: Sequence[str], policy: RenderPolicy) -> list[Rendered]:
+    """Token ids of conversations that the RM's own chat template has written already, in input order.
+
+    For clients that render themselves, such as verl's. BOS, end token and truncation are the policy's, as in `render`;
+    what stands in a message can no longer be told from what the template wrote, so special tokens in a reply count.
+
+    Raises:
+        RMError: the policy's end token is not in the tokenizer.
+    """
+    if not texts:
         return []
-    texts = _texts(tokenizer, conversations)
     end_id = None
     if policy.end_token is not None:
         end_id = tokenizer.convert_tokens_to_ids(policy.end_token)
@@ -135,7 +146,7 @@ def _ending(tokenizer: Any) -> Ending | None:
             return None
         gaps.append(gap)
     _, to_reply, to_question, _ = gaps
-    special = "|".join(re.escape(token) for token in _special_tokens(tokenizer).values())
+    special = "|".join(re.escape(token) for token in special_tokens(tokenizer).values())
     a, b = (re.split(f"({special})", gap) if special else [gap] for gap in (to_reply, to_question))
     common = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
     openers = [k for k, piece in enumerate(common) if k % 2]  # places of special tokens
@@ -185,7 +196,7 @@ def template_sha256(tokenizer: Any) -> str:
 
 def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     template = chat_template_of(tokenizer)
-    special = sorted(_special_tokens(tokenizer).values(), key=len, reverse=True)
+    special = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, special))) if special else None
     checked = [_checked(conversation, i, pattern) for i, conversation in enumerate(conversations)]
     extra = {"date_string": TEMPLATE_DATE} if "date_string" in template else {}
@@ -218,15 +229,15 @@ def _checked(conversation: Conversation, index: int, special: re.Pattern[str] | 
     return messages
 
 
-def _special_tokens(tokenizer: Any) -> dict[int, str]:
+def special_tokens(tokenizer: Any) -> dict[int, str]:
     """Ids and texts of all special tokens, named ones (bos, eos, ...) and added ones."""
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     return added | dict(named)
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 

@@ -139,16 +139,17 @@ class RewardScorer:
             for row, logit in zip(rendered, logits, strict=True)
         ]
 
-    def logits(self, rendered: Sequence[Rendered], *, progress: bool = False) -> list[float]:
-        """Raw logits of rendered conversations, in input order; the same whatever batch a conversation falls in."""
+    @property
+    def enough_tokens(self) -> int:
+        """Padded tokens from which on a batch is full enough to refuse padding (`token_batches`)."""
         import torch
 
-        on_cpu = torch.device(self.device).type == "cpu"
-        batches = token_batches(
-            [len(row.input_ids) for row in rendered],
-            self.max_batch_tokens,
-            enough_tokens=ENOUGH_TOKENS if on_cpu else self.max_batch_tokens // 2,
-        )
+        return ENOUGH_TOKENS if torch.device(self.device).type == "cpu" else self.max_batch_tokens // 2
+
+    def logits(self, rendered: Sequence[Rendered], *, progress: bool = False) -> list[float]:
+        """Raw logits of rendered conversations, in input order; the same whatever batch a conversation falls in."""
+        lengths = [len(row.input_ids) for row in rendered]
+        batches = token_batches(lengths, self.max_batch_tokens, enough_tokens=self.enough_tokens)
         logits = [math.nan] * len(rendered)
         with progress_bar("scoring", len(rendered), enabled=progress) as advance:
             for batch in batches:

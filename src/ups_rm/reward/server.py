@@ -1,0 +1,340 @@
+"""`ups-rm rm serve`: a reward model, one copy per device, behind HTTP.
+
+Three protocols over one queue: ours (`/score`), OpenRLHF's remote RM (`/get_reward`) and vLLM's `/classify`, all of
+which read the same logit. Text becomes RM tokens in one thread, tokens become logits in one thread per device
+(batch_queue.py); limits and token are in server_guard.py. A request is accepted when it has been read, is well-formed
+and has room in the queue; what is accepted is answered, also while the server shuts down.
+
+`RewardServer(...)` for a server in this process (`with` runs it in a thread), `run` until a signal comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ups_rm.errors import RMError, RMServerError
+from ups_rm.reward.batch_queue import BatchQueue, QueueFullError
+from ups_rm.reward.render import Rendered, render, render_text
+from ups_rm.reward.scorer import safe_score
+from ups_rm.reward.server_guard import Guard, RefusedError, is_loopback, patient_protocol, read_body
+from ups_rm.reward.turns import TurnFormat
+from ups_rm.types import Score
+
+try:
+    from fastapi import FastAPI, Request, Response
+    from pydantic import BaseModel, ValidationError
+    from starlette.exceptions import HTTPException
+
+    from ups_rm.reward import server_schemas as schemas
+    from ups_rm.reward.server_metrics import ServerMetrics
+except ImportError as error:
+    raise RMServerError(f"{error.name} is not installed\n  fix: pip install 'ups-rm[serve]'") from error
+
+if TYPE_CHECKING:
+    from ups_rm.reward.scorer import RewardScorer
+
+log = logging.getLogger(__name__)
+Body = TypeVar("Body", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost.
+
+    max_waiting: conversations accepted and not yet answered; beyond it requests get 429.
+    max_body_bytes: of one request; beyond it 413.
+    head_seconds, body_seconds: to receive a request's head (else the connection closes) and body (else 408).
+    answer_seconds: from an accepted request to its answer; beyond it 503 and what is queued of it is dropped.
+    max_connections: beyond it 503.
+    """
+
+    max_waiting: int = 4096
+    max_body_bytes: int = 16 * 2**20
+    head_seconds: float = 10.0
+    body_seconds: float = 60.0
+    answer_seconds: float = 600.0
+    max_connections: int = 1024
+
+
+class RewardServer:
+    """Loaded reward models behind HTTP.
+
+    Args:
+        scorers: one RM per device, all of the same folder.
+        name: what answers call the model.
+        host, port: where to listen; port 0 takes a free one, `url` tells which.
+        token: needed by everything but /health; may be None on loopback only.
+        policy_tokenizer: of the policy whose text `/get_reward` gets; None: the RM's own.
+        by_request: see BatchQueue.
+
+    Raises:
+        RMServerError: no token although others can connect; an address that can't be used.
+    """
+
+    def __init__(
+        self,
+        scorers: Sequence[RewardScorer],
+        *,
+        name: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+        limits: Limits | None = None,
+        policy_tokenizer: Any = None,
+        by_request: bool = False,
+    ) -> None:
+        if token is None and not is_loopback(host):
+            raise RMServerError(
+                f"--host {host} can be reached from other machines, and there is no token\n"
+                "  fix: set the environment variable UPS_RM_TOKEN or give --token-file, or listen on 127.0.0.1"
+            )
+        self.name = name
+        self.limits = limits or Limits()
+        self.metrics = ServerMetrics()
+        self.tokenizer, self.policy = scorers[0].tokenizer, scorers[0].policy
+        self.turns = TurnFormat.of(policy_tokenizer or self.tokenizer)
+        self._socket = _bind(host, port)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self.queue = BatchQueue(
+            scorers, max_waiting=self.limits.max_waiting, by_request=by_request, on_batch=self.metrics.batch
+        )
+        self.metrics.watch(self.queue)
+        self._render_thread = ThreadPoolExecutor(1, thread_name_prefix="rm-render")
+        self._uvicorn = self._make_uvicorn(token)
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT (or `stop`), then answer what was accepted and return."""
+        try:
+            self._uvicorn.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Ask for the end; `run` returns when everything accepted is answered."""
+        self._uvicorn.should_exit = True
+
+    def __enter__(self) -> RewardServer:
+        self._thread = threading.Thread(target=self.run, name="rm-server")
+        self._thread.start()
+        while not self._uvicorn.started and self._thread.is_alive():
+            self._thread.join(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _make_uvicorn(self, token: str | None) -> Any:
+        import uvicorn
+
+        @asynccontextmanager
+        async def lifespan(_: FastAPI):  # type: ignore[no-untyped-def]  # an async generator of nothing
+            yield
+            # connections are closed by now: nobody waits, or waited longer than answer_seconds
+            await asyncio.get_running_loop().run_in_executor(None, self.queue.close)
+            self._render_thread.shutdown()
+
+        app = FastAPI(title="UPS-RM reward server", docs_url=None, redoc_url=None, lifespan=lifespan)
+        add_endpoints(app, self)
+        app.add_middleware(Guard, token=token, metrics=self.metrics)
+        config = uvicorn.Config(
+            app,
+            http=patient_protocol(self.limits.head_seconds),
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            backlog=2048,
+            limit_concurrency=self.limits.max_connections,
+            timeout_graceful_shutdown=int(self.limits.answer_seconds + self.limits.body_seconds) + 1,
+        )
+        return uvicorn.Server(config)
+
+    async def read(self, request: Request, model: type[Body]) -> Body:
+        """The request's body as `model`.
+
+        Raises:
+            RefusedError: 408, 413, 400 for what is not JSON, 422 for what is not the model.
+        """
+        body = await read_body(request, max_bytes=self.limits.max_body_bytes, seconds=self.limits.body_seconds)
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            raise _refusal(error) from None
+
+    async def score(self, request: Request, conversations: int, to_rows: Callable[[], list[Rendered]]) -> list[Score]:
+        """Scores of a request's conversations, which `to_rows` renders.
+
+        Raises:
+            RefusedError: 413 for more than could ever be accepted, 429 for more than fits now, 422 for what can't be
+                rendered, 503 when the answer took too long, 500 when the model failed.
+        """
+        if conversations > self.limits.max_waiting:
+            raise RefusedError(413, f"{conversations} conversations in one request, at most {self.limits.max_waiting}")
+        try:
+            self.queue.reserve(conversations)
+        except QueueFullError as error:
+            raise RefusedError(429, str(error), retry_after=error.retry_after) from None
+        try:
+            loop = asyncio.get_running_loop()
+            until = monotonic() + self.limits.answer_seconds
+            rows = await loop.run_in_executor(self._render_thread, to_rows)
+            logits = await self._logits(request, rows, until - monotonic())
+        except RMError as error:
+            raise RefusedError(422, str(error)) from None
+        finally:
+            self.queue.release(conversations)
+        self.metrics.conversations.inc(len(rows))
+        self.metrics.truncated.inc(sum(row.truncated for row in rows))
+        return [
+            Score(logit, safe_score(logit), len(row.input_ids), row.truncated)
+            for row, logit in zip(rows, logits, strict=True)
+        ]
+
+    async def _logits(self, request: Request, rows: list[Rendered], seconds: float) -> list[float]:
+        job = self.queue.submit(rows)
+        answered = asyncio.wrap_future(job.future)
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            waited: set[asyncio.Future[Any]] = {answered, gone}
+            await asyncio.wait(waited, timeout=max(seconds, 0.0), return_when=asyncio.FIRST_COMPLETED)
+            if not job.future.done():
+                if gone.done():
+                    raise RefusedError(499, "the client has gone")
+                raise RefusedError(503, f"no answer within {self.limits.answer_seconds:g} s", retry_after=5)
+            return await answered
+        except RMError as error:
+            raise RefusedError(500, str(error)) from None
+        except RefusedError:
+            raise
+        except Exception as error:
+            raise RefusedError(500, f"the model failed: {type(error).__name__}") from error
+        finally:
+            gone.cancel()
+            self.queue.abandon(job)  # does nothing to a job that is done
+            answered.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+
+def add_endpoints(app: FastAPI, server: RewardServer) -> None:
+    """The five endpoints and the form of their errors: {"error": text}."""
+
+    def post(
+        path: str, model: type[BaseModel], response: type[BaseModel]
+    ) -> Callable[[Callable[[Request], Awaitable[Any]]], Any]:
+        content = {"application/json": {"schema": model.model_json_schema()}}
+        extra = {"requestBody": {"required": True, "content": content}}
+        return app.post(path, responses={200: {"model": response}}, openapi_extra=extra, response_model=None)
+
+    @post("/score", schemas.ScoreRequest, schemas.ScoreResponse)
+    async def score(request: Request) -> Response:
+        """Conversations in; logit (higher = less safe), safe_score = sigmoid(-logit), tokens and truncated out."""
+        body = await server.read(request, schemas.ScoreRequest)
+        conversations = [schemas.conversation(messages) for messages in body.conversations]
+        scores = await server.score(
+            request, len(conversations), lambda: render(server.tokenizer, conversations, server.policy)
+        )
+        return _json({"model": server.name, "scores": [vars(one) for one in scores]})
+
+    @post("/get_reward", schemas.GetRewardRequest, schemas.GetRewardResponse)
+    async def get_reward(request: Request) -> Response:
+        """OpenRLHF's remote RM: text of the policy in; rewards = scores = safe score, higher = safer, out."""
+        body = await server.read(request, schemas.GetRewardRequest)
+        prompts: Sequence[str | None] = body.prompts if body.prompts is not None else [None] * len(body.query)
+
+        def rows() -> list[Rendered]:
+            pairs = zip(body.query, prompts, strict=True)
+            conversations = [server.turns.conversation(query, prompt) for query, prompt in pairs]
+            return render(server.tokenizer, conversations, server.policy)
+
+        scores = await server.score(request, len(body.query), rows)
+        rewards = [one.safe_score for one in scores]
+        logs = {"rm_logit": [one.logit for one in scores], "rm_truncated": [float(one.truncated) for one in scores]}
+        return _json({"rewards": rewards, "scores": rewards, "extra_logs": logs})
+
+    @post("/classify", schemas.ClassifyRequest, schemas.ClassifyResponse)
+    async def classify(request: Request) -> Response:
+        """vLLM's classify: text in the RM's template or messages in; one number each, higher = safer, out."""
+        body = await server.read(request, schemas.ClassifyRequest)
+        if body.messages is not None:
+            conversations = [schemas.conversation(body.messages)]
+            scores = await server.score(request, 1, lambda: render(server.tokenizer, conversations, server.policy))
+        else:
+            texts = [body.input] if isinstance(body.input, str) else body.input or []
+            scores = await server.score(
+                request, len(texts), lambda: render_text(server.tokenizer, texts, server.policy)
+            )
+        numbers = [-one.logit if body.use_activation is False else one.safe_score for one in scores]
+        tokens = sum(one.tokens for one in scores)
+        answer = schemas.ClassifyResponse(
+            model=server.name,
+            data=[schemas.ClassifyRow(index=i, probs=[number]) for i, number in enumerate(numbers)],
+            usage=schemas.Usage(prompt_tokens=tokens, total_tokens=tokens),
+        )
+        if body.request_id:
+            answer.id = f"classify-{body.request_id}"
+        return _json(answer.model_dump())
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while every model can answer."""
+        alive = server.queue.alive()
+        return _json({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> Response:
+        headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+        if error.status in (408, 413):
+            headers["connection"] = "close"  # the rest of the body is not read
+        return _json({"error": error.message}, error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_ours(_: Request, error: HTTPException) -> Response:
+        return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+
+
+def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def _refusal(error: ValidationError) -> RefusedError:
+    """The first three mistakes, by place and kind; never what was sent."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = [".".join(map(str, one["loc"])) + (": " if one["loc"] else "") + one["msg"] for one in found[:3]]
+    more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+    return RefusedError(400 if found[0]["type"] == "json_invalid" else 422, "; ".join(lines) + more)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: a port in use is told before models are loaded for nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise RMServerError(f"{host}:{port} can't be listened on: {error.strerror}") from error
+    return bound
