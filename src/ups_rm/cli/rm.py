@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ups_rm.cli.rm_serve import SERVE_EPILOG, serve
 from ups_rm.cli.rm_train import FEATURES_EPILOG, TRAIN_EPILOG, TRIM_EPILOG, features, train, trim
 
 app = typer.Typer(no_args_is_help=True, help="Make, check and ask a reward model.")
@@ -21,6 +22,7 @@ Side = Literal["left", "right"]
 app.command(epilog=TRIM_EPILOG)(trim)
 app.command(epilog=FEATURES_EPILOG)(features)
 app.command(epilog=TRAIN_EPILOG)(train)
+app.command(epilog=SERVE_EPILOG)(serve)
 
 
 @app.command(

@@ -74,9 +74,10 @@ class CircuitBreaker:
         """No answer, or one that says the server is not well."""
         with self._lock:
             self._failed += 1
+            if self._probing:
+                self.cooldown = min(2 * self.cooldown, self.longest)
             if self._failed >= self.failures:
                 self._open_until = monotonic() + self.cooldown
-                self.cooldown = min(2 * self.cooldown, self.longest) if self._probing else self.cooldown
             self._probing = False
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ups_rm.errors import RMError, RMServerError
 from ups_rm.reward.batch_queue import BatchQueue, QueueFullError
+from ups_rm.reward.client import TOKEN_VARIABLE
 from ups_rm.reward.render import Rendered, render, render_text
 from ups_rm.reward.scorer import safe_score
 from ups_rm.reward.server_guard import Guard, RefusedError, is_loopback, patient_protocol, read_body
@@ -72,13 +73,13 @@ class RewardServer:
     Args:
         scorers: one RM per device, all of the same folder.
         name: what answers call the model.
-        host, port: where to listen; port 0 takes a free one, `url` tells which.
-        token: needed by everything but /health; may be None on loopback only.
+        listener: a bound socket (`listen`); None: a free port of this machine, for itself only.
+        token: needed by everything but /health; None: by nothing.
         policy_tokenizer: of the policy whose text `/get_reward` gets; None: the RM's own.
         by_request: see BatchQueue.
 
-    Raises:
-        RMServerError: no token although others can connect; an address that can't be used.
+    Attributes:
+        url: where clients find it.
     """
 
     def __init__(
@@ -86,26 +87,20 @@ class RewardServer:
         scorers: Sequence[RewardScorer],
         *,
         name: str,
-        host: str = "127.0.0.1",
-        port: int = 0,
+        listener: socket.socket | None = None,
         token: str | None = None,
         limits: Limits | None = None,
         policy_tokenizer: Any = None,
         by_request: bool = False,
     ) -> None:
-        if token is None and not is_loopback(host):
-            raise RMServerError(
-                f"--host {host} can be reached from other machines, and there is no token\n"
-                "  fix: set the environment variable UPS_RM_TOKEN or give --token-file, or listen on 127.0.0.1"
-            )
         self.name = name
         self.limits = limits or Limits()
         self.metrics = ServerMetrics()
         self.tokenizer, self.policy = scorers[0].tokenizer, scorers[0].policy
         self.turns = TurnFormat.of(policy_tokenizer or self.tokenizer)
-        self._socket = _bind(host, port)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
+        self._socket = listener or listen("127.0.0.1", 0, None)
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.queue = BatchQueue(
             scorers, max_waiting=self.limits.max_waiting, by_request=by_request, on_batch=self.metrics.batch
         )
@@ -327,10 +322,18 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: a port in use is told before models are loaded for nothing."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+def listen(host: str, port: int, token: str | None) -> socket.socket:
+    """A bound socket that does not listen yet: what is wrong with the address is told before models are loaded.
+
+    Raises:
+        RMServerError: no token although other machines can connect; an address that can't be used.
+    """
+    if token is None and not is_loopback(host):
+        raise RMServerError(
+            f"--host {host} can be reached from other machines, and there is no token\n"
+            f"  fix: set the environment variable {TOKEN_VARIABLE} or give --token-file, or listen on 127.0.0.1"
+        )
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
