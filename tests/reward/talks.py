@@ -6,30 +6,8 @@ import random
 
 from ups_rm.types import Conversation
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "bread",
-    "bakes",
-    "and",
-    "someone",
-    "plays",
-    "piano",
-    "in",
-    "1999",
-    "—",
-    "“quietly”,",
-    "你好",
-    "🙂",
-]
+TEXT = "the quick brown fox jumps over a lazy dog while bread bakes and someone plays piano in 1999 — “quietly”, 你好 🙂"
+WORDS = TEXT.split()
 
 
 def talk(draw: random.Random, *, longest: int = 60) -> Conversation:
