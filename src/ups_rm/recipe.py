@@ -159,6 +159,8 @@ class Model:
     """Run Python files that come with the policy."""
     enable_gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the rest again in the backward pass."""
+    use_remove_padding: bool = True
+    """verl engine: pack sequences instead of padding them (needs flash-attn); results don't depend on it."""
     lora_rank: int = 0
     """0: train all weights; more: adapters of this rank, with the base as reference."""
     lora_alpha: int = 16
@@ -196,15 +198,38 @@ class FsdpConfig:
     model_dtype: str = "fp32"
     """Master weights: fp32."""
     dtype: str = "auto"
-    """Compute type of forward and backward: `bfloat16`, `float32`, or `auto` (bf16 where the machine has it)."""
+    """Compute type of forward and backward: `bfloat16`, `float32`, or `auto` (bf16 where the machine has it; always
+    on a GPU)."""
+    param_offload: bool = False
+    """verl engine: keep the weights in CPU memory while they are not used."""
+    optimizer_offload: bool = False
+    """verl engine: keep the optimizer's state in CPU memory while it is not used."""
+    reshard_after_forward: bool = True
+    """verl engine: give up gathered weights after the forward (ZeRO-3); false: keep them (ZeRO-2)."""
+    fsdp_size: int = -1
+    """verl engine: GPUs that share one copy of the weights; -1: all of them."""
+
+
+@dataclass
+class RefFsdpConfig:
+    param_offload: bool = False
+    """verl engine: as for the actor; with FSDP2, verl 0.9.1 keeps the reference in CPU memory whatever this says."""
 
 
 @dataclass
 class Actor:
+    strategy: str = "fsdp2"
+    """verl engine: how the weights are sharded, `fsdp2` or `fsdp`."""
     ppo_mini_batch_size: int = 64
     """Prompts per optimizer step."""
     ppo_micro_batch_size_per_gpu: int = 8
     """Replies per forward and backward; results don't depend on it."""
+    use_dynamic_bsz: bool = False
+    """verl engine: cut micro batches by tokens instead of replies, in every forward."""
+    ppo_max_token_len_per_gpu: int = 16_384
+    """verl engine: tokens of such a micro batch."""
+    ulysses_sequence_parallel_size: int = 1
+    """verl engine: GPUs that share one sequence."""
     ppo_epochs: int = 1
     """Passes over each rollout; with more than 1 the ratio leaves 1 and clipping begins."""
     shuffle: bool = False
@@ -255,6 +280,18 @@ class ValKwargs:
 
 @dataclass
 class Rollout:
+    name: str = "vllm"
+    """verl engine: what generates, `vllm` or `sglang`, or one that `verl.external_modules` registers."""
+    tensor_model_parallel_size: int = 1
+    """verl engine: GPUs that generate together with one copy of the policy."""
+    gpu_memory_utilization: float = 0.5
+    """verl engine: share of each GPU's memory for the rollout's weights and KV cache."""
+    enforce_eager: bool = False
+    """verl engine: no CUDA graphs; starts sooner, generates slower."""
+    free_cache_engine: bool = True
+    """verl engine: give weights and KV cache back to the training between rollouts."""
+    max_num_batched_tokens: int = 8192
+    """verl engine: tokens of one forward in the rollout."""
     n: int = 4
     """Replies per prompt."""
     temperature: float = 1.0
@@ -278,6 +315,7 @@ class Rollout:
 class Ref:
     log_prob_micro_batch_size_per_gpu: int = 16
     """Replies per forward of the reference; results don't depend on it."""
+    fsdp_config: RefFsdpConfig = field(default_factory=RefFsdpConfig)
 
 
 @dataclass
@@ -359,9 +397,9 @@ class Trainer:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`."""
     nnodes: int = 1
-    """1: the local engine knows one machine."""
+    """Machines; the local engine knows one, for more see docs/guides/verl.md."""
     n_gpus_per_node: int = 1
-    """0 or 1: the local engine trains on one device."""
+    """GPUs of each machine that train; the local engine takes 0 or 1."""
     seed: int = 0
     """Of new LoRA adapters and of sampled validation."""
     max_kl: float = -1.0
@@ -377,6 +415,33 @@ class Trainer:
 
 
 @dataclass
+class RayInit:
+    address: str | None = None
+    """verl engine: a Ray cluster that is there already (`auto`, or head-node:port); a local one is started if empty."""
+    num_cpus: int | None = None
+    """verl engine: CPUs that a local Ray may give away; all if empty. verl asks for 3 per GPU and some more."""
+
+
+@dataclass
+class RayKwargs:
+    ray_init: RayInit = field(default_factory=RayInit)
+
+
+@dataclass
+class Verl:
+    """What the verl engine needs besides verl's own keys (`--engine verl`)."""
+
+    overrides: list[str] = field(default_factory=list)
+    """More `key=value` overrides in Hydra's grammar, for keys of verl that the recipe does not know."""
+    external_modules: list[str] = field(default_factory=list)
+    """Python modules that every process of verl imports first (VERL_USE_EXTERNAL_MODULES): own rollouts, platforms."""
+    time_limit: float = -1.0
+    """Seconds after which the run is ended; -1: never."""
+    silence_limit: float = 3600.0
+    """End the run when verl has printed nothing for so many seconds: it hangs; -1: never."""
+
+
+@dataclass
 class Recipe:
     prepare: Prepare = field(default_factory=Prepare)
     reward_training: RewardTraining = field(default_factory=RewardTraining)
@@ -386,6 +451,8 @@ class Recipe:
     algorithm: Algorithm = field(default_factory=Algorithm)
     reward_model: RewardModel = field(default_factory=RewardModel)
     trainer: Trainer = field(default_factory=Trainer)
+    ray_kwargs: RayKwargs = field(default_factory=RayKwargs)
+    verl: Verl = field(default_factory=Verl)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict of the resolved values."""
@@ -413,12 +480,14 @@ def recipe_file(name: str) -> Path:
     return packaged
 
 
-def load_recipe(name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = (), *, engine: str | None = "local") -> Recipe:
     """Defaults, then the recipe file, then `key=value` overrides; checked as a whole.
 
     Args:
         name: a packaged recipe (`quickstart`) or a YAML file.
         overrides: verl-style `a.b.c=value`; a leading `+` (Hydra's "add") is accepted for keys that exist.
+        engine: `local` refuses what only the verl engine can do; verl's limits are checked by `distributed`. None:
+            nothing is trained.
 
     Raises:
         RecipeError: unknown key (with the nearest known one, file and line), wrong type, or values that contradict.
@@ -433,7 +502,7 @@ def load_recipe(name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = ()
     except OmegaConfBaseException as error:
         raise RecipeError(f"{error.full_key or 'recipe'}: {_first_line(error)}\n  in {file}") from error
     assert isinstance(recipe, Recipe)
-    check_recipe(recipe)
+    check_recipe(recipe, engine=engine)
     return recipe
 
 
@@ -509,18 +578,11 @@ def known_keys(kind: type = Recipe, prefix: str = "") -> Iterable[str]:
             yield from known_keys(typing.cast(type, hint), f"{key}.")
 
 
-# What scripts for verl often set; it steers verl's workers and means nothing to the local engine.
+# What scripts for verl often set, and why it is no key here.
 VERL_ONLY = {
-    "actor_rollout_ref.rollout.name": "the local engine has its own rollout",
-    "actor_rollout_ref.rollout.gpu_memory_utilization": "the local engine has its own rollout",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": "the local engine runs on one device",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size": "use log_prob_micro_batch_size_per_gpu",
     "actor_rollout_ref.ref.log_prob_micro_batch_size": "use log_prob_micro_batch_size_per_gpu",
     "actor_rollout_ref.actor.ppo_micro_batch_size": "use ppo_micro_batch_size_per_gpu",
-    "actor_rollout_ref.actor.fsdp_config.param_offload": "the local engine does not shard",
-    "actor_rollout_ref.actor.fsdp_config.optimizer_offload": "the local engine does not shard",
-    "actor_rollout_ref.ref.fsdp_config.param_offload": "the local engine does not shard",
-    "actor_rollout_ref.model.use_remove_padding": "the local engine shares prompts instead",
     "reward_model.enable": "the reward model is always on",
     "reward_model.micro_batch_size_per_gpu": "use reward_model.max_batch_tokens",
     "reward_model.strategy": "the local engine does not shard",

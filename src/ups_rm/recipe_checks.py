@@ -33,6 +33,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "algorithm.kl_penalty": (*KL_ESTIMATORS, *(f"{name}+" for name in KL_ESTIMATORS)),
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
     "reward_model.model.dtype": DTYPES,
+    f"{ARR}.actor.strategy": ("fsdp2", "fsdp"),
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
 }
 INF = math.inf
@@ -81,7 +82,31 @@ BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
     "trainer.total_training_steps": (1, INF),
     "trainer.max_actor_ckpt_to_keep": (1, INF),
     "trainer.group_log_freq": (0, INF),
+    "trainer.nnodes": (1, INF),
+    "trainer.n_gpus_per_node": (0, INF),
+    f"{ARR}.actor.ppo_max_token_len_per_gpu": (1, INF),
+    f"{ARR}.actor.ulysses_sequence_parallel_size": (1, INF),
+    f"{ARR}.rollout.tensor_model_parallel_size": (1, INF),
+    f"{ARR}.rollout.gpu_memory_utilization": (1e-9, 1),
+    f"{ARR}.rollout.max_num_batched_tokens": (1, INF),
+    "ray_kwargs.ray_init.num_cpus": (1, INF),
 }
+FOR_VERL = (
+    f"{ARR}.model.use_remove_padding",
+    f"{ARR}.actor.strategy",
+    f"{ARR}.actor.use_dynamic_bsz",
+    f"{ARR}.actor.ppo_max_token_len_per_gpu",
+    f"{ARR}.actor.ulysses_sequence_parallel_size",
+    *(f"{ARR}.actor.fsdp_config.{name}" for name in ("param_offload", "optimizer_offload")),
+    *(f"{ARR}.actor.fsdp_config.{name}" for name in ("reshard_after_forward", "fsdp_size")),
+    f"{ARR}.ref.fsdp_config.param_offload",
+    *(f"{ARR}.rollout.{name}" for name in ("name", "tensor_model_parallel_size", "gpu_memory_utilization")),
+    *(f"{ARR}.rollout.{name}" for name in ("enforce_eager", "free_cache_engine", "max_num_batched_tokens")),
+    "ray_kwargs.ray_init.address",
+    "ray_kwargs.ray_init.num_cpus",
+    *(f"verl.{name}" for name in ("overrides", "external_modules", "time_limit", "silence_limit")),
+)
+"""Keys that only the verl engine honours; the local engine takes nothing but their defaults."""
 TEXTS = ("data.train_files", "data.val_files", "trainer.logger", f"{ARR}.model.target_modules")
 """Keys that hold a text or a list of texts."""
 
@@ -94,8 +119,8 @@ def value_of(recipe: Recipe, key: str) -> Any:
     return value
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Values that are wrong by themselves or against each other.
+def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
+    """Values that are wrong by themselves or against each other, or that the local engine does not do.
 
     Raises:
         RecipeError: names the key, its value and what is allowed.
@@ -117,6 +142,8 @@ def check_recipe(recipe: Recipe) -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise RecipeError(f"{ARR}.actor.optim.betas={betas} must be two numbers in [0, 1), for example [0.9,0.999]")
     _check_together(recipe)
+    if engine == "local":
+        _check_local(recipe)
 
 
 def _range(key: str, value: float, least: float, most: float) -> str:
@@ -130,15 +157,9 @@ def _range(key: str, value: float, least: float, most: float) -> str:
 
 
 def _check_together(recipe: Recipe) -> None:
-    actor, rollout, data = recipe.actor_rollout_ref.actor, recipe.actor_rollout_ref.rollout, recipe.data
+    actor, data = recipe.actor_rollout_ref.actor, recipe.data
     if -1 < data.benign_share < 0:
         raise RecipeError(f"data.benign_share={data.benign_share} must be a share from 0 to 1, or -1 for none")
-    if rollout.dtype not in ("auto", actor.fsdp_config.dtype):
-        raise RecipeError(
-            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from actor_rollout_ref.actor.fsdp_config.dtype="
-            f"{actor.fsdp_config.dtype}: the local engine samples with the weights that it trains\n"
-            "  fix: actor_rollout_ref.rollout.dtype=auto"
-        )
     if data.train_batch_size % actor.ppo_mini_batch_size:
         raise RecipeError(
             f"data.train_batch_size={data.train_batch_size} is not a multiple of "
@@ -146,10 +167,29 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.evaluation.max_unsafe_prompts + recipe.evaluation.max_benign_prompts == 0:
         raise RecipeError("evaluation.max_unsafe_prompts=0 and evaluation.max_benign_prompts=0: nothing to compare on")
+    if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
+        raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
+
+
+def _check_local(recipe: Recipe) -> None:
+    """What only the verl engine does is an error here, so that nothing that a recipe asks for is silently dropped."""
+    from ups_rm.recipe import Recipe as Defaults
+
+    actor, rollout, defaults = recipe.actor_rollout_ref.actor, recipe.actor_rollout_ref.rollout, Defaults()
     if recipe.trainer.nnodes != 1 or recipe.trainer.n_gpus_per_node > 1:
         raise RecipeError(
             f"trainer.nnodes={recipe.trainer.nnodes}, trainer.n_gpus_per_node={recipe.trainer.n_gpus_per_node}: "
-            "the local engine runs one process on one device; several come with the verl engine"
+            "the local engine runs one process on one device\n  fix: ENGINE=verl (--engine verl)"
         )
-    if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
-        raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
+    set_for_verl = [key for key in FOR_VERL if value_of(recipe, key) != value_of(defaults, key)]
+    if set_for_verl:
+        raise RecipeError(
+            f"{', '.join(f'{key}={value_of(recipe, key)}' for key in set_for_verl)}: only the verl engine does that\n"
+            f"  fix: ENGINE=verl (--engine verl), or leave {'it' if len(set_for_verl) == 1 else 'them'} out"
+        )
+    if rollout.dtype not in ("auto", actor.fsdp_config.dtype):
+        raise RecipeError(
+            f"actor_rollout_ref.rollout.dtype={rollout.dtype} differs from actor_rollout_ref.actor.fsdp_config.dtype="
+            f"{actor.fsdp_config.dtype}: the local engine samples with the weights that it trains\n"
+            "  fix: actor_rollout_ref.rollout.dtype=auto"
+        )

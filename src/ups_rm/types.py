@@ -1,8 +1,9 @@
-"""Words that every part shares: messages and scores."""
+"""Words that every part shares: messages, scores, and what a training leaves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 
@@ -29,3 +30,14 @@ class Score:
     safe_score: float
     tokens: int
     truncated: bool
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished (or interrupted) training leaves."""
+
+    folder: Path
+    policy: Path | None
+    steps: int
+    interrupted: bool
+    metrics: dict[str, float]

@@ -22,7 +22,10 @@ RewardModel = Annotated[str | None, typer.Option("--rm", envvar="REWARD_MODEL_PA
 TrainData = Annotated[str | None, typer.Option(envvar="TRAIN_DATA", help="Prompt parquet to train on.")]
 ValData = Annotated[str | None, typer.Option(envvar="VAL_DATA", help="Prompt parquet that is held out.")]
 Output = Annotated[str | None, typer.Option("--out", envvar="OUTPUT_DIR", help="Run folder.")]
-Engine = Annotated[str, typer.Option(envvar="ENGINE", help="`local`: one machine, this process. `verl`: see the docs.")]
+Engine = Annotated[
+    str,
+    typer.Option(envvar="ENGINE", help="`local`: one device. `verl`: stock verl, 1 GPU to several nodes."),
+]
 
 
 def run(
@@ -65,7 +68,8 @@ def run(
 
     try:
         run_all(
-            load_recipe(recipe, [*given, *(overrides or [])]),
+            load_recipe(recipe, [*given, *(overrides or [])], engine=engine),
+            engine=engine,
             fresh=fresh,
             own_prompts=train_data is not None,
             skip_rm_check=skip_rm_check,
@@ -92,20 +96,15 @@ def named_overrides(
 
 
 def check_engine(engine: str) -> None:
-    """Only the local engine is there.
+    """One of the two engines.
 
     Raises:
-        RunError: another name, or verl, which is planned.
+        RunError: another name.
     """
     from ups_rm.errors import RunError
 
-    if engine == "verl":
-        raise RunError(
-            "ENGINE=verl comes with a later version: it will run the same recipe on stock verl\n"
-            "  fix: ENGINE=local (the default)"
-        )
-    if engine != "local":
-        raise RunError(f"ENGINE={engine} is not known; use local")
+    if engine not in ("local", "verl"):
+        raise RunError(f"ENGINE={engine} is not known; use local or verl")
 
 
 def limit_threads() -> None:

@@ -55,7 +55,12 @@ def train(
         given.append(f"trainer.resume_mode={'auto' if resume == 'auto' else 'disable'}")
     elif resume:
         given += ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={resume}"]
-    settings = load_recipe(recipe, [*given, *(overrides or [])])
+    settings = load_recipe(recipe, [*given, *(overrides or [])], engine=engine)
+    from ups_rm.distributed import engine as verl_engine
+
+    if dry_run and engine == "verl":
+        verl_engine.dry_run(settings)
+        return
     if dry_run:
         from ups_rm.local.dry_run import print_dry_run
 
@@ -64,8 +69,10 @@ def train(
     from ups_rm.local.preflight import check_before_training
     from ups_rm.local.trainer import Trainer
 
+    if engine == "verl":
+        verl_engine.check_machine(settings)
     check_before_training(settings, skip=skip_rm_check, fresh=resume == "never")
-    result = Trainer(settings).fit()
+    result = verl_engine.train(settings) if engine == "verl" else Trainer(settings).fit()
     if result.interrupted:
         raise typer.Exit(130)
     console.print(f"policy after {result.steps} steps: {result.policy}", soft_wrap=True)
@@ -96,7 +103,7 @@ def evaluate(
 
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: nothing is overwritten\n  fix: another --out")
-    settings = load_recipe(recipe, [f"reward_model.model.path={rm}", *(overrides or [])])
+    settings = load_recipe(recipe, [f"reward_model.model.path={rm}", *(overrides or [])], engine=None)
     files = val_data or as_list(settings.data.val_files)
     prompts = held_out_prompts(read_prompts(files), settings)
     comparison = run(settings, before, after, prompts, load_scorer(settings))

@@ -60,6 +60,14 @@ def read_prompts(parquet: Path | str | Sequence[Path | str]) -> list[PromptRow]:
     return rows
 
 
+def encode_prompts(tokenizer: Any, prompts: Sequence[Conversation]) -> list[list[int]]:
+    """Token ids of each prompt with the policy's own chat template and the opening of the reply."""
+    return [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for messages in prompts
+    ]
+
+
 def _source(info: dict[str, Any]) -> str | None:
     found = info.get("prompt_source")
     return found if isinstance(found, str) else None

@@ -7,7 +7,6 @@ a function of the seed and the step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -20,12 +19,9 @@ import torch
 from ups_rm.errors import CheckpointError, RunError
 from ups_rm.local.actor import Actor
 from ups_rm.recipe import Recipe
+from ups_rm.recipe_hash import recipe_hash
 
 LATEST = "latest_checkpointed_iteration.txt"
-# Settings that may differ between a run and its continuation.
-FREE_TO_CHANGE = ("logger", "total_training_steps", "total_epochs", "test_freq", "save_freq", "val_before_train",
-                  "resume_mode", "resume_from_path", "max_actor_ckpt_to_keep", "default_local_dir", "group_log_dir",
-                  "group_log_freq", "group_log_max_groups", "group_log_max_samples_per_group")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,6 @@ class TrainingState:
     step: int
     kl_coef: float
     recipe_hash: str
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """sha256 over the settings that decide what training computes."""
-    settings = recipe.as_dict()
-    for section in ("prepare", "reward_training", "evaluation"):  # what they made is named by its path
-        settings.pop(section)
-    settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in FREE_TO_CHANGE}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def save_checkpoint(folder: Path, actor: Actor, state: TrainingState, *, keep: int | None = None) -> Path:
@@ -103,7 +90,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
         return None
     if trainer.resume_mode == "resume_path":
         path = Path(str(trainer.resume_from_path))
-        if not (path / "state.json").is_file():
+        if not (path / "state.json").is_file() and not (path / "actor").is_dir():
             raise CheckpointError(f"{path} is not a checkpoint: it has no state.json")
         return path
     found = _checkpoints(Path(trainer.default_local_dir))
@@ -116,6 +103,8 @@ def load_checkpoint(path: Path, actor: Actor, recipe: Recipe) -> TrainingState:
     Raises:
         CheckpointError: truncated or foreign files, other shapes, or another recipe.
     """
+    if (path / "actor").is_dir():
+        raise CheckpointError(f"{path} is a checkpoint of the verl engine\n  fix: ENGINE=verl, or another run folder")
     try:
         state = TrainingState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
         tensors: dict[str, Any] = torch.load(path / "training.pt", map_location=actor.policy.device, weights_only=True)

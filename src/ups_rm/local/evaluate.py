@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ups_rm.console import Advance, progress_bar
+from ups_rm.data.batches import distinct_prompts
 from ups_rm.data.prompts import PromptRow
 from ups_rm.errors import DataError
 from ups_rm.evaluation.compare import Comparison, compare
 from ups_rm.local.actor import response_logprobs
-from ups_rm.local.batches import distinct_prompts
 from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine

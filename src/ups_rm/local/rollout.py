@@ -7,12 +7,12 @@ Row i answers prompt i // n. Models that `decode.FastDecoder` knows run through 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ups_rm.data.prompts import encode_prompts
 from ups_rm.errors import PolicyError
 from ups_rm.local.decode import FastDecoder, Sampling, draw
 from ups_rm.local.policy import Policy
@@ -37,14 +37,6 @@ class Rollout:
     texts: list[str]
     finished: list[bool]
     conversations: list[Conversation]
-
-
-def encode_prompts(tokenizer: Any, prompts: list[list[Message]]) -> list[list[int]]:
-    """Token ids of each prompt with the policy's own chat template and the opening of the reply."""
-    return [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for messages in prompts
-    ]
 
 
 class RolloutEngine:

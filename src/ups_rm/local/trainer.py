@@ -11,46 +11,35 @@ is by default taken off the reward instead of added to the loss (verl's `algorit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ups_rm.console import console, progress_bar
+from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, read_prompts
-from ups_rm.errors import RecipeError, RunError
+from ups_rm.errors import RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL, group_advantages, kl_penalty, penalize, place_on_last_token
+from ups_rm.interrupt import interruptible
 from ups_rm.local.actor import Actor, response_logprobs
-from ups_rm.local.batches import prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.local.checkpoint import (
     TrainingState,
     drop_checkpoints_after,
     find_checkpoint,
     load_checkpoint,
-    recipe_hash,
     save_checkpoint,
 )
 from ups_rm.local.decode import Sampling
-from ups_rm.local.interrupt import interruptible
 from ups_rm.local.policy import Policy, needs_reference
-from ups_rm.local.rollout import Rollout, RolloutEngine, encode_prompts
+from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.local.scoring import Scorer, load_scorer, safe_scores
 from ups_rm.local.step_groups import log_groups, open_group_log
 from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics
 from ups_rm.local.validation import validate
 from ups_rm.recipe import Recipe, as_list
+from ups_rm.recipe_hash import recipe_hash
 from ups_rm.tracking.trackers import Trackers
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished (or interrupted) training leaves."""
-
-    folder: Path
-    policy: Path | None
-    steps: int
-    interrupted: bool
-    metrics: dict[str, float]
+from ups_rm.types import TrainResult
 
 
 class Trainer:
@@ -70,8 +59,9 @@ class Trainer:
         self.folder = Path(recipe.trainer.default_local_dir)
         rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
         self.policy = Policy.load(recipe)
-        self.train_rows = self._fitting(rows)
-        self.val_rows = self._fitting(read_prompts(as_list(recipe.data.val_files))) if self._validates() else []
+        self.train_rows = fitting_prompts(rows, self.policy.tokenizer, recipe.data)
+        held_out = read_prompts(as_list(recipe.data.val_files)) if self._validates() else []
+        self.val_rows = fitting_prompts(held_out, self.policy.tokenizer, recipe.data)
         if recipe.data.val_max_samples >= 0:
             self.val_rows = self.val_rows[: recipe.data.val_max_samples]
         per_epoch = steps_per_epoch(len(self.train_rows), recipe.data)
@@ -236,21 +226,6 @@ class Trainer:
         if not needs_reference(self.recipe):
             return None
         return self.policy if self.policy.is_lora else Policy.load(self.recipe, trainable=False)
-
-    def _fitting(self, rows: list[PromptRow]) -> list[PromptRow]:
-        """Rows whose prompt is within `data.max_prompt_length` tokens; longer ones are dropped or an error."""
-        limit = self.recipe.data.max_prompt_length
-        lengths = [len(ids) for ids in encode_prompts(self.policy.tokenizer, [row.messages for row in rows])]
-        fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
-        if len(fitting) < len(rows):
-            longest = max(lengths)
-            if not self.recipe.data.filter_overlong_prompts:
-                raise RecipeError(
-                    f"{len(rows) - len(fitting)} prompts are longer than data.max_prompt_length={limit} tokens "
-                    f"(longest {longest})\n  fix: raise it, or set data.filter_overlong_prompts=true"
-                )
-            console.print(f"{len(rows) - len(fitting)} prompts over {limit} tokens are left out (longest {longest})")
-        return fitting
 
     def _validates(self) -> bool:
         return self.recipe.trainer.test_freq > 0

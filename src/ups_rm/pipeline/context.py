@@ -21,6 +21,7 @@ class Run:
 
     recipe: Recipe
     fresh: bool
+    engine: str = "local"
     policy: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0

@@ -25,7 +25,12 @@ COSMETIC = ("logger", "project_name", "experiment_name", "resume_mode", "resume_
 
 
 def run(
-    recipe: Recipe, *, fresh: bool = False, own_prompts: bool = False, skip_rm_check: bool = False
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    own_prompts: bool = False,
+    skip_rm_check: bool = False,
+    engine: str = "local",
 ) -> dict[str, Any]:
     """All stages; returns what stands in `<run folder>/summary.json`.
 
@@ -33,11 +38,12 @@ def run(
         fresh: do every stage anew and replace what it made before.
         own_prompts: `data.train_files` and `data.val_files` are the user's: no prepare.
         skip_rm_check: train even if the RM fails its check (noted in the summary).
+        engine: what trains, `local` or `verl`; every other stage is the same.
 
     Raises:
         UpsRmError: of the stage that can't go on. Interrupted: training was stopped; the same call resumes.
     """
-    this = Run(recipe, fresh)
+    this = Run(recipe, fresh, engine)
     _check_inputs(this, own_prompts)
     this.policy = resolve_model(recipe.actor_rollout_ref.model.path)
     if not own_prompts:
@@ -56,6 +62,10 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
 
     recipe = this.recipe
     console.print(f"device: {this.device}")
+    if this.engine == "verl":
+        from ups_rm.distributed.engine import check_machine
+
+        check_machine(recipe, rm_follows=True)
     if not own_prompts:
         source_parts(recipe.prepare.source, split=None)
     if recipe.reward_training.source and not recipe.reward_model.model.path:
@@ -107,17 +117,20 @@ def _check(this: Run, skip: bool) -> None:
 
 
 def _train(this: Run) -> None:
+    from ups_rm.distributed import engine as verl_engine
     from ups_rm.local.trainer import Trainer
 
     recipe = this.recipe
     settings = {
         key: value for key, value in recipe.as_dict().items() if key in ("data", "actor_rollout_ref", "algorithm")
     }
+    if this.engine != "local":
+        settings["engine"] = this.engine
     settings["trainer"] = {key: value for key, value in recipe.as_dict()["trainer"].items() if key not in COSMETIC}
     result_file = this.folder / "train_result.json"
 
     def train() -> None:
-        result = Trainer(recipe).fit()
+        result = verl_engine.train(recipe) if this.engine == "verl" else Trainer(recipe).fit()
         if result.interrupted:
             raise Interrupted(f"training stopped after step {result.steps} of {this.folder}")
         write_json(result_file, {"steps": result.steps, "metrics": result.metrics})

@@ -1,13 +1,18 @@
-"""Which prompts step s sees: a pure function of the seed, so that a resumed run continues where it stopped."""
+"""Which prompts step s sees: a pure function of the seed, so that a resumed run continues where it stopped.
+
+Both engines draw from here: the local one as it goes, the verl engine into a file that verl reads front to back.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from ups_rm.data.prompts import PromptRow
+from ups_rm.console import console
+from ups_rm.data.prompts import PromptRow, encode_prompts
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import Data
 
@@ -24,6 +29,26 @@ def select_prompts(rows: Sequence[PromptRow], settings: Data) -> list[PromptRow]
     """`unique_prompts` and `train_max_samples` applied, in file order."""
     chosen = distinct_prompts(rows) if settings.unique_prompts else list(rows)
     return chosen if settings.train_max_samples < 0 else chosen[: settings.train_max_samples]
+
+
+def fitting_prompts(rows: Sequence[PromptRow], tokenizer: Any, settings: Data) -> list[PromptRow]:
+    """Rows whose prompt is within `max_prompt_length` tokens of the policy's tokenizer; how many are not is printed.
+
+    Raises:
+        RecipeError: a prompt is longer, and `filter_overlong_prompts` is off.
+    """
+    limit = settings.max_prompt_length
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, [row.messages for row in rows])]
+    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
+    if len(fitting) < len(rows):
+        longest = max(lengths)
+        if not settings.filter_overlong_prompts:
+            raise RecipeError(
+                f"{len(rows) - len(fitting)} prompts are longer than data.max_prompt_length={limit} tokens "
+                f"(longest {longest})\n  fix: raise it, or set data.filter_overlong_prompts=true"
+            )
+        console.print(f"{len(rows) - len(fitting)} prompts over {limit} tokens are left out (longest {longest})")
+    return fitting
 
 
 def steps_per_epoch(count: int, settings: Data) -> int:

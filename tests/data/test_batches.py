@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ups_rm.data.batches import distinct_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow
 from ups_rm.errors import RecipeError
-from ups_rm.local.batches import distinct_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.recipe import Data
 from ups_rm.types import Message
 

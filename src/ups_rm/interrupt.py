@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the loop ends its step and leaves a checkpoint."""
+"""Ctrl-C that lets a training end in order."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class StopRequest:
 
 
 @contextmanager
-def interruptible() -> Iterator[StopRequest]:
-    """Within: the first Ctrl-C (or SIGTERM) asks the loop to stop after its step, the second one stops at once."""
+def interruptible(what: str = "stopping after this step, with a checkpoint") -> Iterator[StopRequest]:
+    """Within: the first Ctrl-C (or SIGTERM) asks the loop to stop, `what` says how; the second one stops at once."""
     stop = StopRequest()
     previous: dict[int, Any] = {}
 
@@ -27,7 +27,7 @@ def interruptible() -> Iterator[StopRequest]:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        console.print("\nstopping after this step, with a checkpoint (once more: stop at once)")
+        console.print(f"\n{what} (once more: stop at once)")
 
     try:
         for which in (signal.SIGINT, signal.SIGTERM):

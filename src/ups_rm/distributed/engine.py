@@ -1,0 +1,252 @@
+"""`--engine verl`: one training, from a recipe to a run folder like the local engine's.
+
+prompts laid out -> recipe translated -> verl run -> metrics.jsonl, group log -> checkpoint merged to `<run>/policy`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ups_rm.console import console
+from ups_rm.distributed.launch import VerlProcess, python_command
+from ups_rm.distributed.prompts import PromptFiles, lay_out_prompts
+from ups_rm.distributed.translate import check_for_verl, run_environment, to_yaml, verl_config, verl_overrides
+from ups_rm.errors import CheckpointError, PolicyError, RecipeError, RunError
+from ups_rm.models import resolve_model
+from ups_rm.recipe import Recipe, as_list
+from ups_rm.recipe_hash import recipe_hash
+from ups_rm.types import TrainResult
+
+VERL_VERSION = "0.9.1"
+LATEST = "latest_checkpointed_iteration.txt"
+HASH = "recipe_hash.txt"
+"""In `<run>/verl`: what the run was started with."""
+
+
+@dataclass(frozen=True)
+class VerlRun:
+    """What is about to run: verl's command and configuration."""
+
+    recipe: Recipe
+    prompts: PromptFiles
+    overrides: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; verl's own files go to `verl` in it."""
+        return Path(self.recipe.trainer.default_local_dir)
+
+    @property
+    def command(self) -> list[str]:
+        return python_command(self.overrides, self.folder / "verl")
+
+
+def train(recipe: Recipe) -> TrainResult:
+    """Train with verl, resuming from its newest checkpoint, and leave what the local engine leaves.
+
+    Raises:
+        RecipeError, CheckpointError, RunError: before verl starts where possible; verl's own failures with its last
+            error. RMError: the reward model could not be loaded or used in verl.
+    """
+    from ups_rm.distributed.export import export_policy
+    from ups_rm.interrupt import interruptible
+    from ups_rm.tracking.trackers import Trackers
+
+    check_machine(recipe)
+    start = steps_done(recipe)
+    folder = Path(recipe.trainer.default_local_dir)
+    if start == 0 and (folder / "policy").exists() and recipe.trainer.resume_mode != "disable":
+        raise RunError(
+            f"{folder} holds a finished run: nothing is overwritten\n"
+            "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), or move this one away"
+        )
+    run = prepare(recipe)
+    forget_after(run, start)
+    seen: dict[str, Any] = {"step": start, "metrics": {}}
+    trainer = recipe.trainer
+    trackers = Trackers(
+        ["console"] if "console" in as_list(trainer.logger) else [],  # the others are verl's own
+        project_name=trainer.project_name,
+        experiment_name=trainer.experiment_name,
+        folder=folder,
+        config=recipe.as_dict(),
+        resume_step=start or None,
+        total_steps=run.prompts.total_steps,
+    )
+
+    def took(metrics: dict[str, float], step: int) -> None:
+        trackers.log(metrics, step)
+        seen.update(step=step, metrics=metrics)
+
+    finished = start >= run.prompts.total_steps
+    if not finished:
+        console.print(f"verl runs; all that it prints: {folder / 'verl' / 'console.log'}", soft_wrap=True)
+        with trackers, interruptible("ending verl (checkpoints are those of trainer.save_freq)") as stop:
+            finished = process_of(run, took).run(lambda: stop.requested)
+    if not finished:
+        console.print(f"interrupted after step {seen['step']}; the same command resumes from the last checkpoint")
+        return TrainResult(folder, None, seen["step"], True, seen["metrics"])
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise RunError(f"verl ended without a checkpoint in {folder}\n  see {folder / 'verl' / 'console.log'}")
+    policy = export_policy(
+        checkpoint, folder / "policy", trust_remote_code=recipe.actor_rollout_ref.model.trust_remote_code
+    )
+    return TrainResult(folder, policy, seen["step"], False, seen["metrics"])
+
+
+def prepare(recipe: Recipe) -> VerlRun:
+    """Lay the prompts out and write `recipe.yaml`, `verl/config.yaml` and `verl/command.sh`."""
+    model = recipe.actor_rollout_ref.model
+    model = replace(model, path=str(_absolute(resolve_model(model.path))))
+    recipe = replace(recipe, actor_rollout_ref=replace(recipe.actor_rollout_ref, model=model))
+    folder = Path(recipe.trainer.default_local_dir)
+    prompts = lay_out_prompts(recipe, _tokenizer(model.path, model.trust_remote_code), folder / "verl")
+    overrides = verl_overrides(
+        recipe, train_files=prompts.train, val_files=prompts.val, total_steps=prompts.total_steps
+    )
+    run = VerlRun(recipe, prompts, overrides)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "verl" / "config.yaml").write_text(to_yaml(verl_config(overrides)), encoding="utf-8")
+    (folder / "verl" / "command.sh").write_text(shlex.join(run.command) + "\n", encoding="utf-8")
+    (folder / "verl" / HASH).write_text(recipe_hash(recipe), encoding="utf-8")
+    return run
+
+
+def process_of(run: VerlRun, on_metrics: Any) -> VerlProcess:
+    """The process to run, with what verl and Ray read from the environment."""
+    limits = run.recipe.verl
+    metrics_file = run.folder.absolute() / "verl" / "metrics.jsonl"  # verl begins it anew, also when it resumes
+    metrics_file.unlink(missing_ok=True)
+    return VerlProcess(
+        command=run.command,
+        env=os.environ | DRIVER_ENV | run_environment(run.recipe),
+        log=run.folder / "verl" / "console.log",
+        metrics_file=metrics_file,
+        on_metrics=on_metrics,
+        time_limit=limits.time_limit,
+        silence_limit=limits.silence_limit,
+    )
+
+
+DRIVER_ENV = {
+    "HYDRA_FULL_ERROR": "1",
+    "PYTHONUNBUFFERED": "1",
+    "RAY_DEDUP_LOGS": "0",  # every worker's error is wanted
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def forget_after(run: VerlRun, step: int) -> None:
+    """Remove group logs of steps that will come again."""
+    from ups_rm.tracking.group_log import GroupLog
+
+    GroupLog(Path(run.recipe.trainer.group_log_dir)).drop_after(step)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that verl's own tracker file names."""
+    tracker = folder / LATEST
+    if not tracker.is_file():
+        return None
+    return folder / f"global_step_{tracker.read_text(encoding='utf-8').strip()}"
+
+
+def steps_done(recipe: Recipe) -> int:
+    """The step that verl will go on from; 0 for a new training.
+
+    Raises:
+        CheckpointError: no checkpoint of verl's, or one of another recipe.
+    """
+    trainer, folder = recipe.trainer, Path(recipe.trainer.default_local_dir)
+    if trainer.resume_mode == "disable":
+        return 0
+    path = Path(trainer.resume_from_path or "") if trainer.resume_mode == "resume_path" else newest_checkpoint(folder)
+    if path is None:
+        return 0
+    if not (path / "actor").is_dir() or not path.name.startswith("global_step_"):
+        raise CheckpointError(f"{path} is no checkpoint of the verl engine: it has no folder `actor`")
+    started_with = path.parent / "verl" / HASH
+    if started_with.is_file() and started_with.read_text(encoding="utf-8") != recipe_hash(recipe):
+        raise CheckpointError(
+            f"{path} was made with another recipe\n  fix: use the same settings, another trainer.default_local_dir, "
+            "or trainer.resume_mode=disable to start anew"
+        )
+    return int(path.name.removeprefix("global_step_"))
+
+
+def check_machine(recipe: Recipe, *, rm_follows: bool = False) -> None:
+    """What verl would fail on after a minute is said at once.
+
+    Raises:
+        RunError: verl, its rollout or GPUs are missing. RecipeError: a key that verl can't honour.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    import torch
+
+    check_for_verl(recipe)
+    if not recipe.reward_model.model.path and not rm_follows:
+        raise RecipeError(
+            "reward_model.model.path is empty\n"
+            "  fix: give an RM folder (REWARD_MODEL_PATH=FOLDER), or use `ups-rm run`, which makes one"
+        )
+    try:
+        found = version("verl")
+    except PackageNotFoundError as error:
+        raise RunError('the verl engine needs verl 0.9.1\n  fix: pip install "ups-rm[verl]"') from error
+    if found != VERL_VERSION:
+        raise RunError(
+            f"verl {found} is installed, the verl engine needs {VERL_VERSION}\n  fix: pip install verl==0.9.1"
+        )
+    if recipe.ray_kwargs.ray_init.address:
+        return  # another machine's devices and packages
+    device, wanted = recipe.trainer.device, recipe.trainer.n_gpus_per_node
+    if device == "cpu":
+        if "VERL_PLATFORM" not in os.environ:
+            raise RunError(
+                "trainer.device=cpu: stock verl trains on GPUs (a platform of your own: VERL_PLATFORM)\n"
+                "  fix: ENGINE=local"
+            )
+        return
+    if torch.cuda.device_count() < wanted:
+        raise RunError(
+            f"trainer.n_gpus_per_node={wanted}, but torch sees {torch.cuda.device_count()} CUDA devices here\n"
+            "  fix: ENGINE=local on this machine; trainer.n_gpus_per_node; or ray_kwargs.ray_init.address=HEAD:PORT to "
+            "join a cluster"
+        )
+    rollout = recipe.actor_rollout_ref.rollout.name
+    if rollout in ("vllm", "sglang") and find_spec(rollout) is None:
+        raise RunError(f'rollout.name={rollout} is not installed\n  fix: pip install "verl[{rollout}]==0.9.1"')
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print the recipe, verl's command and verl's configuration; nothing is downloaded, loaded or written."""
+    folder = Path(recipe.trainer.default_local_dir) / "verl"
+    check_for_verl(recipe)
+    steps = recipe.trainer.total_training_steps or 0
+    overrides = verl_overrides(
+        recipe, train_files=folder / "train.parquet", val_files=folder / "val.parquet", total_steps=steps
+    )
+    console.print(to_yaml(verl_config(overrides)), markup=False, soft_wrap=True)
+    console.print(shlex.join(python_command(overrides, folder)), markup=False, soft_wrap=True)
+
+
+def _tokenizer(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"the tokenizer of {path} can't be loaded: {error}") from error
+
+
+def _absolute(path: str) -> str:
+    """A folder as an absolute path; a hub id as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path

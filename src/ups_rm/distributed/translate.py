@@ -1,0 +1,287 @@
+"""From a recipe to verl 0.9.1's configuration, as Hydra overrides. Imports neither verl nor torch.
+
+Every key of the recipe falls in exactly one class, so that nothing is silently dropped (a test walks all of them):
+`SAME` goes to verl under its own name, `COMPUTED` to verl in other words, `OURS` is read by UPS-RM itself before,
+beside or after verl's run, `REFUSED` can't be honoured by verl and is an error with the reason when set away from its
+default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ups_rm.errors import RecipeError
+from ups_rm.recipe import Recipe, as_list
+from ups_rm.recipe_checks import ARR, value_of
+
+Overrides = dict[str, Any]
+
+SAME = (
+    *(f"data.{name}" for name in ("prompt_key", "train_batch_size", "max_prompt_length", "max_response_length")),
+    "data.truncation",
+    *(f"{ARR}.model.{name}" for name in ("trust_remote_code", "enable_gradient_checkpointing", "use_remove_padding")),
+    *(f"{ARR}.model.{name}" for name in ("lora_rank", "lora_alpha", "target_modules", "exclude_modules")),
+    *(f"{ARR}.actor.{name}" for name in ("strategy", "ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu")),
+    *(f"{ARR}.actor.{name}" for name in ("use_dynamic_bsz", "ppo_max_token_len_per_gpu", "ppo_epochs", "shuffle")),
+    *(f"{ARR}.actor.{name}" for name in ("ulysses_sequence_parallel_size", "data_loader_seed", "loss_agg_mode")),
+    *(f"{ARR}.actor.{name}" for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c")),
+    *(f"{ARR}.actor.{name}" for name in ("entropy_coeff", "use_kl_loss", "kl_loss_coef", "kl_loss_type", "grad_clip")),
+    *(f"{ARR}.actor.optim.{name}" for name in ("lr", "lr_warmup_steps", "lr_warmup_steps_ratio", "weight_decay")),
+    *(f"{ARR}.actor.optim.{name}" for name in ("betas", "lr_scheduler_type", "min_lr_ratio", "num_cycles")),
+    *(f"{ARR}.actor.fsdp_config.{name}" for name in ("model_dtype", "param_offload", "optimizer_offload")),
+    *(f"{ARR}.actor.fsdp_config.{name}" for name in ("reshard_after_forward", "fsdp_size")),
+    *(f"{ARR}.rollout.{name}" for name in ("name", "tensor_model_parallel_size", "gpu_memory_utilization", "n")),
+    *(f"{ARR}.rollout.{name}" for name in ("enforce_eager", "free_cache_engine", "max_num_batched_tokens")),
+    *(f"{ARR}.rollout.{name}" for name in ("temperature", "top_p", "top_k", "seed", "max_num_seqs")),
+    f"{ARR}.rollout.log_prob_micro_batch_size_per_gpu",
+    *(f"{ARR}.rollout.val_kwargs.{name}" for name in ("temperature", "top_p", "top_k", "do_sample", "n")),
+    f"{ARR}.ref.log_prob_micro_batch_size_per_gpu",
+    f"{ARR}.ref.fsdp_config.param_offload",
+    *(f"algorithm.{name}" for name in ("adv_estimator", "norm_adv_by_std_in_grpo", "use_kl_in_reward", "kl_penalty")),
+    *(f"algorithm.kl_ctrl.{name}" for name in ("type", "kl_coef", "horizon", "target_kl")),
+    *(f"trainer.{name}" for name in ("project_name", "experiment_name", "test_freq", "max_actor_ckpt_to_keep")),
+    *(f"trainer.{name}" for name in ("nnodes", "n_gpus_per_node", "resume_mode")),
+    "ray_kwargs.ray_init.num_cpus",
+)
+"""Recipe keys that are verl's keys, with the same name and meaning."""
+
+COMPUTED = {
+    f"{ARR}.model.path": "the folder, where the recipe names a model that is fetched",
+    f"{ARR}.actor.loss_scale_factor": "data.max_response_length where not given (verl would take each batch's longest)",
+    f"{ARR}.actor.fsdp_config.dtype": "fsdp_config.mixed_precision of actor and reference",
+    f"{ARR}.rollout.dtype": "auto: that of the actor's forward",
+    "data.seed": "the order of the prompts, laid out in the file that verl reads; also verl's data.seed",
+    "trainer.total_epochs": "trainer.total_training_steps",
+    "trainer.total_training_steps": "with total_epochs: steps that the prompts allow",
+    "trainer.logger": "trainer.logger without jsonl, which is always written, plus verl's `file`",
+    "trainer.val_before_train": "only if test_freq asks for validation, as in the local engine",
+    "trainer.save_freq": "-1: after the last step only, which the trained policy is taken from",
+    "trainer.default_local_dir": "as an absolute path",
+    "trainer.resume_from_path": "as an absolute path",
+    "trainer.device": "auto: cuda",
+    "trainer.seed": "actor.fsdp_config.seed",
+    "ray_kwargs.ray_init.address": "`local` where not given: a Ray of its own, whatever else runs on the machine",
+}
+"""Recipe keys that reach verl in other words."""
+
+OURS = {
+    "prepare": "ups-rm run, before verl",
+    "reward_training": "ups-rm run, before verl",
+    "evaluation": "ups-rm run and ups-rm eval, after verl",
+    **dict.fromkeys(
+        [f"data.{name}" for name in ("train_files", "val_files", "train_max_samples", "val_max_samples", "shuffle")],
+        "the prompts are laid out for verl by distributed/prompts.py",
+    ),
+    **dict.fromkeys(
+        [f"data.{name}" for name in ("filter_overlong_prompts", "unique_prompts", "benign_share")],
+        "the prompts are laid out for verl by distributed/prompts.py",
+    ),
+    "reward_model": "our reward manager, see distributed/rewards.py",
+    **dict.fromkeys(
+        [f"trainer.group_log_{name}" for name in ("dir", "freq", "max_groups", "max_samples_per_group")],
+        "our reward manager, see distributed/rewards.py",
+    ),
+    "verl": "distributed/launch.py",
+}
+"""Sections and keys that UPS-RM reads itself, and where."""
+
+REFUSED = {
+    "trainer.max_kl": "verl has no early stop",
+    f"{ARR}.actor.optim.zero_indexed_step": "verl heeds it for lr_scheduler_type=cosine only",
+}
+"""Recipe keys that verl 0.9.1 can't honour."""
+
+TRACKERS = ("console", "wandb", "tensorboard", "mlflow", "swanlab", "clearml", "trackio")
+"""Trackers that are verl's as well."""
+
+
+def verl_overrides(recipe: Recipe, *, train_files: Path, val_files: Path, total_steps: int) -> list[str]:
+    """The recipe as Hydra overrides of verl's `ppo_trainer` configuration.
+
+    Args:
+        train_files, val_files: prompts as laid out by `distributed.prompts`, in the order of the steps.
+        total_steps: of the whole training.
+
+    Raises:
+        RecipeError: an option that verl can't honour, with the reason.
+    """
+    check_for_verl(recipe)
+    from ups_rm.distributed import rewards
+
+    overrides: Overrides = {key: value_of(recipe, key) for key in SAME}
+    overrides |= _data(recipe, train_files, val_files)
+    overrides |= _number_formats(recipe)
+    overrides |= _actor(recipe)
+    overrides |= _trainer(recipe, total_steps)
+    overrides |= rewards.verl_overrides(recipe)
+    return [f"{key}={hydra_value(value)}" for key, value in overrides.items()] + list(recipe.verl.overrides)
+
+
+def check_for_verl(recipe: Recipe) -> None:
+    """What verl can't do is said before anything starts.
+
+    Raises:
+        RecipeError: names the key and the reason.
+    """
+    trainer, optim = recipe.trainer, recipe.actor_rollout_ref.actor.optim
+    warms_up = optim.lr_warmup_steps > 0 or optim.lr_warmup_steps_ratio > 0
+    if not optim.zero_indexed_step and optim.lr_scheduler_type == "constant" and warms_up:
+        raise RecipeError(
+            f"{ARR}.actor.optim.zero_indexed_step=False: {REFUSED[f'{ARR}.actor.optim.zero_indexed_step']}; with "
+            "`constant` its first warm-up step has learning rate 0\n"
+            f"  fix: {ARR}.actor.optim.zero_indexed_step=True, or lr_scheduler_type=cosine"
+        )
+    if trainer.max_kl > 0:
+        raise RecipeError(f"trainer.max_kl={trainer.max_kl}: {REFUSED['trainer.max_kl']}\n  fix: trainer.max_kl=-1")
+    unknown = sorted({*as_list(trainer.logger)} - {*TRACKERS, "jsonl"})
+    if unknown:
+        raise RecipeError(f"trainer.logger={unknown[0]} is no tracker of verl's; it has {', '.join(TRACKERS)}")
+    if trainer.n_gpus_per_node < 1:
+        raise RecipeError(f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}: the verl engine needs at least 1")
+    tensor_parallel = recipe.actor_rollout_ref.rollout.tensor_model_parallel_size
+    gpus = trainer.nnodes * trainer.n_gpus_per_node
+    if gpus % tensor_parallel:
+        raise RecipeError(
+            f"{ARR}.rollout.tensor_model_parallel_size={tensor_parallel} does not divide the {gpus} GPUs "
+            "(trainer.nnodes * trainer.n_gpus_per_node)"
+        )
+    replies = recipe.data.train_batch_size * recipe.actor_rollout_ref.rollout.n
+    if replies % gpus:
+        raise RecipeError(
+            f"data.train_batch_size * {ARR}.rollout.n = {replies} replies can't be divided evenly among {gpus} GPUs"
+        )
+    _check_free_overrides(recipe)
+
+
+def _check_free_overrides(recipe: Recipe) -> None:
+    """A key that the recipe has must be set there: two places for one setting would hide one of them."""
+    from ups_rm.recipe import known_keys
+
+    known = set(known_keys())
+    for text in recipe.verl.overrides:
+        key = text.partition("=")[0].lstrip("+~")
+        if "=" not in text or not key:
+            raise RecipeError(f"verl.overrides: {text!r} is not key=value")
+        if key in known:
+            raise RecipeError(f"verl.overrides: {key} is a key of the recipe\n  fix: set it there instead: {text}")
+
+
+def _data(recipe: Recipe, train_files: Path, val_files: Path) -> Overrides:
+    return {
+        "data.train_files": str(train_files.absolute()),
+        "data.val_files": str(val_files.absolute()),
+        "data.shuffle": False,  # the file has the order
+        "data.seed": recipe.data.seed,
+        "data.validation_shuffle": False,
+        "data.filter_overlong_prompts": False,  # done while the file was written
+        "data.trust_remote_code": recipe.actor_rollout_ref.model.trust_remote_code,
+        "data.dataloader_num_workers": 0,  # the position in the file is then exact in a checkpoint
+    }
+
+
+def _number_formats(recipe: Recipe) -> Overrides:
+    """Compute type: verl's FSDP engine reads `mixed_precision`, not `dtype`; gradients are reduced in float32."""
+    wanted = recipe.actor_rollout_ref.actor.fsdp_config.dtype
+    dtype = "bfloat16" if wanted == "auto" else wanted
+    rollout = recipe.actor_rollout_ref.rollout.dtype
+    short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    mixed = {"param_dtype": short, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    return {
+        f"{ARR}.actor.fsdp_config.dtype": dtype,
+        f"{ARR}.ref.fsdp_config.dtype": dtype,
+        f"{ARR}.ref.fsdp_config.model_dtype": recipe.actor_rollout_ref.actor.fsdp_config.model_dtype,
+        f"+{ARR}.actor.fsdp_config.mixed_precision": mixed,
+        f"+{ARR}.ref.fsdp_config.mixed_precision": mixed,
+        f"{ARR}.rollout.dtype": dtype if rollout == "auto" else rollout,
+    }
+
+
+def _actor(recipe: Recipe) -> Overrides:
+    actor = recipe.actor_rollout_ref.actor
+    given = actor.loss_scale_factor
+    return {
+        f"{ARR}.model.path": recipe.actor_rollout_ref.model.path,
+        f"{ARR}.actor.loss_scale_factor": recipe.data.max_response_length if given is None else given,
+        f"{ARR}.actor.optim.zero_indexed_step": actor.optim.zero_indexed_step,
+        f"{ARR}.actor.fsdp_config.seed": recipe.trainer.seed,
+    }
+
+
+def _trainer(recipe: Recipe, total_steps: int) -> Overrides:
+    trainer, address = recipe.trainer, recipe.ray_kwargs.ray_init.address
+    resume_from = trainer.resume_from_path
+    return {
+        "trainer.total_epochs": 1,  # the file holds every prompt of every step
+        "trainer.total_training_steps": total_steps,
+        "trainer.logger": [name for name in as_list(trainer.logger) if name != "jsonl"] + ["file"],
+        "trainer.val_before_train": trainer.val_before_train and trainer.test_freq > 0,
+        "trainer.save_freq": trainer.save_freq if trainer.save_freq > 0 else total_steps,
+        "trainer.default_local_dir": str(Path(trainer.default_local_dir).absolute()),
+        "trainer.resume_from_path": str(Path(resume_from).absolute()) if resume_from else None,
+        "trainer.device": "cuda" if trainer.device == "auto" else trainer.device,
+        "+ray_kwargs.ray_init.address": address or "local",  # never whatever cluster happens to run here
+        "+ray_kwargs.ray_init.runtime_env.env_vars": run_environment(recipe),
+    }
+
+
+def run_environment(recipe: Recipe) -> dict[str, str]:
+    """What every process of verl's needs in its environment, on every node."""
+    folder = Path(recipe.trainer.default_local_dir).absolute()
+    return {
+        "VERL_USE_EXTERNAL_MODULES": ",".join(["ups_rm.distributed.process", *recipe.verl.external_modules]),
+        "VERL_FILE_LOGGER_PATH": str(folder / "verl" / "metrics.jsonl"),
+        "TENSORBOARD_DIR": str(folder / "tensorboard"),
+        "WANDB_DIR": str(folder),
+    }
+
+
+def hydra_value(value: Any) -> str:
+    """A value in Hydra's override grammar; texts are quoted, and `${` stays text."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{hydra_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(hydra_value, value)) + "]"
+    text = str(value).replace("${", "\\${")
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
+def verl_config(overrides: Iterable[str]) -> dict[str, Any]:
+    """verl's whole configuration with the overrides, as its own `main_ppo` composes it; unresolved.
+
+    Raises:
+        RunError: verl is not installed. RecipeError: verl's configuration does not take an override.
+    """
+    from importlib.util import find_spec
+
+    from ups_rm.errors import RunError
+
+    spec = find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise RunError('the verl engine needs verl 0.9.1\n  fix: pip install "ups-rm[verl]"')
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    folder = Path(next(iter(spec.submodule_search_locations))) / "trainer" / "config"
+    try:
+        with initialize_config_dir(str(folder), version_base=None):
+            config = compose("ppo_trainer", overrides=list(overrides))
+    except HydraException as error:
+        raise RecipeError(f"verl 0.9.1 does not take this configuration: {error}") from error
+    container = OmegaConf.to_container(config)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def to_yaml(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

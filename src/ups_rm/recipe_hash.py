@@ -1,0 +1,24 @@
+"""Whether two recipes compute the same training: what a checkpoint of either engine is held against."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from ups_rm.recipe import Recipe
+
+# Settings that may differ between a run and its continuation.
+FREE_TO_CHANGE = ("logger", "total_training_steps", "total_epochs", "test_freq", "save_freq", "val_before_train",
+                  "resume_mode", "resume_from_path", "max_actor_ckpt_to_keep", "default_local_dir", "group_log_dir",
+                  "group_log_freq", "group_log_max_groups", "group_log_max_samples_per_group")  # fmt: skip
+BESIDE_TRAINING = ("prepare", "reward_training", "evaluation", "ray_kwargs", "verl")
+"""Sections that decide nothing in the training; what the first two made is named by its path."""
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 over the settings that decide what training computes."""
+    settings = recipe.as_dict()
+    for section in BESIDE_TRAINING:
+        settings.pop(section)
+    settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in FREE_TO_CHANGE}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

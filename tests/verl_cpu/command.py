@@ -1,0 +1,62 @@
+"""`ups-rm ... --engine verl` on a CPU: the recipe settings and the environment that the shims need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+TIMEOUT = 240.0
+"""Seconds; a run of two steps takes about 50."""
+
+
+def settings(workers: int = 1) -> list[str]:
+    """Recipe overrides: fp32 on `workers` CPU processes, generation by `verl_cpu.rollout`."""
+    quiet = [
+        f"+ray_kwargs.ray_init.num_gpus={workers}",  # a logical resource: verl places its workers by GPU
+        "+ray_kwargs.ray_init.include_dashboard=False",
+        "+ray_kwargs.ray_init.object_store_memory=200000000",
+        "actor_rollout_ref.model.external_lib=verl_cpu.rollout",
+        "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+        "actor_rollout_ref.actor.use_torch_compile=False",
+        "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
+        "actor_rollout_ref.ref.use_torch_compile=False",
+        "actor_rollout_ref.rollout.agent.num_workers=1",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+    ]
+    return [
+        "trainer.device=cpu",
+        f"trainer.n_gpus_per_node={workers}",
+        "actor_rollout_ref.rollout.name=cpu_hf",
+        "actor_rollout_ref.rollout.free_cache_engine=false",
+        "actor_rollout_ref.model.use_remove_padding=false",
+        f"ray_kwargs.ray_init.num_cpus={8 + 4 * workers}",
+        "verl.external_modules=[verl_cpu.platform]",
+        f"verl.time_limit={TIMEOUT - 30}",
+        f"verl.overrides=[{','.join(quiet)}]",
+    ]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {
+        "PYTHONPATH": path,
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def ups_rm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `ups-rm ARGUMENTS` in a process of its own; stdout and stderr together."""
+    return subprocess.run(
+        [sys.executable, "-m", "ups_rm", *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+    )
