@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import VERL_ONLY, Recipe, as_list, known_keys, load_recipe
-from ups_rm.recipe_checks import BETWEEN, KL_ESTIMATORS, LOSS_AGG_MODES, ONE_OF, TEXTS, check_recipe, value_of
+from ups_rm.recipe_checks import BETWEEN, FOR_VERL, KL_ESTIMATORS, LOSS_AGG_MODES, ONE_OF, TEXTS, check_recipe, value_of
 
 KEYS = sorted(known_keys())
 LEAVES = [key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS)]
@@ -230,7 +230,7 @@ def checked(key: str, value: Any) -> str:
     *sections, leaf = key.split(".")
     setattr(value_of(recipe, ".".join(sections)), leaf, value)
     try:
-        check_recipe(recipe)
+        check_recipe(recipe, engine=None if key in FOR_VERL else "local")
     except RecipeError as error:
         return str(error)
     return ""
@@ -374,20 +374,20 @@ def _is_section(statement: Any) -> bool:
 
 
 def test_every_key_is_read_somewhere() -> None:
-    """A key that no code reads would be dropped without a word. The last ones are checked, not used."""
+    """A key that no code reads would be dropped without a word. The last ones are checked, not used. What the verl
+    engine does with each key is in tests/distributed."""
     sources = "\n".join(
         file.read_text(encoding="utf-8")
         for file in (REPO / "src" / "ups_rm").rglob("*.py")
-        if file.name not in ("recipe.py", "recipe_checks.py")
+        if file.name not in ("recipe.py", "recipe_checks.py") and file.parent.name != "distributed"
     )
-    unread = {key for key in LEAVES if not re.search(rf"[.\"]{key.rsplit('.', 1)[-1]}\b", sources)}
+    local = [key for key in LEAVES if key not in FOR_VERL]
+    unread = {key for key in local if not re.search(rf"[.\"]{key.rsplit('.', 1)[-1]}\b", sources)}
     assert unread == {
         "data.prompt_key",
         "data.truncation",
         "actor_rollout_ref.actor.clip_ratio",
         "actor_rollout_ref.actor.fsdp_config.model_dtype",
-        "trainer.nnodes",
-        "trainer.n_gpus_per_node",
     }
 
 
@@ -418,9 +418,10 @@ OURS = {
     "trainer.group_log_freq",
     "trainer.group_log_max_groups",
     "trainer.group_log_max_samples_per_group",
+    "ray_kwargs.ray_init.address",  # an argument of ray.init that verl passes on
 }
 """Keys in verl's sections that verl 0.9.1 does not have."""
-OUR_SECTIONS = ("prepare", "reward_training", "evaluation")
+OUR_SECTIONS = ("prepare", "reward_training", "evaluation", "verl")
 
 
 @pytest.fixture(scope="module")
@@ -493,3 +494,21 @@ def test_a_resolved_recipe_composes_with_verls_own_config(verl_config: dict[str,
             OmegaConf.update(theirs, key, value_of(recipe, key), merge=False)
             assert OmegaConf.select(theirs, key) == value_of(recipe, key) or isinstance(value_of(recipe, key), list)
     assert theirs.actor_rollout_ref.rollout.n == recipe.actor_rollout_ref.rollout.n
+
+
+# ---- the engines
+
+
+OTHER_VALUES: dict[type, Any] = {bool: lambda old: not old, int: lambda old: (old or 0) + 2, list: lambda old: ["a=b"]}
+
+
+@pytest.mark.parametrize("key", FOR_VERL)
+def test_the_local_engine_refuses_what_only_verl_does(key: str) -> None:
+    default = value_of(Recipe(), key)
+    other = {str: "fsdp" if key.endswith("strategy") else "x", float: 0.25}.get(kind_of(key))
+    other = OTHER_VALUES[kind_of(key)](default) if other is None else other
+    message = failure("quickstart", f"{key}={other}")
+    assert message.startswith(f"{key}={other}: only the verl engine does that")
+    assert "fix: ENGINE=verl" in message
+    assert value_of(load_recipe("quickstart", [f"{key}={other}"], engine="verl"), key) == other
+    load_recipe("quickstart", [f"{key}={'null' if default is None else default}"])  # its default is taken

@@ -125,11 +125,18 @@ def test_resuming_by_default_by_folder_and_never(train: Train, tmp_path: Path) -
     assert "is not a checkpoint" in out.replace("\n", " ")
 
 
-def test_an_engine_that_is_not_here_says_so(train: Train) -> None:
-    code, out = train("--engine", "verl")
+def test_an_engine_that_is_not_known_says_so(train: Train) -> None:
+    code, out = train("--engine", "trl")
     assert code == 2
-    assert "ENGINE=verl" in out
-    assert "later version" in out
+    assert "ENGINE=trl is not known; use local or verl" in out
+
+
+def test_verl_needs_a_gpu_and_says_so_before_anything_starts(train: Train, tmp_path: Path) -> None:
+    pytest.importorskip("verl", reason="verl is an extra")
+    code, out = train("--engine", "verl", "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert "trainer.device=cpu: stock verl trains on GPUs" in out.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_reward_model_the_way_out_is_named(
