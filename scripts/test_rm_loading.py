@@ -2,7 +2,7 @@
 
     python scripts/test_rm_loading.py --model_path merge/merged_model/Naive-RM-saferlhf --device cpu
 
-Exit code 1 if a check fails. `ups-rm rm check` does the same with more options.
+Exit code 1 if a check fails. This is the short form of `ups-rm rm check`, which also judges it on labelled data.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def main() -> int:
     )
     arguments = parser.parse_args()
 
-    from ups_rm.reward.check import BATTERY, check_rm
+    from ups_rm.reward.doctor import BATTERY, check_rm
+    from ups_rm.reward.doctor.table import print_report
     from ups_rm.reward.scorer import safe_score
-    from ups_rm.reward.tables import print_report
 
     report = check_rm(arguments.model_path, device=arguments.device, plain=arguments.trust_remote_code)
     print_report(report)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from ups_rm.local.trainer import Trainer
     from ups_rm.models import fetch, resolve_model
     from ups_rm.recipe import Recipe, load_recipe
-    from ups_rm.reward.check import check_rm
+    from ups_rm.reward.doctor import check_rm
     from ups_rm.reward.scorer import RewardScorer
 
 _HOMES = {
     "RewardScorer": "ups_rm.reward.scorer",
-    "check_rm": "ups_rm.reward.check",
+    "check_rm": "ups_rm.reward.doctor",
     "Trainer": "ups_rm.local.trainer",
     "evaluate": "ups_rm.local.evaluate",
     "compare": "ups_rm.evaluation.compare",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from ups_rm.cli.rm_check import CHECK_EPILOG, check
 from ups_rm.cli.rm_serve import SERVE_EPILOG, serve
 from ups_rm.cli.rm_train import FEATURES_EPILOG, TRAIN_EPILOG, TRIM_EPILOG, features, train, trim
 
@@ -23,6 +24,7 @@ app.command(epilog=TRIM_EPILOG)(trim)
 app.command(epilog=FEATURES_EPILOG)(features)
 app.command(epilog=TRAIN_EPILOG)(train)
 app.command(epilog=SERVE_EPILOG)(serve)
+app.command(epilog=CHECK_EPILOG)(check)
 
 
 @app.command(
@@ -46,12 +48,13 @@ def merge(
     from ups_rm.console import console
     from ups_rm.models import resolve_model
     from ups_rm.reward.merge import merge as run
+    from ups_rm.reward.render import read_chat_template
 
     report = run(
         resolve_model(backbone),
         head,
         out,
-        chat_template=_text(chat_template),
+        chat_template=read_chat_template(chat_template),
         end_token=end_token,
         truncation_side=truncation_side,
         max_length=max_length,
@@ -65,48 +68,6 @@ def merge(
         soft_wrap=True,
     )
     console.print(f"RM folder: {report.folder}", soft_wrap=True)
-
-
-@app.command(
-    epilog="Example: ups-rm rm check merge/merged_model/Naive-RM-saferlhf --pairs pairs.jsonl --json check.json"
-)
-def check(
-    folder: Folder,
-    pairs: Annotated[
-        Path | None, typer.Option(help="JSONL of {prompt, safe_response, unsafe_response}: is the sign right?")
-    ] = None,
-    max_pairs: Annotated[int, typer.Option(help="At most this many of them.")] = 200,
-    device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 shows most; auto is what training uses.")] = "float32",
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Also load it with its own code through AutoModel and compare.")
-    ] = False,
-    trust_remote_code: Remote = False,
-    chat_template: Template = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
-) -> None:
-    """May this RM be trained against? Exit code 1 if a check fails."""
-    import json
-
-    from ups_rm.console import console
-    from ups_rm.reward.check import check_rm
-    from ups_rm.reward.tables import print_report
-
-    report = check_rm(
-        folder,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        plain=plain,
-        pairs=_pairs(pairs, max_pairs) if pairs else None,
-        chat_template=_text(chat_template),
-    )
-    print_report(report)
-    if json_out:
-        json_out.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-        console.print(f"report: {json_out}", soft_wrap=True)
-    if not report.ok:
-        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: ups-rm rm card models/my-rm --labels 'PKU-SafeRLHF is_response_i_safe'")
@@ -128,6 +89,7 @@ def card(
     """Write rm_card.json for an RM folder that has none; print the one that is there."""
     from ups_rm.console import console
     from ups_rm.reward.card import CARD_FILE, RMCard, write_card
+    from ups_rm.reward.render import read_chat_template
 
     if (folder / CARD_FILE).is_file() and not force:
         found = RMCard.read(folder)
@@ -138,7 +100,7 @@ def card(
         folder,
         labels=labels,
         policy={"bos": bos, "end_token": end_token, "truncation_side": truncation_side, "max_length": max_length},
-        chat_template=_text(chat_template),
+        chat_template=read_chat_template(chat_template),
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -163,6 +125,7 @@ def score(
     import json
 
     from ups_rm.console import console
+    from ups_rm.reward.render import read_chat_template
     from ups_rm.reward.score_file import read_lines, score_lines
     from ups_rm.reward.scorer import RewardScorer
 
@@ -173,7 +136,7 @@ def score(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         max_batch_tokens=max_batch_tokens,
-        chat_template=_text(chat_template),
+        chat_template=read_chat_template(chat_template),
     )
     if out is None:
         for line in score_lines(scorer, lines):
@@ -185,28 +148,3 @@ def score(
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     temporary.replace(out)
     console.print(f"scored {len(lines)} lines: {out}", soft_wrap=True)
-
-
-def _text(file: Path | None) -> str | None:
-    from ups_rm.errors import RMError
-
-    if file is None:
-        return None
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RMError(f"chat template {file} can't be read: {error}") from error
-
-
-def _pairs(file: Path, limit: int) -> list[tuple[Any, Any]]:
-    from itertools import islice
-
-    from ups_rm.errors import DataError
-    from ups_rm.reward.score_file import read_lines
-
-    found = []
-    for _, conversations in islice(read_lines(file), limit):
-        if "safe_response" not in conversations:
-            raise DataError(f"{file}: lines must have prompt, safe_response and unsafe_response")
-        found.append((conversations["safe_response"], conversations["unsafe_response"]))
-    return found

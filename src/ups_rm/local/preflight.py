@@ -18,7 +18,7 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
         RMError: the RM fails its check and `skip` is not set.
         RunError: `fresh` is asked for, but the run folder holds a run.
     """
-    from ups_rm.reward.check import check_rm
+    from ups_rm.reward.doctor import check_rm
 
     folder, model = Path(recipe.trainer.default_local_dir), recipe.reward_model.model
     if (folder / "policy").exists() and (fresh or find_checkpoint(recipe) is None):

@@ -79,8 +79,8 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
 
 def _check(this: Run, skip: bool) -> None:
     from ups_rm.data.check import check_parquet
-    from ups_rm.reward.check import check_rm
-    from ups_rm.reward.tables import print_report
+    from ups_rm.reward.doctor import check_rm
+    from ups_rm.reward.doctor.table import print_report
 
     model = this.recipe.reward_model.model
     files = [Path(file) for key in ("train_files", "val_files") for file in as_list(getattr(this.recipe.data, key))]

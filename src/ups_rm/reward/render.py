@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal
 
 from ups_rm.errors import RMError
@@ -187,6 +188,20 @@ def chat_template_of(tokenizer: Any) -> str:
             "or put it into the folder as chat_template.jinja"
         )
     return str(tokenizer.get_chat_template())
+
+
+def read_chat_template(file: Path | None) -> str | None:
+    """The text of a template's file; None for None.
+
+    Raises:
+        RMError: it can't be read.
+    """
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RMError(f"chat template {file} can't be read: {error}") from error
 
 
 def template_sha256(tokenizer: Any) -> str:

@@ -170,16 +170,23 @@ class RewardScorer:
         Raises:
             RMError: logits of another shape than (batch, 1).
         """
+        return self.tensor_logits(*pad_batch(rows, side=side))
+
+    def tensor_logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[float]:
+        """Logits of one batch that is padded already; both arguments have shape (B, T).
+
+        Raises:
+            RMError: logits of another shape than (batch, 1).
+        """
         import torch
 
-        input_ids, attention_mask = pad_batch(rows, side=side)
         number_format = compute_context(self.dtype, self.device) if self.native else nullcontext()
         with torch.inference_mode(), number_format:
             answer = self.model(
                 input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
             ).logits
-        if answer.shape != (len(rows), 1):
-            raise RMError(f"the RM gives logits of shape {tuple(answer.shape)}, expected ({len(rows)}, 1)")
+        if answer.shape != (len(input_ids), 1):
+            raise RMError(f"the RM gives logits of shape {tuple(answer.shape)}, expected ({len(input_ids)}, 1)")
         return answer[:, 0].float().tolist()
 
 

@@ -1,0 +1,191 @@
+"""From a folder to a report: load it once, make every check whose ground has not given way, in a bounded time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ups_rm.errors import RMError
+from ups_rm.reward.card import RMCard
+from ups_rm.reward.doctor import direction, loading, plan, reading, scale, speed, template, tricks, truncation
+from ups_rm.reward.doctor.exam import Exam
+from ups_rm.reward.doctor.report import Check, CheckReport, Result
+from ups_rm.reward.native import load_tokenizer, read_config, rm_folder
+from ups_rm.reward.render import RenderPolicy
+from ups_rm.reward.scorer import RewardScorer, default_max_length
+from ups_rm.types import Conversation
+
+
+@dataclass(frozen=True)
+class Step:
+    """One check. It is made unless one of the checks in `needs` failed, or one of those in `sure` did not pass.
+
+    That one is then given as the reason, so that one fault is one finding.
+    """
+
+    section: str
+    name: str
+    run: Callable[[Exam], Result]
+    needs: tuple[str, ...] = ()
+    sure: tuple[str, ...] = ()
+
+
+LOADED, TEXT, READS = "loaded exactly", "template and BOS", "reads the right token"
+_TOKENS = ("tokenizer", "chat template", "end token")
+_ANSWERS = (*_TOKENS, "weights", "vocabulary", "answers", "number range")
+_READ = (*_ANSWERS, "bos", "finite")
+_BATCH = (*_READ, "padding id")
+_DATA = (*_BATCH, "right padding", "card", "head", "golden logits", "spread")
+
+FAST: tuple[Step, ...] = (
+    Step(LOADED, "weights", loading.weights),
+    Step(LOADED, "index", loading.index),
+    Step(LOADED, "tokenizer", loading.tokenizer),
+    Step(LOADED, "vocabulary", loading.vocabulary, ("tokenizer",)),
+    Step(TEXT, "chat template", template.chat_template, ("tokenizer",)),
+    Step(TEXT, "end token", template.end_token, ("tokenizer", "chat template")),
+    Step(LOADED, "answers", plan.answers, (*_TOKENS, "weights", "vocabulary")),
+    Step(LOADED, "number range", loading.number_range, (*_TOKENS, "weights", "vocabulary", "answers")),
+    Step(TEXT, "bos", template.bos, _ANSWERS),
+    Step(TEXT, "template", template.template, _TOKENS),
+    Step(TEXT, "forged turns", template.forged_turns, _TOKENS),
+    Step(TEXT, "policy tokenizer", template.policy_tokenizer, ("tokenizer",)),
+    Step(LOADED, "card", loading.card, (*_TOKENS, "vocabulary", "bos")),
+    Step(LOADED, "head", loading.head, ("weights", "vocabulary", "answers")),
+    Step(LOADED, "golden logits", loading.golden_logits, ("weights", "vocabulary", "answers", "number range", "head")),
+    Step(READS, "finite", reading.finite, _ANSWERS),
+    Step(READS, "padding id", reading.padding_id, _READ),
+    Step(READS, "right padding", reading.right_padding, _BATCH),
+    Step(READS, "left padding", reading.left_padding, _BATCH),
+    Step(READS, "batch", reading.batch, (*_BATCH, "right padding")),
+    Step(READS, "order", reading.order, (*_BATCH, "right padding", "batch")),
+    Step(READS, "missing end", reading.missing_end, _BATCH),
+    Step(READS, "spread", reading.spread, (*_READ, "head")),
+)
+PLAIN = Step(LOADED, "plain transformers", loading.plain_transformers, _READ)
+FULL: tuple[Step, ...] = (
+    Step(READS, "bfloat16", reading.bfloat16, (*_BATCH, "spread")),
+    Step("truncation", "truncation", truncation.truncation, _DATA),
+    Step("direction", "direction", direction.direction, _DATA),
+    Step("scale", "saturation", scale.saturation, _DATA),
+    Step("scale", "groups", scale.groups, _DATA, ("saturation",)),
+    Step("scale", "calibration", scale.calibration, _DATA, ("direction", "saturation")),
+    *(Step("cheap tricks", name, tricks.trick(name), _DATA, ("direction", "saturation")) for name in tricks.TRICKS),
+    Step("speed", "speed", speed.speed, ("tokenizer", "weights", "vocabulary", "answers")),
+)
+
+
+def check_rm(
+    folder: Path | str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    plain: bool = False,
+    chat_template: str | None = None,
+    policy: Path | str | None = None,
+    full: bool = False,
+    pairs: Sequence[tuple[Conversation, Conversation]] | None = None,
+    data: Path | str | None = None,
+    max_pairs: int = 200,
+    seconds: float = 60.0,
+    plot: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Examine an RM folder. The fast part takes a second or two for a small RM; `full` about `seconds`.
+
+    Args:
+        dtype: "float32" shows the finest differences; "auto" is what training uses.
+        trust_remote_code: examine the folder's own Python files instead of ours.
+        plain: also load it through plain AutoModelForTokenClassification with the folder's code, and compare.
+        chat_template: text of a template, for folders whose tokenizer has none.
+        policy: folder or hub id of the policy, whose tokenizer is compared.
+        full: go on with labelled data.
+        pairs: (safer, less safe) conversations; with them the full examination is made.
+        data: labelled rows instead, see `labelled.read_labelled`. With neither, "sample".
+        max_pairs: at most this many rows of the data.
+        seconds: what it may take once it is loaded: a slow RM gets fewer rows, and `say` hears the estimate.
+        plot: where the reliability diagram is written (PNG).
+
+    Raises:
+        DataError: `data` can't be read or has no labels. A folder that can't be loaded is a failed check, no error.
+    """
+    from ups_rm.reward.doctor.labelled import pairs_of, read_labelled
+
+    path, tell, labelled = Path(folder).expanduser(), say or (lambda _text: None), None
+    steps = [*FAST, *([PLAIN] if plain else [])]
+    if full or pairs or data is not None:
+        labelled = pairs_of(pairs) if pairs else read_labelled(data or "sample", max_rows=max_pairs)
+        steps += FULL
+    try:
+        exam, loaded = _load(path, device, dtype, trust_remote_code, chat_template, tell)
+    except RMError as error:
+        finding, _, way_out = str(error).partition("\n  fix: ")
+        load = Check("fail", finding, way_out=way_out, name="load", section=LOADED)
+        return CheckReport(path, dtype, (load, *(_skipped(step, "load") for step in steps)))
+    exam.policy, exam.seconds, exam.plot = None if policy is None else str(policy), seconds, plot
+    exam.data, exam.tell = labelled, tell
+    exam.known["load"] = loaded
+    for step in steps:
+        exam.known[step.name] = _make(step, exam)
+    logits = tuple(exam.alone) if exam.known["finite"].verdict in ("pass", "fail") else ()
+    order = list(dict.fromkeys(step.section for step in steps))
+    checks = sorted(exam.known.values(), key=lambda check: order.index(check.section))
+    return CheckReport(path, exam.dtype, tuple(checks), logits)
+
+
+def _make(step: Step, exam: Exam) -> Check:
+    """The step's result as a check; whatever the RM's code raises is a finding about the RM."""
+    for names, verdicts in ((step.needs, ("fail",)), (step.sure, ("fail", "warn"))):
+        for name in names:
+            if name in exam.known and exam.known[name].verdict in verdicts:
+                return _skipped(step, name)
+    try:
+        result = step.run(exam)
+    except Exception as error:  # a folder's own code may raise anything
+        finding, _, way_out = str(error).partition("\n  fix: ")
+        kind = "" if isinstance(error, RMError) else f"{type(error).__name__}: "
+        result = Result("fail", f"{kind}{finding}", way_out=way_out)
+    return Check(**vars(result), name=step.name, section=step.section)
+
+
+def _skipped(step: Step, cause: str) -> Check:
+    details = {"because_of": cause}
+    return Check("skip", f"because of {cause}", details=details, name=step.name, section=step.section)
+
+
+def _load(
+    path: Path,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    chat_template: str | None,
+    tell: Callable[[str], None],
+) -> tuple[Exam, Check]:
+    """The folder without the card's verification: the card gets checks of its own."""
+    from ups_rm.device import compute_dtype
+    from ups_rm.reward.native import load_model
+
+    config = read_config(rm_folder(path))
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    number_format = compute_dtype(dtype, device)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if size > 2**31:
+        tell(f"loading {size / 1e9:.1f} GB of weights")
+    model = load_model(path, dtype=number_format, device=device, trust_remote_code=trust_remote_code)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    card, card_error = None, ""
+    try:
+        card = RMCard.read(path)
+    except RMError as error:
+        card_error = str(error)
+    policy = card.render if card else RenderPolicy.infer(tokenizer, max_length=default_max_length(config, tokenizer))
+    scorer = RewardScorer(
+        model, tokenizer, policy, card=card, device=device, dtype=number_format, native=not trust_remote_code
+    )
+    finding = f"all {count:,} weights are in the folder, none is left over"
+    loaded = Check("pass", finding, float(count), name="load", section="loaded exactly")
+    return Exam(path, scorer, config, card, card_error), loaded

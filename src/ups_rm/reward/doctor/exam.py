@@ -1,0 +1,97 @@
+"""The folder under examination: loaded once, asked lazily, and shared by all checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ups_rm.reward.card import RMCard
+from ups_rm.reward.doctor.battery import BATTERY
+from ups_rm.reward.doctor.report import Check
+from ups_rm.reward.render import render
+from ups_rm.reward.scorer import RewardScorer
+
+if TYPE_CHECKING:
+    import torch
+
+    from ups_rm.reward.doctor.labelled import Labelled
+
+# Largest difference between paddings, batches and orders, as a share of the largest logit (of 1, if that is smaller):
+# rounding, not another reading. bfloat16 and float16: what these formats differ from float32 by (SmolLM2-135M, 8
+# conversations), so a difference below it is not told from rounding; the check `bfloat16` measures it for each RM.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
+
+
+@dataclass
+class Exam:
+    """What checks work on.
+
+    path, config: the folder and its config.json as it stands.
+    card: rm_card.json, None if there is none or it can't be read (`card_error` says why).
+    data: labelled conversations; None in the fast part.
+    policy: folder or hub id of the policy that will be trained, if known.
+    seconds: what the whole may take. trick_replies: how many replies of each label are tricked.
+    plot: where the reliability diagram goes.
+    tell: hears how long it will take. known: the checks made so far.
+    """
+
+    path: Path
+    scorer: RewardScorer
+    config: dict[str, Any]
+    card: RMCard | None
+    card_error: str = ""
+    data: Labelled | None = None
+    policy: str | None = None
+    seconds: float = 60.0
+    trick_replies: int = 24
+    plot: Path | None = None
+    tell: Callable[[str], None] = print
+    known: dict[str, Check] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.scorer.dtype).removeprefix("torch.")
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE.get(self.dtype, TOLERANCE["bfloat16"])
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """Token ids of BATTERY, as the card renders them."""
+        return [row.input_ids for row in render(self.scorer.tokenizer, list(BATTERY), self.scorer.policy)]
+
+    @cached_property
+    def alone(self) -> list[float]:
+        """Logits of BATTERY, each conversation by itself, finite or not."""
+        return [self.scorer.batch_logits([row])[0] for row in self.rows]
+
+    @cached_property
+    def embedding_rows(self) -> int:
+        """How many token ids the backbone knows."""
+        return int(self.scorer.model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def data_logits(self) -> torch.Tensor:
+        """Logits of the labelled conversations, in their order. Shape (N,)."""
+        import torch
+
+        assert self.data is not None
+        return torch.tensor([score.logit for score in self.scorer.score(self.data.conversations)], dtype=torch.float64)
+
+    def padded(self, fill: int, *, side: Literal["left", "right"] = "right") -> list[float]:
+        """Logits of BATTERY in one batch whose padding, masked as always, is token id `fill`."""
+        from ups_rm.reward.scorer import pad_batch
+
+        input_ids, attention_mask = pad_batch(self.rows, side=side)
+        return self.scorer.tensor_logits(input_ids.masked_fill(attention_mask == 0, fill), attention_mask)
+
+    def worst(self, found: Sequence[float], expected: Sequence[float] | None = None) -> float:
+        """Largest difference from `expected` (default: each alone) as a share of the largest logit; NaN is inf."""
+        expected = self.alone if expected is None else expected
+        scale = max([1.0, *map(abs, expected)])
+        differences = [abs(a - b) / scale for a, b in zip(expected, found, strict=True)]
+        return max(float("inf") if difference != difference else difference for difference in differences)
