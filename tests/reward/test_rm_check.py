@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tiny import llama3_tokenizer, tiny_backbone, tiny_head, tiny_rm
 from ups_rm.cli.rm import app
 from ups_rm.errors import DataError, RMError
-from ups_rm.reward.check import check_rm
+from ups_rm.reward.doctor import check_rm
 from ups_rm.reward.merge import merge
 from ups_rm.reward.scorer import RewardScorer
 
@@ -63,30 +63,34 @@ def pairs_by(rm: Path, *, turned: bool):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sound_rm_passes_everything(tmp_path, architecture, dtype):
     rm = tiny_rm(tmp_path / f"sound-{architecture}", architecture=architecture)
-    report = check_rm(rm, dtype=dtype, plain=True, pairs=pairs_by(rm, turned=False))
+    report = check_rm(rm, dtype=dtype, plain=True, policy=rm)
     assert set(verdicts(report).values()) == {"pass"}, report
     assert report.ok
-    assert len(report.checks) == 14
+    assert len(report.checks) >= 25
     assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
 
 def test_a_lost_weight_fails_and_stops(rm):
     rewrite(rm / "myrm.safetensors", lambda tensors: tensors.pop("myscore.layers.0.bias"))
     report = check_rm(rm)
-    assert verdicts(report) == {"load": "fail"}
-    assert "myscore.layers.0.bias" in report.checks[0].finding
+    assert report["load"].verdict == "fail"
+    assert {check.verdict for check in report.checks if check.name != "load"} == {"skip"}
+    assert "myscore.layers.0.bias" in report["load"].finding
 
 
 def test_another_head_fails_golden_logits_alone(rm):
     rewrite(rm / "myrm.safetensors", lambda tensors: tensors["myscore.output_layer.weight"].mul_(-1))
     report = check_rm(rm)
-    assert {name for name, verdict in verdicts(report).items() if verdict != "pass"} == {"golden logits"}
+    assert [check.name for check in report.of("warn", "fail")] == ["golden logits"]
 
 
 def test_a_changed_card_fails_card(rm):
     card = json.loads((rm / "rm_card.json").read_text())
-    (rm / "rm_card.json").write_text(json.dumps(card | {"chat_template_sha256": "0"}))
-    assert verdicts(check_rm(rm))["card"] == "fail"
+    for name, value in (("hidden_dim_str", "16"), ("sign", "lower = less safe"), ("max_length", 4), ("golden", 1)):
+        (rm / "rm_card.json").write_text(json.dumps(card | {name: value}))
+        report = check_rm(rm)
+        assert [check.name for check in report.of("fail")] == ["card"]
+        assert name in report["card"].finding
 
 
 def test_no_card_is_a_warning_with_a_way_out(rm):
@@ -103,9 +107,11 @@ def test_a_constant_rm_fails_spread(rm):
     assert verdicts(check_rm(rm))["spread"] == "fail"
 
 
-def test_nan_weights_fail_finite(rm):
+def test_nan_weights_fail(rm):
     rewrite(rm / "myrm.safetensors", lambda tensors: tensors["myscore.output_layer.bias"].fill_(torch.nan))
-    assert verdicts(check_rm(rm))["finite"] == "fail"
+    report = check_rm(rm)
+    assert report["weights"].verdict == "fail"
+    assert "myscore.output_layer.bias" in report["weights"].finding
 
 
 def test_a_stray_index_warns(rm):

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForTokenClassification, LlamaForSe
 from tiny import LLAMA3_TEMPLATE, head_tensors, llama3_tokenizer, tiny_backbone, tiny_rm
 from ups_rm.errors import RMError
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, RMCard, write_card
-from ups_rm.reward.check import check_rm
+from ups_rm.reward.doctor import check_rm
 from ups_rm.reward.render import render
 from ups_rm.reward.scorer import RewardScorer
 

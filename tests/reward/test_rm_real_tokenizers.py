@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tiny import tiny_head
-from ups_rm.reward.check import check_rm
+from ups_rm.reward.doctor import check_rm
 from ups_rm.reward.merge import merge
 from ups_rm.reward.native import load_tokenizer
 from ups_rm.reward.render import RenderPolicy, render

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ups_rm.errors import RMError
@@ -21,7 +21,8 @@ from ups_rm.types import Conversation
 class Step:
     """One check. It is made unless one of the checks in `needs` failed, or one of those in `sure` did not pass.
 
-    That one is then given as the reason, so that one fault is one finding.
+    A warning of it is put down to one of those in `blames` that warned before. In each case the verdict is "skip" and
+    the other check is named, so that one fault is one finding.
     """
 
     section: str
@@ -29,10 +30,11 @@ class Step:
     run: Callable[[Exam], Result]
     needs: tuple[str, ...] = ()
     sure: tuple[str, ...] = ()
+    blames: tuple[str, ...] = ()
 
 
 LOADED, TEXT, READS = "loaded exactly", "template and BOS", "reads the right token"
-_TOKENS = ("tokenizer", "chat template", "end token")
+_TOKENS = ("tokenizer", "bos token", "chat template", "end token")
 _ANSWERS = (*_TOKENS, "weights", "vocabulary", "answers", "number range")
 _READ = (*_ANSWERS, "bos", "finite")
 _BATCH = (*_READ, "padding id")
@@ -43,8 +45,9 @@ FAST: tuple[Step, ...] = (
     Step(LOADED, "index", loading.index),
     Step(LOADED, "tokenizer", loading.tokenizer),
     Step(LOADED, "vocabulary", loading.vocabulary, ("tokenizer",)),
-    Step(TEXT, "chat template", template.chat_template, ("tokenizer",)),
-    Step(TEXT, "end token", template.end_token, ("tokenizer", "chat template")),
+    Step(TEXT, "bos token", template.bos_token, ("tokenizer",)),
+    Step(TEXT, "chat template", template.chat_template, ("tokenizer", "bos token")),
+    Step(TEXT, "end token", template.end_token, ("tokenizer", "bos token", "chat template")),
     Step(LOADED, "answers", plan.answers, (*_TOKENS, "weights", "vocabulary")),
     Step(LOADED, "number range", loading.number_range, (*_TOKENS, "weights", "vocabulary", "answers")),
     Step(TEXT, "bos", template.bos, _ANSWERS),
@@ -64,15 +67,17 @@ FAST: tuple[Step, ...] = (
     Step(READS, "spread", reading.spread, (*_READ, "head")),
 )
 PLAIN = Step(LOADED, "plain transformers", loading.plain_transformers, _READ)
+_TOLD = ("direction", "saturation")  # without them, no figure about the labels means anything
+_RENDERED = ("end token", "bos", "template")  # read in another form than it was trained on
 FULL: tuple[Step, ...] = (
     Step(READS, "bfloat16", reading.bfloat16, (*_BATCH, "spread")),
     Step("truncation", "truncation", truncation.truncation, _DATA),
-    Step("direction", "direction", direction.direction, _DATA),
-    Step("scale", "saturation", scale.saturation, _DATA),
-    Step("scale", "groups", scale.groups, _DATA, ("saturation",)),
-    Step("scale", "calibration", scale.calibration, _DATA, ("direction", "saturation")),
-    *(Step("cheap tricks", name, tricks.trick(name), _DATA, ("direction", "saturation")) for name in tricks.TRICKS),
-    Step("speed", "speed", speed.speed, ("tokenizer", "weights", "vocabulary", "answers")),
+    Step("direction", "direction", direction.direction, _DATA, (), _RENDERED),
+    Step("scale", "saturation", scale.saturation, _DATA, (), _RENDERED),
+    Step("scale", "groups", scale.groups, _DATA, ("saturation",), _RENDERED),
+    Step("scale", "calibration", scale.calibration, _DATA, _TOLD, _RENDERED),
+    *(Step("cheap tricks", name, tricks.trick(name), _DATA, _TOLD, _RENDERED) for name in tricks.TRICKS),
+    Step("speed", "speed", speed.speed, (*_TOKENS, "weights", "vocabulary", "answers")),
 )
 
 
@@ -122,6 +127,7 @@ def check_rm(
         exam, loaded = _load(path, device, dtype, trust_remote_code, chat_template, tell)
     except RMError as error:
         finding, _, way_out = str(error).partition("\n  fix: ")
+        way_out = way_out or "make the folder again from its backbone and head: `ups-rm rm merge`"
         load = Check("fail", finding, way_out=way_out, name="load", section=LOADED)
         return CheckReport(path, dtype, (load, *(_skipped(step, "load") for step in steps)))
     exam.policy, exam.seconds, exam.plot = None if policy is None else str(policy), seconds, plot
@@ -137,6 +143,7 @@ def check_rm(
 
 def _make(step: Step, exam: Exam) -> Check:
     """The step's result as a check; whatever the RM's code raises is a finding about the RM."""
+    warned = [name for name in step.blames if exam.known[name].verdict == "warn"]
     for names, verdicts in ((step.needs, ("fail",)), (step.sure, ("fail", "warn"))):
         for name in names:
             if name in exam.known and exam.known[name].verdict in verdicts:
@@ -147,6 +154,9 @@ def _make(step: Step, exam: Exam) -> Check:
         finding, _, way_out = str(error).partition("\n  fix: ")
         kind = "" if isinstance(error, RMError) else f"{type(error).__name__}: "
         result = Result("fail", f"{kind}{finding}", way_out=way_out)
+    if result.verdict == "warn" and warned:
+        details = result.details | {"because_of": warned[0]}
+        result = replace(result, verdict="skip", finding=f"because of {warned[0]}: {result.finding}", details=details)
     return Check(**vars(result), name=step.name, section=step.section)
 
 

@@ -122,11 +122,22 @@ def _bare(text: str) -> str:
 
 
 def vocabulary(exam: Exam) -> Result:
-    """Rows of the embedding against the tokenizer's ids and config.json. A pad token beyond it is never read."""
+    """Rows of the embedding against the tokenizer's ids and config.json.
+
+    Special tokens beyond it that no rendering has (an added pad, an unk that byte-level tokenizers never need) may be.
+    """
     own, rows = exam.scorer.tokenizer, exam.embedding_rows
     told = exam.config.get("vocab_size")
-    beyond = {token: i for token, i in own.get_vocab().items() if i >= rows and i != own.pad_token_id}
-    details = {"embedding": rows, "tokenizer": len(own), "config": told}
+    written = f"{own.chat_template} {exam.scorer.policy.end_token}"
+    special = {i for i, token in own.added_tokens_decoder.items() if token.special} - {own.bos_token_id}
+    over = {token: i for token, i in own.get_vocab().items() if i >= rows}
+    beyond = {token: i for token, i in over.items() if i not in special or token in written}
+    details = {
+        "embedding": rows,
+        "tokenizer": len(own),
+        "config": told,
+        "unused_beyond": sorted(set(over) - set(beyond)),
+    }
     if beyond:
         token = min(beyond, key=lambda one: beyond[one])
         finding = (

@@ -18,7 +18,7 @@ def print_report(report: CheckReport) -> None:
         table.add_column(column, justify="right" if column in ("number", "limit") else "left")
     section = ""
     for one in report.checks:
-        if "because_of" in one.details:
+        if "because_of" in one.details and one.number is None:
             continue
         if one.section != section:
             section = one.section
@@ -31,7 +31,7 @@ def print_report(report: CheckReport) -> None:
         _print_way_out(one)
     blocked: dict[str, list[str]] = {}
     for one in report.of("skip"):
-        if "because_of" in one.details:
+        if "because_of" in one.details and one.number is None:
             blocked.setdefault(one.details["because_of"], []).append(one.name)
     for cause, names in blocked.items():
         console.print(f"skipped because of {cause}: {', '.join(names)}", markup=False, soft_wrap=True)

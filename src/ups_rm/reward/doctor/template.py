@@ -39,13 +39,20 @@ def chat_template(exam: Exam) -> Result:
     return Result("pass", f"{markers}{agrees} ({found[:12]}...)", details={"sha256": found, "pieces": pieces})
 
 
+def bos_token(exam: Exam) -> Result:
+    """Has the tokenizer the BOS that the card wants?"""
+    own, wanted = exam.scorer.tokenizer, exam.scorer.policy.bos
+    if own.bos_token_id is None and wanted == "one":
+        way_out = "the tokenizer of the RM's own backbone, which has one"
+        return Result("fail", "missing BOS: the card wants one, the tokenizer has none", 0.0, 1.0, way_out)
+    token = "none" if own.bos_token_id is None else f"{own.bos_token} (id {own.bos_token_id})"
+    return Result("pass", f"the tokenizer's BOS: {token}; the card says {wanted!r}")
+
+
 def bos(exam: Exam) -> Result:
     """How many BOS tokens renderings begin with, who writes them, and what the tokenizer would add by itself."""
     own, wanted = exam.scorer.tokenizer, 1 if exam.scorer.policy.bos == "one" else 0
     if own.bos_token_id is None:
-        if wanted:
-            way_out = "the tokenizer of the RM's own backbone, which has one"
-            return Result("fail", "missing BOS: the card wants one, the tokenizer has none", 0.0, 1.0, way_out)
         return Result("pass", "the tokenizer has no BOS, the card wants none", 0.0, 0.0)
     leading = {_leading(row, own.bos_token_id) for row in exam.rows}
     if leading != {wanted}:
