@@ -42,10 +42,10 @@ def serve(
 ) -> None:
     """Answer /score, OpenRLHF's /get_reward and vLLM's /classify until SIGTERM or Ctrl-C, losing nothing accepted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to the web server
-    from ups_rm.cli.rm import _text
     from ups_rm.console import console
     from ups_rm.reward.client import TOKEN_VARIABLE
     from ups_rm.reward.native import load_tokenizer
+    from ups_rm.reward.render import read_chat_template
     from ups_rm.reward.scorer import RewardScorer
     from ups_rm.reward.server import Limits, RewardServer, listen
     from ups_rm.reward.server_guard import read_token
@@ -60,7 +60,7 @@ def serve(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             max_batch_tokens=max_batch_tokens,
-            chat_template=_text(chat_template),
+            chat_template=read_chat_template(chat_template),
         )
         for one in device or ["cpu"]
     ]
