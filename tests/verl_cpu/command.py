@@ -39,22 +39,24 @@ def settings(workers: int = 1) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
+def environment(dump: Path | None = None) -> dict[str, str]:
+    """What the shims read; `dump`: where the sampled token ids go."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
         "PYTHONPATH": path,
         "VERL_PLATFORM": "cpu",
+        "VERL_CPU_DUMP": str(dump or os.devnull),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
 
 
-def ups_rm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def ups_rm(*arguments: str | Path, dump: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `ups-rm ARGUMENTS` in a process of its own; stdout and stderr together."""
     return subprocess.run(
         [sys.executable, "-m", "ups_rm", *map(str, arguments)],
-        env=environment(),
+        env=environment(dump),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,8 @@
 """Generation on a CPU behind verl's rollout registry, in place of vLLM (`rollout.name=cpu_hf`).
 
-Each replica is a Ray actor with a copy of the policy; verl's checkpoint engine pushes the trained weights to it.
+Each replica is a Ray actor with a copy of the policy; verl's checkpoint engine pushes the trained weights to it. What
+it samples is a function of seed, weights and prompt, so that a resumed run can be compared with one that ran through;
+and it is written to VERL_CPU_DUMP, since verl's own dumps hold no token ids.
 Loaded by `actor_rollout_ref.model.external_lib` in the workers, which is also where verl's FSDP engine has to learn
 that it runs on the device "cpu".
 """
@@ -8,7 +10,11 @@ that it runs on the device "cpu".
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import zlib
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -38,7 +44,7 @@ class Server:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(1)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.asked = seed, Counter[str]()
         config = AutoConfig.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         self.eos, self.limit = AutoTokenizer.from_pretrained(path).eos_token_id, limit
@@ -63,6 +69,9 @@ class Server:
             raise RuntimeError("no weights have come from the trainer")
         async with self.lock:
             tokens, logprobs, ended = self.sample(prompt_ids, sampling_params)
+            row = {"weights": self.step, "prompt": prompt_ids, "tokens": tokens, "logprobs": logprobs}
+            with Path(os.environ["VERL_CPU_DUMP"]).open("a", encoding="utf-8") as dump:
+                dump.write(json.dumps(row) + "\n")
         return TokenOutput(
             token_ids=tokens,
             log_probs=logprobs if sampling_params.get("logprobs") else None,
@@ -74,6 +83,9 @@ class Server:
     def sample(self, prompt_ids: list[int], settings: dict[str, Any]) -> tuple[list[int], list[float], bool]:
         tokens: list[int] = []
         logprobs: list[float] = []
+        question = f"{self.seed} {self.step} {prompt_ids}"
+        self.asked[question] += 1
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{question} {self.asked[question]}".encode()))
         temperature = float(settings.get("temperature", 1.0))
         now, past = torch.tensor([prompt_ids]), None
         for _ in range(self.limit):
@@ -81,7 +93,7 @@ class Server:
             past = out.past_key_values
             logits = out.logits[0, -1]
             logp = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
-            drawn = torch.multinomial(logp.exp(), 1, generator=self.generator) if temperature > 0 else logp.argmax()
+            drawn = torch.multinomial(logp.exp(), 1, generator=generator) if temperature > 0 else logp.argmax()
             tokens.append(int(drawn))
             logprobs.append(float(logp[tokens[-1]]))
             if tokens[-1] == self.eos:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
+from ups_rm.data.batches import select_prompts, steps_per_epoch
+from ups_rm.data.prompts import read_prompts
 from ups_rm.distributed.launch import VerlProcess, python_command
 from ups_rm.distributed.prompts import PromptFiles, lay_out_prompts
 from ups_rm.distributed.translate import check_for_verl, run_environment, to_yaml, verl_config, verl_overrides
@@ -227,10 +229,19 @@ def check_machine(recipe: Recipe, *, rm_follows: bool = False) -> None:
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Print the recipe, verl's command and verl's configuration; nothing is downloaded, loaded or written."""
+    """Print verl's configuration and command; nothing is downloaded, loaded or written.
+
+    Steps are counted from the prompt files, before overlong prompts are left out; where these are not there yet, they
+    are `trainer.total_training_steps`, else 0.
+    """
     folder = Path(recipe.trainer.default_local_dir) / "verl"
     check_for_verl(recipe)
-    steps = recipe.trainer.total_training_steps or 0
+    given = recipe.trainer.total_training_steps
+    steps = given or 0
+    if all(Path(file).is_file() for file in as_list(recipe.data.train_files)):
+        rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
+        steps = steps_per_epoch(len(rows), recipe.data) * recipe.trainer.total_epochs
+        steps = steps if given is None else min(steps, given)
     overrides = verl_overrides(
         recipe, train_files=folder / "train.parquet", val_files=folder / "val.parquet", total_steps=steps
     )

@@ -28,8 +28,6 @@ from ups_rm.errors import RunError, UpsRmError
 
 MARK = "UPS_RM_VERL_RUN"
 """Environment variable that every process of a run carries."""
-GRACE = 20.0
-"""Seconds that verl gets to end by itself after Ctrl-C."""
 TAIL = 2000
 """Last lines of verl's output that are searched for the error."""
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -45,6 +43,7 @@ class VerlProcess:
         metrics_file: what verl's `file` tracker writes, read as it grows.
         on_metrics: called with (metrics, step) for each new line of it.
         time_limit, silence_limit: seconds; negative: none.
+        grace: seconds that verl gets to end by itself after Ctrl-C.
     """
 
     command: Sequence[str]
@@ -54,6 +53,7 @@ class VerlProcess:
     on_metrics: Callable[[dict[str, float], int], None]
     time_limit: float = -1.0
     silence_limit: float = -1.0
+    grace: float = 20.0
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
     _heard: float = 0.0
@@ -135,7 +135,7 @@ class VerlProcess:
 
     def _end(self, process: Popen[str]) -> None:
         """Ask (SIGINT), wait, then insist: the driver and its group."""
-        for number, seconds in ((signal.SIGINT, GRACE), (signal.SIGKILL, GRACE)):
+        for number, seconds in ((signal.SIGINT, self.grace), (signal.SIGKILL, 20.0)):
             if process.poll() is not None:
                 return
             os.killpg(process.pid, number)

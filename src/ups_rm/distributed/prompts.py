@@ -17,6 +17,7 @@ from typing import Any
 
 from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, read_prompts
+from ups_rm.errors import RecipeError
 from ups_rm.recipe import Recipe, as_list
 
 
@@ -43,6 +44,10 @@ def lay_out_prompts(recipe: Recipe, tokenizer: Any, folder: Path) -> PromptFiles
     total_steps = steps_per_epoch(len(rows), data) * recipe.trainer.total_epochs
     if recipe.trainer.total_training_steps is not None:
         total_steps = min(total_steps, recipe.trainer.total_training_steps)
+    if not held_out:
+        if recipe.trainer.test_freq > 0:
+            raise RecipeError("trainer.test_freq asks for validation, but no prompt of data.val_files is left for it")
+        held_out = rows[:1]  # verl wants a file with rows, also where it never validates
     files = PromptFiles(folder / "train.parquet", folder / "val.parquet", total_steps)
     folder.mkdir(parents=True, exist_ok=True)
     _write(files.train, [row for batch in islice(prompt_batches(rows, data), total_steps) for row in batch])

@@ -8,6 +8,7 @@ default.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,10 @@ TRACKERS = ("console", "wandb", "tensorboard", "mlflow", "swanlab", "clearml", "
 """Trackers that are verl's as well."""
 
 
+PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
+NOT_TEXT = ("null", "true", "false", "nan", "inf", "yes", "no", "on", "off")
+
+
 def verl_overrides(recipe: Recipe, *, train_files: Path, val_files: Path, total_steps: int) -> list[str]:
     """The recipe as Hydra overrides of verl's `ppo_trainer` configuration.
 
@@ -153,6 +158,12 @@ def check_for_verl(recipe: Recipe) -> None:
     if replies % gpus:
         raise RecipeError(
             f"data.train_batch_size * {ARR}.rollout.n = {replies} replies can't be divided evenly among {gpus} GPUs"
+        )
+    ray = recipe.ray_kwargs.ray_init
+    if ray.address and ray.num_cpus is not None:
+        raise RecipeError(
+            f"ray_kwargs.ray_init.num_cpus={ray.num_cpus}, but ray_kwargs.ray_init.address={ray.address} names a "
+            "cluster that runs already: Ray takes one of them"
         )
     _check_free_overrides(recipe)
 
@@ -240,7 +251,7 @@ def run_environment(recipe: Recipe) -> dict[str, str]:
 
 
 def hydra_value(value: Any) -> str:
-    """A value in Hydra's override grammar; texts are quoted, and `${` stays text."""
+    """A value in Hydra's override grammar; texts are quoted unless they are plain words, and `${` stays text."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -251,8 +262,12 @@ def hydra_value(value: Any) -> str:
         return "{" + ",".join(f"{key}:{hydra_value(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(hydra_value, value)) + "]"
-    text = str(value).replace("${", "\\${")
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    text = str(value)
+    if PLAIN.fullmatch(text) and text.lower() not in NOT_TEXT:
+        return text
+    # a backslash is itself except before a quote, and before `${`, which it makes text
+    text = re.sub(r"(\\*)('|\$\{|$)", lambda found: found[1] * 2 + ("\\" if found[2] else "") + found[2], text)
+    return f"'{text}'"
 
 
 def verl_config(overrides: Iterable[str]) -> dict[str, Any]:
