@@ -20,4 +20,8 @@ def verl_overrides(recipe: Recipe) -> dict[str, Any]:
         "+reward.ups_rm.dtype": settings.model.dtype,
         "+reward.ups_rm.trust_remote_code": settings.model.trust_remote_code,
         "+reward.ups_rm.max_batch_tokens": settings.max_batch_tokens,
+        "+trainer.group_log_dir": str(Path(recipe.trainer.group_log_dir).absolute()),
+        "+trainer.group_log_freq": recipe.trainer.group_log_freq,
+        "+trainer.group_log_max_groups": recipe.trainer.group_log_max_groups,
+        "+trainer.group_log_max_samples_per_group": recipe.trainer.group_log_max_samples_per_group,
     }
