@@ -248,7 +248,7 @@ def test_float16_that_overflows_fails_by_the_module(rm_folder: Path, tmp_path: P
 
     folder = shutil.copytree(rm_folder, tmp_path / "rm")
     float16(folder)
-    monkeypatch.setattr("ups_rm.device.compute_dtype", lambda name, device="cpu": torch.float16)
+    monkeypatch.setattr("ups_rm.reward.doctor.check.compute_dtype", lambda name, device="cpu": torch.float16)
     report = check_rm(folder)
     assert [check.name for check in report.of("fail")] == ["number range"]
     assert "float16 overflows, first at model." in report["number range"].finding
@@ -274,8 +274,9 @@ def test_cli_draws_and_explains(rm_folder: Path, tmp_path: Path) -> None:
     for words in (
         "loaded exactly",
         "reads the right token",
-        "skipped because of direction: calibration",
+        "skipped because of direction: doubled",
         "may be trained against",
         "policy and RM cut",
     ):
         assert words in done.output
+    assert plot.is_file()

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ups_rm.device import compute_dtype
 from ups_rm.errors import RMError
 from ups_rm.reward.card import RMCard
 from ups_rm.reward.doctor import direction, loading, plan, reading, scale, speed, template, tricks, truncation
 from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.report import Check, CheckReport, Result
-from ups_rm.reward.native import load_tokenizer, read_config, rm_folder
+from ups_rm.reward.native import load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import RenderPolicy
 from ups_rm.reward.scorer import RewardScorer, default_max_length
 from ups_rm.types import Conversation
@@ -75,7 +76,7 @@ FULL: tuple[Step, ...] = (
     Step("direction", "direction", direction.direction, _DATA, (), _RENDERED),
     Step("scale", "saturation", scale.saturation, _DATA, (), _RENDERED),
     Step("scale", "groups", scale.groups, _DATA, ("saturation",), _RENDERED),
-    Step("scale", "calibration", scale.calibration, _DATA, _TOLD, _RENDERED),
+    Step("scale", "calibration", scale.calibration, (*_DATA, *_TOLD), (), (*_RENDERED, *_TOLD)),
     *(Step("cheap tricks", name, tricks.trick(name), _DATA, _TOLD, _RENDERED) for name in tricks.TRICKS),
     Step("speed", "speed", speed.speed, (*_TOKENS, "weights", "vocabulary", "answers")),
 )
@@ -174,28 +175,28 @@ def _load(
     tell: Callable[[str], None],
 ) -> tuple[Exam, Check]:
     """The folder without the card's verification: the card gets checks of its own."""
-    from ups_rm.device import compute_dtype
-    from ups_rm.reward.native import load_model
-
     config = read_config(rm_folder(path))
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    number_format = compute_dtype(dtype, device)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if size > 2**31:
         tell(f"loading {size / 1e9:.1f} GB of weights")
-    model = load_model(path, dtype=number_format, device=device, trust_remote_code=trust_remote_code)
-    count = sum(parameter.numel() for parameter in model.parameters())
     card, card_error = None, ""
     try:
         card = RMCard.read(path)
     except RMError as error:
         card_error = str(error)
-    policy = card.render if card else RenderPolicy.infer(tokenizer, max_length=default_max_length(config, tokenizer))
-    scorer = RewardScorer(
-        model, tokenizer, policy, card=card, device=device, dtype=number_format, native=not trust_remote_code
-    )
+
+    def load(name: str) -> RewardScorer:
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        number_format = compute_dtype(name, device)
+        model = load_model(path, dtype=number_format, device=device, trust_remote_code=trust_remote_code)
+        limit = default_max_length(config, tokenizer)
+        policy = card.render if card else RenderPolicy.infer(tokenizer, max_length=limit)
+        native = not trust_remote_code
+        return RewardScorer(model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native)
+
+    exam = Exam(path, load(dtype), config, card, load, card_error)
+    count = sum(parameter.numel() for parameter in exam.network.parameters())
     finding = f"all {count:,} weights are in the folder, none is left over"
-    loaded = Check("pass", finding, float(count), name="load", section="loaded exactly")
-    return Exam(path, scorer, config, card, card_error), loaded
+    return exam, Check("pass", finding, float(count), name="load", section=LOADED)

@@ -32,6 +32,7 @@ class Exam:
     path, config: the folder and its config.json as it stands.
     card: rm_card.json, None if there is none or it can't be read (`card_error` says why).
     data: labelled conversations; None in the fast part.
+    reload: the same folder in another number format, by name.
     policy: folder or hub id of the policy that will be trained, if known.
     seconds: what the whole may take. trick_replies: how many replies of each label are tricked.
     plot: where the reliability diagram goes.
@@ -42,6 +43,7 @@ class Exam:
     scorer: RewardScorer
     config: dict[str, Any]
     card: RMCard | None
+    reload: Callable[[str], RewardScorer]
     card_error: str = ""
     data: Labelled | None = None
     policy: str | None = None
@@ -50,6 +52,14 @@ class Exam:
     plot: Path | None = None
     tell: Callable[[str], None] = print
     known: dict[str, Check] = field(default_factory=dict)
+
+    @property
+    def network(self) -> Any:
+        """The torch module that is asked: the scorer's model, or what it wraps."""
+        import torch
+
+        model = self.scorer.model
+        return model if isinstance(model, torch.nn.Module) else model.model
 
     @property
     def dtype(self) -> str:
@@ -72,7 +82,7 @@ class Exam:
     @cached_property
     def embedding_rows(self) -> int:
         """How many token ids the backbone knows."""
-        return int(self.scorer.model.get_input_embeddings().weight.shape[0])
+        return int(self.network.get_input_embeddings().weight.shape[0])
 
     @cached_property
     def data_logits(self) -> torch.Tensor:

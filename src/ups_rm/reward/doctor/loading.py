@@ -32,7 +32,7 @@ def weights(exam: Exam) -> Result:
 
     broken = {
         name: int((~torch.isfinite(tensor)).sum())
-        for name, tensor in exam.scorer.model.state_dict().items()
+        for name, tensor in exam.network.state_dict().items()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
     }
     stored = stored_dtypes(exam.path)
@@ -183,7 +183,7 @@ def head(exam: Exam) -> Result:
     within 1/sqrt(inputs), or transformers', normal with the config's initializer_range and zero biases. Fails if
     besides the golden logits do not come out or the labels are not told apart; warns if nothing speaks to that.
     """
-    layers = _head_layers(exam.scorer.model)
+    layers = _head_layers(exam.network)
     if not layers:
         return Result("pass", "no head of ours (myscore.*): its own code was loaded without missing weights")
     widths = [int(weight.shape[0]) for weight, _ in layers[:-1]]
@@ -278,7 +278,7 @@ def number_range(exam: Exam) -> Result:
 
         return hook
 
-    model = exam.scorer.model
+    model = exam.network
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         for row in exam.rows:

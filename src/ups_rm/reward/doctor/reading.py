@@ -106,16 +106,9 @@ def spread(exam: Exam) -> Result:
 
 def bfloat16(exam: Exam) -> Result:
     """The same folder in bfloat16, as GPUs compute it: how far its logits lie from float32's, and do ranks stay?"""
-    import torch
-
-    from ups_rm.reward.native import load_model
-    from ups_rm.reward.scorer import RewardScorer
-
     if exam.dtype != "float32":
         return Result("skip", f"examined in {exam.dtype}; float32 is what bfloat16 is measured against")
-    own = exam.scorer
-    model = load_model(exam.path, dtype=torch.bfloat16, device=own.device, trust_remote_code=not own.native)
-    other = RewardScorer(model, own.tokenizer, own.policy, device=own.device, dtype=torch.bfloat16, native=own.native)
+    other = exam.reload("bfloat16")
     logits = [other.batch_logits([row])[0] for row in exam.rows]
     padded = other.batch_logits(exam.rows, side="left")
     worst, deviation = exam.worst(logits), statistics.pstdev(exam.alone) or math.nan
