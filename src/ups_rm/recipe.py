@@ -79,6 +79,8 @@ class RewardTraining:
     """AdamW's, on the head."""
     dropout: float | None = None
     """On the head's inputs and hidden units."""
+    helpful: float | None = None
+    """Weight of a comparison on harmless prompts: of two safe replies the better one is to score safer."""
     max_epochs: int | None = None
     """Upper bound; training stops earlier when the validation loss does not fall."""
     seed: int = 0

@@ -172,7 +172,7 @@ def test_several_sets_train_together(tmp_path: Path) -> None:
     assert sum(report.prompts.values()) == 100
 
 
-def test_the_helpful_penalty_stops_evasion_from_scoring_safer(tmp_path: Path) -> None:
+def test_comparing_helpful_replies_stops_evasion_from_scoring_safer(tmp_path: Path) -> None:
     """Axis 2 is helpfulness: unsafe replies have it, and so have the better of two safe replies to harmless prompts.
 
     Axis 0 tells unsafe from safe without it.
@@ -193,16 +193,16 @@ def test_the_helpful_penalty_stops_evasion_from_scoring_safer(tmp_path: Path) ->
         benign=harmless.repeat_interleave(2).to(torch.uint8),
     )
     gap, contrast = {}, {}
-    for weight in (0.0, 0.1):
+    for weight in (0.0, 0.5):
         settings = quick(helpful=weight, calibrate=False, batch_size=16, patience=40)
         train_head(features, tmp_path / str(weight), settings, progress=False)
         logits = head_logits(load_file(tmp_path / str(weight) / "head.safetensors"), features.hidden).view(120, 2)
         gap[weight] = (logits[harmless, 0] - logits[harmless, 1]).mean().item()
         others, labels = logits[~harmless], unsafe[~harmless]
         contrast[weight] = (others[labels == 1].mean() - others[labels == 0].mean()).item()
-    assert contrast[0.1] > 0.2
-    assert gap[0.1] < 0.5 * gap[0.0]
-    assert gap[0.1] / contrast[0.1] < 0.9 * gap[0.0] / contrast[0.0]  # not merely flatter
+    assert contrast[0.5] > 0.2
+    assert gap[0.0] > 0
+    assert gap[0.5] / contrast[0.5] < 0.5 * gap[0.0] / contrast[0.0]  # not merely flatter
 
 
 def test_contrast_compares_every_unsafe_with_every_safe_reply_of_a_prompt() -> None:

@@ -131,7 +131,7 @@ def train(
         float | None, typer.Option(help="bce: share of the loss that compares replies to one prompt.")
     ] = None,
     helpful: Annotated[
-        float | None, typer.Option(help="bce: penalty where evasion scores safer than help on harmless prompts.")
+        float | None, typer.Option(help="bce: weight of comparing better and other safe replies to harmless prompts.")
     ] = None,
     max_epochs: Annotated[int | None, typer.Option()] = None,
     patience: Annotated[int | None, typer.Option(help="Epochs without a better validation loss.")] = None,

@@ -40,8 +40,8 @@ class HeadSettings:
     """`bce`: share of the loss that compares unsafe with safe replies to one prompt (Bradley-Terry over the flags).
     Flags alone teach which prompts are dangerous; comparing within a prompt teaches which replies are."""
     helpful: float = 0.0
-    """`bce`: weight of a penalty on harmless prompts where, of two safe replies, the better one (better_response_id)
-    scores less safe than the other: the square of how much. It closes the gap that makes evasion pay."""
+    """`bce`: weight of a further comparison: of two safe replies to a harmless prompt the better one
+    (better_response_id) is to score safer (Bradley-Terry). It closes the gap that makes evasion pay."""
     max_epochs: int = 60
     patience: int = 8
     """Epochs without a better validation loss before training stops."""
@@ -89,7 +89,7 @@ def parse_dims(text: str) -> tuple[int, ...]:
 class Part:
     """What one part of the split is trained or validated on: items are texts (K,), or pairs of texts (K, 2).
 
-    `contrast` are pairs (unsafe, safe) of replies to one prompt, `helpful` pairs (better, other) of safe replies to one
+    `contrast` are pairs (unsafe, safe) of replies to one prompt, `helpful` pairs (other, better) of safe replies to one
     harmless prompt, both (C, 2), for the settings of these names; None where there are none.
     """
 
@@ -140,7 +140,7 @@ def contrast_pairs(features: FeatureSet, items: Tensor) -> Tensor | None:
 
 
 def helpful_pairs(features: FeatureSet, prompts: Tensor) -> Tensor | None:
-    """(better, other) of rows with two safe replies to a harmless prompt among these; None without. Shape (C, 2)."""
+    """(other, better) of rows with two safe replies to a harmless prompt among these; None without. Shape (C, 2)."""
     better = features.row_better.long()
     rows = (
         (features.row_unsafe == 0).all(dim=1)
@@ -150,7 +150,7 @@ def helpful_pairs(features: FeatureSet, prompts: Tensor) -> Tensor | None:
     ).nonzero()[:, 0]
     if not len(rows):
         return None
-    return torch.stack([features.row_texts[rows, better[rows]], features.row_texts[rows, 1 - better[rows]]], dim=1)
+    return torch.stack([features.row_texts[rows, 1 - better[rows]], features.row_texts[rows, better[rows]]], dim=1)
 
 
 def _need(count: int, what: str, settings: HeadSettings) -> None:
@@ -200,21 +200,15 @@ def with_pairs(
     helpful: Tensor | None,
     settings: HeadSettings,
 ) -> Tensor:
-    """(1 - contrast) * loss + contrast * contrast_loss + helpful * helpful_loss; None leaves a kind of pairs out."""
+    """(1 - contrast) * loss + contrast * contrast_loss + helpful * that of the helpful pairs; None leaves a kind out."""
     if contrast is not None and settings.contrast > 0:
         loss = (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, contrast)
     if helpful is not None and settings.helpful > 0:
-        loss = loss + settings.helpful * helpful_loss(head, hidden, helpful)
+        loss = loss + settings.helpful * contrast_loss(head, hidden, helpful)
     return loss
 
 
 def contrast_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, pairs: Tensor) -> Tensor:
-    """Mean of -log sigmoid(logit of the unsafe - logit of the safe reply) over pairs (C, 2) of one prompt each."""
+    """Mean of -log sigmoid(logit of the first - logit of the second) over pairs (less safe, safer), Shape (C, 2)."""
     logits = head(hidden[pairs.flatten()]).view(-1, 2)
     return F.softplus(logits[:, 1] - logits[:, 0]).mean()
-
-
-def helpful_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, pairs: Tensor) -> Tensor:
-    """Mean of relu(logit of the better - logit of the other reply)^2 over pairs (C, 2) of safe replies."""
-    logits = head(hidden[pairs.flatten()]).view(-1, 2)
-    return F.relu(logits[:, 0] - logits[:, 1]).square().mean()
