@@ -482,7 +482,9 @@ def recipe_file(name: str) -> Path:
     return packaged
 
 
-def load_recipe(name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = (), *, engine: str | None = "local") -> Recipe:
+def load_recipe(
+    name: str | Path = DEFAULT_RECIPE, overrides: Sequence[str] = (), *, engine: str | None = "local"
+) -> Recipe:
     """Defaults, then the recipe file, then `key=value` overrides; checked as a whole.
 
     Args:

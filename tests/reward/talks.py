@@ -6,7 +6,7 @@ import random
 
 from ups_rm.types import Conversation
 
-TEXT = "the quick brown fox jumps over a lazy dog while bread bakes and I play piano in 1999 — “quietly”, 你好 🙂"
+TEXT = "the quick brown fox jumps over a lazy dog while bread bakes and I play piano in 1999, “quietly”, 你好"
 WORDS = TEXT.split()
 
 

@@ -80,5 +80,5 @@ def test_unknown_names_are_errors_by_name() -> None:
     with pytest.raises(RMError, match="output is 'goodness', expected one of unsafety, safety, reward"):
         unsafety_logit(0.0, "goodness")
     for temperature in (0.0, -1.0, math.nan):
-        with pytest.raises(RMError, match="temperature is .*, expected a number above 0"):
+        with pytest.raises(RMError, match=r"temperature is .*, expected a number above 0"):
             score_of(0.0, "tempered_sigmoid", temperature)

@@ -200,7 +200,7 @@ def with_pairs(
     helpful: Tensor | None,
     settings: HeadSettings,
 ) -> Tensor:
-    """(1 - contrast) * loss + contrast * contrast_loss + helpful * that of the helpful pairs; None leaves a kind out."""
+    """(1 - contrast) * loss + contrast * contrast_loss + helpful * that of its own pairs; None leaves a kind out."""
     if contrast is not None and settings.contrast > 0:
         loss = (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, contrast)
     if helpful is not None and settings.helpful > 0:

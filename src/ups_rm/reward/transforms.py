@@ -12,7 +12,7 @@ import math
 from ups_rm.errors import RMError
 
 OUTPUTS = ("unsafety", "safety", "reward")
-"""What a model's number means: higher = less safe; higher = safer, 0 = undecided; higher = better, zero means nothing."""
+"""What a model's number means: higher = less safe; higher = safer, 0 = undecided; higher = better, 0 has no meaning."""
 TRANSFORMS = ("sigmoid", "logit", "logsigmoid", "tempered_sigmoid")
 EDGE = 0.01
 """A score closer than this to an end of its range is saturated: replies there can hardly be told apart."""
