@@ -46,6 +46,14 @@ INSTEAD = {
     "wandb sync runs/wandb-offline/wandb/offline-run-*": "ls runs/wandb-offline/wandb/offline-run-*/run-*.wandb",
     # checkpoints are at steps 1 and 2 here
     "--resume runs/mine/global_step_40": "--resume runs/mine/global_step_1",
+    # the extra is installed already
+    "pip install 'ups-rm[serve]'": "python -c 'import fastapi, uvicorn, httpx, prometheus_client'",
+    # serves until it is asked to end
+    "ups-rm rm serve my_rm --port 8500": (
+        "ups-rm rm serve my_rm --port 0 >serve.log & pid=$!; "
+        "until grep -q 'answers at' serve.log; do kill -0 $pid; sleep 0.3; done; "
+        "kill $pid; wait $pid; grep 'all accepted requests are answered' serve.log"
+    ),
     # the tiny model has two layers
     "--layers 22": "--layers 1",
 }

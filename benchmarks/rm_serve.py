@@ -1,0 +1,149 @@
+"""`ups-rm rm serve` under 64 clients against the same scorer called in one process.
+
+The server runs in a process of its own, the clients are threads of another; each sends one conversation per request and
+the next one when it has its answer. The peer scores the same conversations in one call, sorted as it likes. Both run on
+the same cores, one after the other and in turns, because the machine's speed drifts; so what is measured is what HTTP,
+the queue and smaller batches cost. Two RMs: a tiny one, where HTTP is most of the work, and SmolLM2-135M with a random
+head, the smallest that anyone would train with.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.result import Result, versions
+from ups_rm.reward.client import HttpScorer
+from ups_rm.reward.scorer import RewardScorer
+from ups_rm.types import Conversation
+
+CLIENTS = 64
+ROUNDS = 3
+TEXT = "the a one of in to bread water garden piano because never always please explain slowly safe lock"
+WORDS = TEXT.split()
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the clients saw: seconds from first request to last answer, and seconds of each request."""
+
+    seconds: float
+    latencies: list[float]
+    logits: list[float]
+
+
+def conversations(n: int, longest: int, seed: int = 0) -> list[Conversation]:
+    """Prompts of up to 30 words, replies from empty to `longest` words."""
+    draw = random.Random(seed)
+
+    def words(k: int) -> str:
+        return " ".join(draw.choices(WORDS, k=k))
+
+    return [
+        [
+            {"role": "user", "content": words(draw.randint(1, 30))},
+            {"role": "assistant", "content": words(draw.randint(0, longest))},
+        ]
+        for _ in range(n)
+    ]
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[str]:
+    """The address of `ups-rm rm serve FOLDER`, running in a process of its own."""
+    command = [sys.executable, "-m", "ups_rm", "rm", "serve", str(folder), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            line = next((line for line in server.stdout if "answers at " in line), None)
+            if line is None:
+                raise RuntimeError(f"the server ended with exit code {server.wait()}")
+            yield line.partition("answers at ")[2].split()[0]
+        finally:
+            server.send_signal(signal.SIGTERM)
+
+
+def load(url: str, work: Sequence[Conversation], clients: int = CLIENTS) -> Load:
+    """Send every conversation once, `clients` at a time."""
+    logits, latencies = [0.0] * len(work), [0.0] * len(work)
+    todo, lock = iter(range(len(work))), threading.Lock()
+
+    def client() -> None:
+        with HttpScorer(url) as scorer:
+            while True:
+                with lock:
+                    i = next(todo, None)
+                if i is None:
+                    return
+                begun = perf_counter()
+                logits[i] = scorer.score([work[i]])[0].logit
+                latencies[i] = perf_counter() - begun
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    begun = perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Load(perf_counter() - begun, latencies, logits)
+
+
+def measure(name: str, folder: Path, work: list[Conversation], floor: float | None) -> list[Result]:
+    """Throughput against the in-process scorer, and the latencies of the last round."""
+    scorer = RewardScorer.load(folder)
+    expected = scorer.score(work)
+    tokens = sum(score.tokens for score in expected)
+    ours, peer = [], []
+    with serving(folder) as url:
+        load(url, work[:CLIENTS])  # warm
+        for _ in range(ROUNDS):
+            begun = perf_counter()
+            scorer.score(work)
+            peer.append(tokens / (perf_counter() - begun))
+            found = load(url, work)
+            ours.append(tokens / found.seconds)
+    worst = max(abs(a - b.logit) for a, b in zip(found.logits, expected, strict=True))
+    used = versions("torch", "transformers", "fastapi", "uvicorn", "httpx")
+    ordered = sorted(found.latencies)
+    p50, p99 = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    what = f"{name}, {CLIENTS} clients"
+    return [
+        Result(
+            f"rm serve throughput, {what}",
+            statistics.median(ours),
+            statistics.median(peer),
+            "tokens/s",
+            "RewardScorer in process",
+            floor,
+            used,
+        ),
+        Result(f"rm serve latency p50, {what}", p50, None, "s", versions=used),
+        Result(f"rm serve latency p99, {what}", p99, None, "s", versions=used),
+        Result(f"rm serve largest difference of a logit, {what}", worst, None, "logit", versions=used),
+    ]
+
+
+def run() -> list[Result]:
+    """The tiny RM and the one of SmolLM2-135M."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from tiny import tiny_head, tiny_rm
+    from ups_rm.models import fetch
+    from ups_rm.reward.merge import merge
+
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        merge(fetch(), tiny_head(home / "head", hidden_size=576, hidden_dims=(64, 16)), home / "SmolLM2-135M")
+        results = measure("SmolLM2-135M", home / "SmolLM2-135M", conversations(96, 80), 0.9)
+        return results + measure("tiny RM of 2 layers", tiny_rm(home / "tiny"), conversations(512, 80), None)
