@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ups_rm.errors import RecipeError
-from ups_rm.recipe import VERL_ONLY, Recipe, as_list, known_keys, load_recipe
+from ups_rm.recipe import VERL_ONLY, Recipe, RewardModelModel, as_list, known_keys, load_recipe
 from ups_rm.recipe_checks import BETWEEN, FOR_VERL, KL_ESTIMATORS, LOSS_AGG_MODES, ONE_OF, TEXTS, check_recipe, value_of
 
 KEYS = sorted(known_keys())
@@ -407,10 +407,15 @@ def test_the_recipe_is_read_without_torch() -> None:
 # ---- verl
 
 
+OF_VERLS_RM = {"reward_model.model.path", "reward_model.model.trust_remote_code"}
 OURS = {
     "data.unique_prompts",
     "data.benign_share",
-    "reward_model.model.dtype",
+    *({f"reward_model.model.{field.name}" for field in dataclasses.fields(RewardModelModel)} - OF_VERLS_RM),
+    "reward_model.models",
+    "reward_model.transform",
+    "reward_model.transform_temperature",
+    "reward_model.reference_data",
     "reward_model.max_batch_tokens",
     "trainer.seed",
     "trainer.max_kl",

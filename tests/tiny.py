@@ -194,3 +194,62 @@ def _save(model_class: type, config: object, tokenizer: PreTrainedTokenizerFast,
         model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_hf_rm(
+    folder: Path | str,
+    *,
+    kind: str = "sequence",
+    labels: int = 1,
+    seed: int = 3,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """A plain transformers RM on a 2-layer Llama: `sequence` or `token` classifier, or a `causal` LM as judge."""
+    from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
+
+    tokenizer = tokenizer or llama3_tokenizer()
+    classes = {
+        "sequence": LlamaForSequenceClassification,
+        "token": LlamaForTokenClassification,
+        "causal": LlamaForCausalLM,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.25,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=labels,
+    )
+    return _save(classes[kind], config, tokenizer, folder, seed)
+
+
+def tiny_encoder_rm(folder: Path | str, *, seed: int = 4, type_vocab_size: int = 1) -> Path:
+    """A 2-layer RoBERTa-like sequence classifier with one logit; its tokenizer joins pairs and has no template."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    core = _byte_bpe(["<s>", "<pad>", "</s>", "<unk>"], 340)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", cls_token="<s>", sep_token="</s>",
+        model_max_length=200,
+    )  # fmt: skip
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=210,
+        initializer_range=0.25,
+        type_vocab_size=type_vocab_size,
+        pad_token_id=1,
+        num_labels=1,
+    )
+    return _save(RobertaForSequenceClassification, config, tokenizer, folder, seed)

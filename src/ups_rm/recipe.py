@@ -355,19 +355,61 @@ class Algorithm:
 
 @dataclass
 class RewardModelModel:
+    """One reward model: `reward_model.model`, or an entry of `reward_model.models`."""
+
     path: str = ""
-    """RM folder; made by the run from `reward_training` if empty."""
+    """RM folder; made by the run from `reward_training` if nothing else is given here."""
     trust_remote_code: bool = False
     """Run the RM folder's own Python files; false: our code reads the same weights."""
     dtype: str = "auto"
     """Number format of the backbone: `auto`, `bfloat16`, `float32`. The head is always float32."""
+    name: str = ""
+    """Its name in metrics and group log; the last part of path, url or callable if empty."""
+    kind: str = "auto"
+    """`myrm`, `sequence`, `token` (one logit of AutoModelForSequenceClassification, ...ForTokenClassification),
+    `pairwise`, `function`, `http`; `auto` looks at the folder (never finds `pairwise`)."""
+    url: str = ""
+    """Address of a scoring service (`ups-rm rm serve`), instead of a path."""
+    token_env: str = ""
+    """Environment variable that holds the service's token; none if empty."""
+    callable: str = ""
+    """Python function `module:name`, instead of a path. It runs in this process: code of your own choosing."""
+    output: str = "unsafety"
+    """What its number means: `unsafety` (higher = less safe), `safety` (higher = safer), `reward` (higher = better,
+    zero means nothing)."""
+    weight: float = 1.0
+    """Share in the weighted mean of several models; above 0 (`output` turns signs)."""
+    normalize: str = "auto"
+    """(logit - mean) / std first: `reference` measures both on `reward_model.reference_data`, `fixed` takes the next
+    two, `none`; `auto` is `reference` for one of several and for `output=reward`, else `none`."""
+    mean: float = 0.0
+    """Of `normalize=fixed`: mean unsafety logit."""
+    std: float = 1.0
+    """Of `normalize=fixed`: its standard deviation."""
+    template: str = ""
+    """File (jinja): chat template of a tokenizer without one; for `pairwise` the text of a pair."""
+    reference_replies: str = ""
+    """`pairwise`: JSONL of {prompt, response} to compare with; the other replies of the group if empty."""
 
 
 @dataclass
 class RewardModel:
     model: RewardModelModel = field(default_factory=RewardModelModel)
+    models: list[RewardModelModel] = field(default_factory=list)
+    """Several reward models instead of one: a list of entries with the keys of `reward_model.model`."""
+    transform: str = "sigmoid"
+    """From unsafety logit to score: `sigmoid` of -logit, `logit` (-logit), `logsigmoid`, `tempered_sigmoid`."""
+    transform_temperature: float = 1.0
+    """Of `tempered_sigmoid`: logits are divided by it."""
+    reference_data: str = "sample"
+    """Labelled rows (as `prepare.source`) on which models are normalised."""
     max_batch_tokens: int = 4096
     """Padded tokens of one RM batch."""
+
+    def entries(self) -> list[RewardModelModel]:
+        """The reward models that are named; none where the run makes one."""
+        one = self.model
+        return list(self.models) or ([one] if one.path or one.url or one.callable else [])
 
 
 @dataclass
@@ -526,6 +568,11 @@ def _merge_file(config: DictConfig, file: Path) -> DictConfig:
             raise RecipeError(f"{_unknown(key)}\n  in {file}, line {line}")
         if dataclasses.is_dataclass(_field_type(key)) and not isinstance(value, yaml.MappingNode):
             raise RecipeError(f"{key} is a section, not a key; give its keys below it\n  in {file}, line {line}")
+        if isinstance(value, yaml.SequenceNode):
+            for i, entry in enumerate(value.value):
+                for name, line, _ in _key_lines(entry):
+                    if unknown := _unknown_in_entry(key, i, name):
+                        raise RecipeError(f"{unknown}\n  in {file}, line {line}")
     try:
         return typing.cast(DictConfig, OmegaConf.merge(config, loaded))
     except OmegaConfBaseException as error:
@@ -543,8 +590,12 @@ def _merge_override(config: DictConfig, text: str) -> DictConfig:
     if dataclasses.is_dataclass(_field_type(key)):
         raise RecipeError(f"{key} is a section, not a key; give one of its keys\n  in the override {text!r}")
     try:
-        merged = config.copy()
-        OmegaConf.update(merged, key, _override_value(key, value.strip()), merge=True)
+        merged, new = config.copy(), _override_value(key, value.strip())
+        for i, entry in enumerate(new if isinstance(new, list) else []):
+            for name in entry if isinstance(entry, dict) else []:
+                if unknown := _unknown_in_entry(key, i, str(name)):
+                    raise RecipeError(f"{unknown}\n  in the override {text!r}")
+        OmegaConf.update(merged, key, new, merge=True)
         return merged
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(f"{key}: {_first_line(error)}\n  in the override {text!r}") from error
@@ -562,6 +613,16 @@ def _override_value(key: str, text: str) -> Any:
         return float(value) if isinstance(value, str) and "e" in value.lower() else value
     except ValueError:
         return value
+
+
+def _unknown_in_entry(key: str, index: int, name: str) -> str:
+    """What is wrong with a key inside an entry of a list of sections (`reward_model.models`); "" if nothing."""
+    kinds = [kind for kind in typing.get_args(_field_type(key)) if dataclasses.is_dataclass(kind)]
+    known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    if not known or name in known:
+        return ""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"{key}[{index}].{name} is not a key of an entry of {key}; did you mean {near}?"
 
 
 def _field_type(key: str) -> Any:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RecipeError
+from ups_rm.reward.transforms import OUTPUTS, TRANSFORMS
 
 if TYPE_CHECKING:
-    from ups_rm.recipe import Recipe
+    from ups_rm.recipe import Recipe, RewardModelModel
 
 # As in ups_rm.grpo, which imports torch; a test keeps them equal.
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 DTYPES = ("auto", "bfloat16", "float32")
+RM_KINDS = ("auto", "myrm", "sequence", "token", "pairwise", "function", "http")
+NORMALIZE = ("auto", "reference", "fixed", "none")
+CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 ARR = "actor_rollout_ref"
 ONE_OF: dict[str, tuple[str, ...]] = {
@@ -34,6 +39,10 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
     "reward_model.model.dtype": DTYPES,
     f"{ARR}.actor.strategy": ("fsdp2", "fsdp"),
+    "reward_model.model.kind": RM_KINDS,
+    "reward_model.model.output": OUTPUTS,
+    "reward_model.model.normalize": NORMALIZE,
+    "reward_model.transform": TRANSFORMS,
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
 }
 INF = math.inf
@@ -77,6 +86,10 @@ BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
     "algorithm.kl_ctrl.kl_coef": (0, INF),
     "algorithm.kl_ctrl.horizon": (1, INF),
     "algorithm.kl_ctrl.target_kl": (1e-12, INF),
+    "reward_model.model.weight": (1e-12, INF),
+    "reward_model.model.mean": (-INF, INF),
+    "reward_model.model.std": (1e-12, INF),
+    "reward_model.transform_temperature": (1e-12, INF),
     "reward_model.max_batch_tokens": (1, INF),
     "trainer.total_epochs": (1, INF),
     "trainer.total_training_steps": (1, INF),
@@ -142,8 +155,11 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise RecipeError(f"{ARR}.actor.optim.betas={betas} must be two numbers in [0, 1), for example [0.9,0.999]")
     _check_together(recipe)
+    _check_reward_models(recipe)
     if engine == "local":
         _check_local(recipe)
+    if engine == "verl":
+        _check_verl_rewards(recipe)
 
 
 def _range(key: str, value: float, least: float, most: float) -> str:
@@ -193,3 +209,87 @@ def _check_local(recipe: Recipe) -> None:
             f"{actor.fsdp_config.dtype}: the local engine samples with the weights that it trains\n"
             "  fix: actor_rollout_ref.rollout.dtype=auto"
         )
+
+
+def _check_reward_models(recipe: Recipe) -> None:
+    """Each entry by itself, and the entries against each other and against the rollout."""
+    settings = recipe.reward_model
+    if settings.models and (settings.model.path or settings.model.url or settings.model.callable):
+        raise RecipeError(
+            "reward_model.model and reward_model.models are both given (REWARD_MODEL_PATH and --rm set the first)\n"
+            "  fix: add the one as an entry of reward_model.models, or leave one of the two out"
+        )
+    if settings.transform_temperature != 1.0 and settings.transform != "tempered_sigmoid":
+        raise RecipeError(
+            f"reward_model.transform_temperature={settings.transform_temperature:g} has no effect on "
+            f"reward_model.transform={settings.transform}\n  fix: reward_model.transform=tempered_sigmoid"
+        )
+    prefix = "reward_model.model."
+    for i, entry in enumerate(settings.models):
+        where = f"reward_model.models[{i}]."
+        for key, allowed in ONE_OF.items():
+            if key.startswith(prefix) and (value := getattr(entry, key.removeprefix(prefix))) not in allowed:
+                raise RecipeError(f"{where}{key.removeprefix(prefix)}={value} is not one of {', '.join(allowed)}")
+        for key, (least, most) in BETWEEN.items():
+            if key.startswith(prefix):
+                value = getattr(entry, key.removeprefix(prefix))
+                if not (least <= value <= most and math.isfinite(value)):
+                    name = key.removeprefix(prefix)
+                    raise RecipeError(f"{where}{name}={value} {_range(key, value, least, most)}")
+        _check_entry(entry, where)
+    if not settings.models:
+        _check_entry(settings.model, prefix)
+    names = [entry.name for entry in settings.models if entry.name]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"reward_model.models: two entries have the name {twice[0]!r}")
+    relative = [entry for entry in settings.entries() if entry.kind == "pairwise" and not entry.reference_replies]
+    rollout = recipe.actor_rollout_ref.rollout
+    validates = recipe.trainer.test_freq > 0
+    for key, n in ((f"{ARR}.rollout.n", rollout.n), (f"{ARR}.rollout.val_kwargs.n", rollout.val_kwargs.n)):
+        if relative and n < 2 and (validates or "val_kwargs" not in key):
+            raise RecipeError(
+                f"{key}={n}: a pairwise RM has nothing to compare a single reply with\n"
+                "  fix: 2 or more, or reference_replies of the model"
+            )
+
+
+def _check_verl_rewards(recipe: Recipe) -> None:
+    """verl's reward workers get one RM folder, and rewards are sigmoid(-logit) there."""
+    settings, one = recipe.reward_model, recipe.reward_model.model
+    given = {
+        "reward_model.models": len(settings.models) or None,
+        "reward_model.transform": settings.transform if settings.transform != "sigmoid" else None,
+        "reward_model.model.url": one.url or None,
+        "reward_model.model.callable": one.callable or None,
+        "reward_model.model.kind": one.kind if one.kind not in ("auto", "myrm") else None,
+        "reward_model.model.output": one.output if one.output != "unsafety" else None,
+        "reward_model.model.normalize": one.normalize if one.normalize not in ("auto", "none") else None,
+    }
+    if told := [f"{key}={value}" for key, value in given.items() if value is not None]:
+        raise RecipeError(
+            f"{', '.join(told)}: the verl engine scores with one RM folder of ours and the sigmoid\n"
+            "  fix: ENGINE=local, or one RM folder under reward_model.model.path"
+        )
+
+
+def _check_entry(entry: RewardModelModel, where: str) -> None:
+    sources = {"path": entry.path, "url": entry.url, "callable": entry.callable}
+    given = [name for name, value in sources.items() if value]
+    if len(given) > 1 or (not given and "models[" in where):
+        found = " and ".join(given) or "nothing"
+        raise RecipeError(f"{where[:-1]} names {found}, expected one of path, url, callable")
+    needs = {"function": "callable", "http": "url", "myrm": "path", "sequence": "path", "token": "path"}
+    if given and entry.kind in needs and given != [needs[entry.kind]]:
+        raise RecipeError(f"{where}kind={entry.kind} needs {where}{needs[entry.kind]}, but {given[0]} is given")
+    if entry.kind == "pairwise" and given == ["url"]:
+        raise RecipeError(f"{where}kind=pairwise needs path or callable: a service answers one number per conversation")
+    if entry.callable and not CALLABLE.fullmatch(entry.callable):
+        raise RecipeError(
+            f"{where}callable={entry.callable!r} is not `module:callable`, for example my_package.rewards:score"
+        )
+    if entry.url and not entry.url.startswith(("http://", "https://")):
+        raise RecipeError(f"{where}url={entry.url!r} must begin with http:// or https://")
+    if entry.name and not re.fullmatch(r"[\w.-]+", entry.name):
+        raise RecipeError(f"{where}name={entry.name!r} must be letters, digits, '-', '_' and '.': metrics carry it")
+    if entry.reference_replies and entry.kind != "pairwise":
+        raise RecipeError(f"{where}reference_replies has an effect with kind=pairwise only")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 
 class Message(TypedDict):
@@ -21,15 +22,23 @@ Conversation = list[Message]
 class Score:
     """What the reward model says about one conversation.
 
-    `logit` is the RM's raw output, the degree of *unsafety* (higher = less safe). `safe_score` = sigmoid(-logit), in
-    (0, 1), is what the policy is rewarded with. `tokens` counts the RM tokens that were read; `truncated` says that the
-    conversation was longer than the RM's card allows and was cut.
+    `logit` is the degree of *unsafety* (higher = less safe), before the transform. `safe_score` is what the policy is
+    rewarded with, higher = safer: sigmoid(-logit), in (0, 1), unless the recipe names another transform. `tokens`
+    counts the RM tokens that were read; `truncated` says that the conversation was longer than the RM takes and was
+    cut. `model_logits` holds the unsafety logit of each model by name where several are combined or one is normalised.
     """
 
     logit: float
     safe_score: float
     tokens: int
     truncated: bool
+    model_logits: Mapping[str, float] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Whatever scores conversations: messages in, one Score each, in input order."""
+
+    def score(self, conversations: list[Conversation]) -> list[Score]: ...
 
 
 @dataclass(frozen=True)

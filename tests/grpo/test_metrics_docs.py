@@ -69,6 +69,7 @@ def emitted() -> set[str]:
         truncated=flags,
         rm_truncated=flags,
         benign=flags,
+        logits=torch.arange(4.0),
     )
     metrics |= timing_metrics({"gen": 1.0}, num_prompt_tokens=1, num_response_tokens=1)
     metrics |= throughput_metrics(total_num_tokens=1, seconds=1.0)

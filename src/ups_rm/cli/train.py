@@ -81,8 +81,11 @@ def train(
 def evaluate(
     before: Annotated[str, typer.Option(help="Policy to start from: folder, hub id or smollm2-135m-instruct.")],
     after: Annotated[str, typer.Option(help="Trained policy.")],
-    rm: Annotated[str, typer.Option(envvar="REWARD_MODEL_PATH", help="RM folder that scores both.")],
     out: Annotated[Path, typer.Option(help="Folder for comparison.json and pairs.jsonl; must be new or empty.")],
+    rm: Annotated[
+        str | None,
+        typer.Option(envvar="REWARD_MODEL_PATH", help="RM folder that scores both. Default: the recipe's models."),
+    ] = None,
     val_data: Annotated[
         list[str] | None, typer.Option(envvar="VAL_DATA", help="Prompt parquet; may come several times.")
     ] = None,
@@ -98,15 +101,16 @@ def evaluate(
     from ups_rm.errors import RunError
     from ups_rm.local.evaluate import evaluate as run
     from ups_rm.local.evaluate import held_out_prompts
-    from ups_rm.local.scoring import load_scorer
+    from ups_rm.local.scoring import evaluation_scorer
     from ups_rm.recipe import as_list, load_recipe
 
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: nothing is overwritten\n  fix: another --out")
-    settings = load_recipe(recipe, [f"reward_model.model.path={rm}", *(overrides or [])], engine=None)
+    given = [f"reward_model.model.path={rm}"] if rm else []
+    settings = load_recipe(recipe, [*given, *(overrides or [])], engine=None)
     files = val_data or as_list(settings.data.val_files)
     prompts = held_out_prompts(read_prompts(files), settings)
-    comparison = run(settings, before, after, prompts, load_scorer(settings))
+    comparison = run(settings, before, after, prompts, evaluation_scorer(settings))
     out.mkdir(parents=True, exist_ok=True)
     comparison.write_jsonl(out / "pairs.jsonl")
     (out / "comparison.json").write_text(json.dumps(comparison.summary(), indent=1) + "\n", encoding="utf-8")

@@ -7,13 +7,13 @@ verl's names where verl has one, ours for what shows trouble. Every name is defi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 SATURATED = 0.01
-"""A safe score closer than this to 0 or 1 counts as saturated: the sigmoid is flat there."""
+"""A safe score closer than this to an end of its range counts as saturated: the transform is flat there."""
 ZERO_STD = 1e-6
 """A group whose scores have a std up to this has nothing to learn from (it is the eps of the advantage)."""
 LOW_STD = 0.01
@@ -31,6 +31,8 @@ def rollout_metrics(
     group_ids: Tensor,
     returns: Tensor | None = None,
     safe_score: Tensor | None = None,
+    logits: Tensor | None = None,
+    score_range: tuple[float, float] = (0.0, 1.0),
     kl: Tensor | None = None,
     truncated: Tensor | None = None,
     rm_truncated: Tensor | None = None,
@@ -46,6 +48,8 @@ def rollout_metrics(
         group_ids: Shape (B,).
         returns: default: the advantages, which is what they are for GRPO. Shape (B, R).
         safe_score: score before placing, so that empty replies count; default: row sums of the scores. Shape (B,).
+        logits: of the RM, before the transform that made `safe_score`. Shape (B,).
+        score_range: ends of the range of `safe_score`; near them it is saturated.
         kl: KL estimate per token, nats. Shape (B, R).
         truncated: the reply was cut by the length limit before an end token. Shape (B,).
         rm_truncated: the RM did not see the whole conversation. Shape (B,).
@@ -75,8 +79,14 @@ def rollout_metrics(
         **_length_metrics("prompt_length", prompt_lengths, prompt_width),
         "reward/mean": _mean(sequence_rewards[filled]),
         "reward/std": _std(sequence_rewards[filled]),
-        **_score_metrics(sequence_scores if safe_score is None else safe_score, group_ids, benign),
+        **_score_metrics(sequence_scores if safe_score is None else safe_score, group_ids, benign, score_range),
     }
+    if logits is not None:
+        spreads = _group_stds(logits, group_ids)
+        metrics |= {
+            "group/logit_std_mean": _mean(spreads),
+            "group/logit_zero_std_share": _mean(spreads <= ZERO_STD),
+        }
     if kl is not None:
         metrics |= _kl_metrics(kl, response_mask)
     if truncated is not None:
@@ -117,11 +127,36 @@ def throughput_metrics(*, total_num_tokens: int, seconds: float, n_devices: int 
     }
 
 
-def _score_metrics(safe_score: Tensor, group_ids: Tensor, benign: Tensor | None) -> dict[str, float]:
-    saturated = (safe_score < SATURATED) | (safe_score > 1 - SATURATED)
-    groups = [safe_score[group_ids == group] for group in torch.unique(group_ids)]
+@torch.no_grad()
+def model_metrics(model_logits: Sequence[Mapping[str, float]], group_ids: Tensor) -> dict[str, float]:
+    """What each of several reward models says, before normalisation and weights.
+
+    Args:
+        model_logits: name of each model -> its unsafety logit, one mapping per reply; empty where there is one model.
+        group_ids: Shape (B,).
+    """
+    metrics: dict[str, float] = {}
+    for name in model_logits[0] if model_logits else ():
+        logits = torch.tensor([of_reply[name] for of_reply in model_logits], device=group_ids.device)
+        metrics[f"score/{name}/logit_mean"] = _mean(logits)
+        metrics[f"score/{name}/logit_std"] = float(logits.std(correction=0))
+        metrics[f"score/{name}/group_std_mean"] = _mean(_group_stds(logits, group_ids))
+    return metrics
+
+
+def _group_stds(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Unbiased std of each group of two or more, those that are nan left out."""
+    groups = [values[group_ids == group] for group in torch.unique(group_ids)]
     spreads = torch.stack([group.float().std() for group in groups if len(group) > 1] or [torch.tensor(torch.nan)])
-    known = spreads[~spreads.isnan()]
+    return spreads[~spreads.isnan()]
+
+
+def _score_metrics(
+    safe_score: Tensor, group_ids: Tensor, benign: Tensor | None, score_range: tuple[float, float]
+) -> dict[str, float]:
+    low, high = score_range
+    saturated = (safe_score < low + SATURATED) | (safe_score > high - SATURATED)
+    known = _group_stds(safe_score, group_ids)
     metrics = {
         "score/std": _std(safe_score),
         "score/saturated_share": _mean(saturated),

@@ -87,10 +87,11 @@ def print_dry_run(recipe: Recipe) -> None:
     """Print everything; nothing is downloaded, loaded or written."""
     console.print(recipe.to_yaml(), markup=False, soft_wrap=True)
     trainer, model = recipe.trainer, recipe.actor_rollout_ref.model
-    folder = Path(trainer.default_local_dir)
+    folder, models = Path(trainer.default_local_dir), recipe.reward_model.entries()
     _table("reads", {
         "policy": model.path,
-        "reward model": recipe.reward_model.model.path or "(none given: REWARD_MODEL_PATH=FOLDER)",
+        "reward model": ", ".join(entry.path or entry.url or entry.callable for entry in models)
+        or "(none given: REWARD_MODEL_PATH=FOLDER)",
         "train prompts": ", ".join(as_list(recipe.data.train_files)),
         "held-out prompts": ", ".join(as_list(recipe.data.val_files)),
     })  # fmt: skip
@@ -106,8 +107,8 @@ def print_dry_run(recipe: Recipe) -> None:
     if config is None:
         console.print(f"memory: {model.path} is not on this machine yet, so its size is not known here")
         return
-    rm = Path(recipe.reward_model.model.path or ".")
-    rm_bytes = sum(file.stat().st_size for file in rm.glob("*.safetensors"))
+    folders = [Path(entry.path).expanduser() for entry in models if entry.path]
+    rm_bytes = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
     estimate = estimate_memory(recipe, config, rm_bytes)
     _table("memory, GiB", {
         **{name: f"{size / GIB:.2f}" for name, size in estimate.parts.items() if size},

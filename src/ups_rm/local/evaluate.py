@@ -13,9 +13,8 @@ from ups_rm.local.actor import response_logprobs
 from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine
-from ups_rm.local.scoring import Scorer
 from ups_rm.recipe import Recipe
-from ups_rm.types import Conversation
+from ups_rm.types import Conversation, Scorer
 
 
 def held_out_prompts(rows: list[PromptRow], recipe: Recipe) -> list[PromptRow]:
@@ -52,12 +51,14 @@ def evaluate(
     kl = _kl(trained, base, rollouts_after, recipe)
     texts_before, conversations_before, lengths_before = _joined(rollouts_before)
     texts_after, conversations_after, lengths_after = _joined(rollouts_after)
+    # in one call, so that a judge of pairs compares the replies of both policies with each other
+    scores = scorer.score([*conversations_before, *conversations_after])
     return compare(
         [row for row in prompts for _ in range(settings.n)],
         texts_before,
         texts_after,
-        scorer.score(conversations_before),
-        scorer.score(conversations_after),
+        scores[: len(conversations_before)],
+        scores[len(conversations_before) :],
         kl=kl,
         lengths_before=lengths_before,
         lengths_after=lengths_after,

@@ -15,12 +15,13 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
     """Before the policy is even loaded: an RM that fails its check, or a run folder of another run, stops it.
 
     Raises:
-        RMError: the RM fails its check and `skip` is not set.
+        RMError: an RM fails its check and `skip` is not set.
         RunError: `fresh` is asked for, but the run folder holds a run.
     """
     from ups_rm.reward.doctor import check_rm
+    from ups_rm.reward.open import entry_names, kind_of, open_entry, probe
 
-    folder, model = Path(recipe.trainer.default_local_dir), recipe.reward_model.model
+    folder, entries = Path(recipe.trainer.default_local_dir), recipe.reward_model.entries()
     if (folder / "policy").exists() and (fresh or find_checkpoint(recipe) is None):
         raise RunError(
             f"{folder} holds a finished run: nothing is overwritten\n  fix: --out another/folder, or move this one away"
@@ -28,16 +29,19 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
     if skip:
         console.print("[bold red]the RM is not checked (--skip-rm-check)[/]")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "rm_check_skipped.txt").write_text(f"{model.path}: not checked (--skip-rm-check)\n", encoding="utf-8")
+        names = ", ".join(entry.path or entry.url or entry.callable for entry in entries)
+        (folder / "rm_check_skipped.txt").write_text(f"{names}: not checked (--skip-rm-check)\n", encoding="utf-8")
         return
-    if not model.path:
-        return  # `load_scorer` says what is missing
     device = str(pick_device(recipe.trainer.device))
-    report = check_rm(model.path, device=device, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
-    failed = [check for check in report.checks if check.verdict == "fail"]
-    if failed:
-        reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
-        raise RMError(
-            f"{model.path} fails its check; nothing was trained\n{reasons}\n"
-            f"  fix: ups-rm rm check {model.path}, or --skip-rm-check"
-        )
+    for name, entry in zip(entry_names(entries), entries, strict=True):  # none: `load_scorer` says what is missing
+        if kind_of(entry) != "myrm":
+            probe(open_entry(entry, device, recipe.reward_model.max_batch_tokens), name)
+            continue
+        report = check_rm(entry.path, device=device, dtype=entry.dtype, trust_remote_code=entry.trust_remote_code)
+        failed = [check for check in report.checks if check.verdict == "fail"]
+        if failed:
+            reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
+            raise RMError(
+                f"{entry.path} fails its check; nothing was trained\n{reasons}\n"
+                f"  fix: ups-rm rm check {entry.path}, or --skip-rm-check"
+            )

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ups_rm.errors import RecipeError, RMError
+from ups_rm.errors import RMError
 from ups_rm.local.policy import pick_device
 from ups_rm.recipe import Recipe
-from ups_rm.types import Conversation, Score
-
-
-class Scorer(Protocol):
-    """What the loop needs of a reward model; `ups_rm.reward.scorer.RewardScorer` is one."""
-
-    def score(self, conversations: list[Conversation]) -> list[Score]: ...
+from ups_rm.types import Score, Scorer
 
 
 def load_scorer(recipe: Recipe) -> Scorer:
-    """The RM folder of the recipe as a scorer.
+    """The recipe's reward model or models as one scorer, on the device that trains.
 
     Raises:
-        RecipeError: the recipe names no RM.
+        RecipeError: the recipe names none.
     """
-    from ups_rm.reward.scorer import RewardScorer
+    from ups_rm.reward.open import open_scorer
 
-    settings = recipe.reward_model
-    if not settings.model.path:
-        raise RecipeError(
-            "reward_model.model.path is empty\n"
-            "  fix: give an RM folder (REWARD_MODEL_PATH=FOLDER), or use `ups-rm run`, which makes one"
-        )
-    return RewardScorer.load(
-        settings.model.path,
-        device=str(pick_device(recipe.trainer.device)),
-        dtype=settings.model.dtype,
-        trust_remote_code=settings.model.trust_remote_code,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
+    return open_scorer(recipe.reward_model, str(pick_device(recipe.trainer.device)))
+
+
+def evaluation_scorer(recipe: Recipe) -> Scorer:
+    """As `load_scorer`, but safe_score = sigmoid(-logit) whatever the transform: a comparison is in (0, 1)."""
+    from ups_rm.reward.open import open_scorer
+
+    settings = replace(recipe.reward_model, transform="sigmoid", transform_temperature=1.0)
+    return open_scorer(settings, str(pick_device(recipe.trainer.device)))
 
 
 def safe_scores(scores: list[Score], device: torch.device) -> Tensor:

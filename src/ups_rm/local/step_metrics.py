@@ -13,9 +13,10 @@ from torch import Tensor
 from ups_rm.data.prompts import PromptRow
 from ups_rm.evaluation.refusal import is_refusal
 from ups_rm.evaluation.text import distinct_n
-from ups_rm.grpo import rollout_metrics, throughput_metrics, timing_metrics
+from ups_rm.grpo import model_metrics, rollout_metrics, throughput_metrics, timing_metrics
 from ups_rm.local.rollout import Rollout
 from ups_rm.recipe import Recipe
+from ups_rm.reward.transforms import score_range
 from ups_rm.types import Score
 
 
@@ -75,6 +76,8 @@ def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: floa
         prompt_lengths=prompt_lengths,
         group_ids=sequences.group_ids,
         safe_score=torch.tensor([score.safe_score for score in record.scores], device=device),
+        logits=torch.tensor([score.logit for score in record.scores], device=device),
+        score_range=score_range(recipe.reward_model.transform),
         kl=record.kl,
         truncated=torch.tensor([not ended for ended in rollout.finished], device=device),
         rm_truncated=torch.tensor([score.truncated for score in record.scores], device=device),
@@ -84,6 +87,7 @@ def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: floa
     )
     logits = torch.tensor([score.logit for score in record.scores])
     metrics |= {"score/logit_mean": float(logits.mean()), "score/logit_std": float(logits.std(correction=0))}
+    metrics |= model_metrics([score.model_logits for score in record.scores], sequences.group_ids)
     metrics |= {"text/refusal_rate": float(refused.mean()), "text/distinct_2": distinct_n(rollout.texts, 2)}
     for kind, rows in (("unsafe", ~benign), ("benign", benign)):
         if bool(rows.any()):

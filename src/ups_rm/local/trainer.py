@@ -32,14 +32,14 @@ from ups_rm.local.checkpoint import (
 from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy, needs_reference
 from ups_rm.local.rollout import Rollout, RolloutEngine
-from ups_rm.local.scoring import Scorer, load_scorer, safe_scores
+from ups_rm.local.scoring import load_scorer, safe_scores
 from ups_rm.local.step_groups import log_groups, open_group_log
 from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics
 from ups_rm.local.validation import validate
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import recipe_hash
 from ups_rm.tracking.trackers import Trackers
-from ups_rm.types import TrainResult
+from ups_rm.types import Scorer, TrainResult
 
 
 class Trainer:

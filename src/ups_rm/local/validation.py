@@ -10,8 +10,9 @@ from ups_rm.data.prompts import PromptRow
 from ups_rm.evaluation.refusal import is_refusal
 from ups_rm.local.decode import Sampling
 from ups_rm.local.rollout import RolloutEngine
-from ups_rm.local.scoring import Scorer, safe_scores
+from ups_rm.local.scoring import safe_scores
 from ups_rm.recipe import Recipe
+from ups_rm.types import Scorer
 
 
 def validate(engine: RolloutEngine, scorer: Scorer, rows: list[PromptRow], recipe: Recipe) -> dict[str, float]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ups_rm.recipe import Recipe
+from ups_rm.recipe import Recipe, RewardModel
 from ups_rm.stages import Stage, run_stage
 
 
@@ -40,12 +40,29 @@ class Run:
     def number_formats(self) -> dict[str, Any]:
         """What else decides a score or a reply: compute types and device."""
         model, actor = self.recipe.reward_model.model, self.recipe.actor_rollout_ref.actor
-        return {
+        return self.reward_settings | {
             "rm_dtype": model.dtype,
             "rm_remote_code": model.trust_remote_code,
             "dtype": actor.fsdp_config.dtype,
             "device": self.device,
         }
+
+    @property
+    def reward_settings(self) -> dict[str, Any]:
+        """What of `reward_model` differs from one `myrm` folder as it is; {} for that."""
+        ours, plain = asdict(self.recipe.reward_model), asdict(RewardModel())
+        del ours["max_batch_tokens"]  # no score depends on it
+        for name in ("path", "dtype", "trust_remote_code"):  # inputs and number formats of their own
+            ours["model"].pop(name)
+            plain["model"].pop(name)
+        return {f"reward_model.{name}": value for name, value in ours.items() if value != plain[name]}
+
+    @property
+    def reward_inputs(self) -> list[Path | str]:
+        """Folders and files that decide a score: stages hash their content."""
+        from ups_rm.reward.open import files_of
+
+        return [file for entry in self.recipe.reward_model.entries() for file in files_of(entry)]
 
     def do(self, stage: Stage) -> None:
         self.seconds[stage.name] = run_stage(stage, fresh=self.fresh)

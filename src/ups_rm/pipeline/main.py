@@ -48,7 +48,7 @@ def run(
     this.policy = resolve_model(recipe.actor_rollout_ref.model.path)
     if not own_prompts:
         make_prompts(this)
-    if not recipe.reward_model.model.path:
+    if not recipe.reward_model.entries():
         make_rm(this)
     _check(this, skip_rm_check)
     _train(this)
@@ -68,20 +68,23 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
         check_machine(recipe, rm_follows=True)
     if not own_prompts:
         source_parts(recipe.prepare.source, split=None)
-    if recipe.reward_training.source and not recipe.reward_model.model.path:
+    entries = recipe.reward_model.entries()
+    if recipe.reward_training.source and not entries:
         source_parts(recipe.reward_training.source, split=None)
-    model = recipe.reward_model.model.path
-    if model and not (Path(model).expanduser() / "config.json").is_file():
-        raise RMError(
-            f"{model} is not an RM folder: it has no config.json (REWARD_MODEL_PATH, reward_model.model.path)"
-        )
+    for entry in entries:
+        if entry.path and not (Path(entry.path).expanduser() / "config.json").is_file():
+            raise RMError(
+                f"{entry.path} is not an RM folder: it has no config.json (REWARD_MODEL_PATH, reward_model.model.path)"
+            )
 
 
 def _check(this: Run, skip: bool) -> None:
     from ups_rm.data.check import check_parquet
     from ups_rm.reward.doctor import check_rm
     from ups_rm.reward.doctor.table import print_report
+    from ups_rm.reward.open import entry_names, kind_of, open_entry, probe
 
+    entries, batch_tokens = this.recipe.reward_model.entries(), this.recipe.reward_model.max_batch_tokens
     model = this.recipe.reward_model.model
     files = [Path(file) for key in ("train_files", "val_files") for file in as_list(getattr(this.recipe.data, key))]
     folder = Path("merge/check")
@@ -93,22 +96,31 @@ def _check(this: Run, skip: bool) -> None:
         if not prompts.ok:
             print_data_check(prompts, console)
             raise RunError("the prompts can't be trained on, see above\n  fix: ups-rm data check FILE shows each row")
-        report = check_rm(model.path, device=this.device, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
-        print_report(report)
-        write_json(folder / "rm_check.json", report.to_dict())
-        if not report.ok and not skip:
-            raise RMError(
-                f"{model.path} fails its check, see above; nothing was trained\n"
-                "  fix: as said there, or --skip-rm-check"
-            )
-        if not report.ok:
-            console.print("[bold red]the RM fails its check and is trained against all the same (--skip-rm-check)[/]")
+        reports: dict[str, Any] = {}
+        for name, entry in zip(entry_names(entries), entries, strict=True):
+            if kind_of(entry) != "myrm":
+                reports[name] = {"ok": True, "logits": probe(open_entry(entry, this.device, batch_tokens), name)}
+                continue
+            how = {"dtype": entry.dtype, "trust_remote_code": entry.trust_remote_code}
+            report = check_rm(entry.path, device=this.device, **how)  # type: ignore[arg-type]
+            print_report(report)
+            reports[name] = report.to_dict()
+            if not report.ok and not skip:
+                raise RMError(
+                    f"{entry.path} fails its check, see above; nothing was trained\n"
+                    "  fix: as said there, or --skip-rm-check"
+                )
+            if not report.ok:
+                console.print("[bold red]the RM fails its check and is trained against all the same[/]")
+        one = next(iter(reports.values()))
+        write_json(folder / "rm_check.json", one if len(reports) == 1 else {"models": reports})
 
     this.do(
         Stage(
             name="check",
-            inputs=[*files, model.path],
-            settings={"dtype": model.dtype, "trust_remote_code": model.trust_remote_code, "skip": skip},
+            inputs=[*files, *this.reward_inputs],
+            settings=this.reward_settings
+            | {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code, "skip": skip},
             out=folder,
             outputs=[folder / "rm_check.json"],
             action=check,
@@ -140,7 +152,7 @@ def _train(this: Run) -> None:
             name="train",
             inputs=[
                 this.policy,
-                recipe.reward_model.model.path,
+                *this.reward_inputs,
                 *as_list(recipe.data.train_files),
                 *as_list(recipe.data.val_files),
             ],
@@ -158,13 +170,13 @@ def _train(this: Run) -> None:
 def _evaluate(this: Run) -> None:
     from ups_rm.data.prompts import read_prompts
     from ups_rm.local.evaluate import evaluate, held_out_prompts
-    from ups_rm.local.scoring import load_scorer
+    from ups_rm.local.scoring import evaluation_scorer
 
     recipe, out, after = this.recipe, this.folder / "eval", this.folder / "policy"
 
     def compare() -> None:
         prompts = held_out_prompts(read_prompts(as_list(recipe.data.val_files)), recipe)
-        comparison = evaluate(recipe, this.policy, after, prompts, load_scorer(recipe))
+        comparison = evaluate(recipe, this.policy, after, prompts, evaluation_scorer(recipe))
         comparison.write_jsonl(out / "pairs.jsonl")
         write_json(out / "comparison.json", comparison.summary())
         comparison.show_pairs(5)
@@ -172,7 +184,7 @@ def _evaluate(this: Run) -> None:
     this.do(
         Stage(
             name="eval",
-            inputs=[this.policy, after, recipe.reward_model.model.path, *as_list(recipe.data.val_files)],
+            inputs=[this.policy, after, *this.reward_inputs, *as_list(recipe.data.val_files)],
             settings=recipe.as_dict()["evaluation"] | this.number_formats,
             out=out,
             outputs=[out / "comparison.json", out / "pairs.jsonl"],
@@ -194,7 +206,7 @@ def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
     console.print(summary_table(summary))
     for what, path in (
         ("safer policy", this.folder / "policy"),
-        ("reward model", Path(this.recipe.reward_model.model.path)),
+        ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.entries())),
         ("before and after, reply by reply", this.folder / "eval" / "pairs.jsonl"),
         ("metrics of every step", this.folder / "metrics.jsonl"),
         ("replies of every step", Path(this.recipe.trainer.group_log_dir)),

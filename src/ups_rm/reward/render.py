@@ -211,9 +211,8 @@ def template_sha256(tokenizer: Any) -> str:
 
 def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     template = chat_template_of(tokenizer)
-    special = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, special))) if special else None
-    checked = [_checked(conversation, i, pattern) for i, conversation in enumerate(conversations)]
+    pattern = special_pattern(tokenizer)
+    checked = [checked_messages(conversation, i, pattern) for i, conversation in enumerate(conversations)]
     extra = {"date_string": TEMPLATE_DATE} if "date_string" in template else {}
     try:
         texts = tokenizer.apply_chat_template(checked, tokenize=False, add_generation_prompt=False, **extra)
@@ -222,7 +221,18 @@ def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     return list(texts)
 
 
-def _checked(conversation: Conversation, index: int, special: re.Pattern[str] | None) -> Conversation:
+def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the tokenizer's special tokens in a text; None if it has none."""
+    special = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, special))) if special else None
+
+
+def checked_messages(conversation: Conversation, index: int, special: re.Pattern[str] | None) -> Conversation:
+    """The messages with special tokens in their texts broken up.
+
+    Raises:
+        RMError: no messages, malformed ones, or a last one that is no reply; conversation `index` is named.
+    """
     if not conversation:
         raise RMError(f"conversation {index} has no messages")
     messages: Conversation = []

@@ -83,7 +83,10 @@ def score_lines(
             added: dict[str, Any] = {}
             for name in conversations:
                 prefix = "" if name in ("", "response") else f"{name}_"
-                added |= {f"{prefix}{key}": value for key, value in asdict(next(scores)).items()}
+                of_reply = asdict(next(scores))
+                if not of_reply["model_logits"]:
+                    del of_reply["model_logits"]
+                added |= {f"{prefix}{key}": value for key, value in of_reply.items()}
             yield line | added
 
 

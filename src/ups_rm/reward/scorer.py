@@ -37,7 +37,7 @@ class RewardScorer:
     """A loaded reward model that scores conversations.
 
     `model` maps (input_ids, attention_mask) of shape (B, T) to logits of shape (B, 1); `card` is None for a folder that
-    came without one.
+    came without one. `pad_id` is what batches are padded with: it is masked, but some encoders count positions by it.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class RewardScorer:
         dtype: torch.dtype,
         max_batch_tokens: int = 8192,
         native: bool = True,
+        pad_id: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -60,6 +61,7 @@ class RewardScorer:
         self.dtype = dtype
         self.max_batch_tokens = max_batch_tokens
         self.native = native
+        self.pad_id = pad_id
 
     @classmethod
     def load(
@@ -170,7 +172,7 @@ class RewardScorer:
         Raises:
             RMError: logits of another shape than (batch, 1).
         """
-        return self.tensor_logits(*pad_batch(rows, side=side))
+        return self.tensor_logits(*pad_batch(rows, side=side, pad_id=self.pad_id))
 
     def tensor_logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[float]:
         """Logits of one batch that is padded already; both arguments have shape (B, T).
@@ -191,13 +193,13 @@ class RewardScorer:
 
 
 def pad_batch(
-    rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right"
+    rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right", pad_id: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both (B, T). Padding is id 0, which every vocabulary has: it is never read."""
+    """Token ids and mask, both (B, T). Padding is id 0 by default, which every vocabulary has: it is never read."""
     import torch
 
     longest = max(map(len, rows))
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
     attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)

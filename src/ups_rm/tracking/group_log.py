@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ SCHEMA = "ups-rm group log 1"
 @dataclass(frozen=True)
 class SampleRecord:
     """One reply. `kl` is summed over its tokens (nats), so reward = safe_score - kl_coef * kl when KL is in the reward;
-    an empty reply has no token to be rewarded on: reward 0, advantage 0. `truncated`: cut by the length limit."""
+    an empty reply has no token to be rewarded on: reward 0, advantage 0. `truncated`: cut by the length limit.
+    `model_logits`: unsafety logit of each reward model by name, where there are several or one is normalised."""
 
     response: str
     logit: float
@@ -37,6 +38,7 @@ class SampleRecord:
     kl: float
     length: int
     truncated: bool
+    model_logits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ def group_records(
             kl=float(kls[i]),
             length=int(lengths[i]),
             truncated=bool(truncated[i]) if truncated is not None else False,
+            model_logits=dict(scores[i].model_logits),
         )
 
     return [

@@ -1,0 +1,245 @@
+"""From the recipe's `reward_model` section to a scorer: the one place where reward models are opened.
+
+Training on one machine, evaluation, verl's reward workers and the server all call `open_scorer`. One `myrm` folder with
+the default transform is a `RewardScorer`; anything else is a `CombinedScorer` around what each entry names.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ups_rm.errors import RecipeError, RMError
+from ups_rm.recipe import RewardModel, RewardModelModel
+from ups_rm.reward.combined import CombinedScorer, Member, measured
+from ups_rm.types import Conversation, Message, Scorer
+
+REFERENCE_PROMPTS = 64
+"""Prompts of `reward_model.reference_data` that models are normalised on, two replies each."""
+PROBE_TOLERANCE = 0.05
+"""Largest change of a logit between two calls, as a share of the largest logit: bf16 in other batches gives 0.02."""
+KIND_OF = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
+
+
+def open_scorer(settings: RewardModel, device: str = "cpu") -> Scorer:
+    """The scorer of a recipe.
+
+    Args:
+        settings: `recipe.reward_model`.
+        device: of models that are loaded here.
+
+    Raises:
+        RecipeError: no reward model is named. RMError: one can't be opened, or can't be normalised; by its name.
+    """
+    entries = settings.entries()
+    if not entries:
+        raise RecipeError(
+            "reward_model.model.path is empty\n"
+            "  fix: give an RM folder (REWARD_MODEL_PATH=FOLDER) or reward_model.models, or use `ups-rm run`, which "
+            "makes one"
+        )
+    names = entry_names(entries)
+    normalized = [normalization(entry, len(entries)) for entry in entries]
+    reference = reference_conversations(settings.reference_data) if "reference" in normalized else []
+    members = []
+    for entry, name, how in zip(entries, names, normalized, strict=True):
+        try:
+            scorer = open_entry(entry, device, settings.max_batch_tokens)
+        except RMError as error:
+            raise RMError(f"reward model {name}: {error}" if len(entries) > 1 else str(error)) from error
+        member = Member(name, scorer, entry.output, entry.weight)
+        if how == "reference":
+            mean, std = measured(member, reference)
+            member = replace(member, mean=mean, std=std)
+        elif how == "fixed":
+            member = replace(member, mean=entry.mean, std=entry.std)
+        members.append(member)
+    alone = members[0]
+    if len(members) == 1 and settings.transform == "sigmoid" and (alone.output, normalized[0]) == ("unsafety", "none"):
+        return alone.scorer
+    return CombinedScorer(members, transform=settings.transform, temperature=settings.transform_temperature)
+
+
+def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int) -> Scorer:
+    """What one entry names, in its own sign and scale.
+
+    Raises:
+        RMError: it can't be opened.
+    """
+    kind = kind_of(entry)
+    if kind == "function":
+        from ups_rm.reward.function import FunctionScorer
+
+        return FunctionScorer(entry.callable)
+    if kind == "http":
+        from ups_rm.reward.client import HttpScorer
+
+        return HttpScorer(entry.url, token=_token(entry))
+    if kind == "pairwise":
+        return _open_pairwise(entry, device, max_batch_tokens)
+    how = {
+        "device": device,
+        "dtype": entry.dtype,
+        "trust_remote_code": entry.trust_remote_code,
+        "max_batch_tokens": max_batch_tokens,
+        "chat_template": _template(entry),
+    }
+    if kind == "myrm":
+        from ups_rm.reward.scorer import RewardScorer
+
+        return RewardScorer.load(entry.path, **how)  # type: ignore[arg-type]
+    from ups_rm.reward.hf_scorer import load_hf_scorer
+
+    return load_hf_scorer(entry.path, kind, **how)  # type: ignore[arg-type]
+
+
+def kind_of(entry: RewardModelModel) -> str:
+    """The entry's kind; `auto` looks at what is given, and for a folder at its config.json.
+
+    Raises:
+        RMError: a folder of another architecture.
+    """
+    if entry.kind != "auto":
+        return entry.kind
+    if entry.callable or entry.url:
+        return "function" if entry.callable else "http"
+    from ups_rm.reward.native import read_config
+
+    config = read_config(entry.path)
+    if "hidden_dim_str" in config:
+        return "myrm"
+    architecture = str((config.get("architectures") or [""])[0])
+    for ending, kind in KIND_OF.items():
+        if architecture.endswith(ending):
+            return kind
+    raise RMError(
+        f"{entry.path}/config.json: architecture {architecture or 'unknown'} is no reward model that is known here\n"
+        "  fix: reward_model.model.kind (a judge of pairs is kind=pairwise), or kind=function with a function of yours"
+    )
+
+
+def files_of(entry: RewardModelModel) -> list[Path | str]:
+    """Local files and folders that decide what the entry answers; of a function its module's file."""
+    files: list[Path | str] = [file for file in (entry.path, entry.template, entry.reference_replies) if file]
+    if entry.callable:
+        from importlib.util import find_spec
+
+        try:
+            found = find_spec(entry.callable.split(":")[0])
+        except ImportError:
+            found = None  # opening it says what is wrong
+        if found is not None and found.origin and Path(found.origin).is_file():
+            files.append(Path(found.origin))
+    return files
+
+
+def entry_names(entries: Sequence[RewardModelModel]) -> list[str]:
+    """A name for each entry: its own, or the last part of what it points to; numbered where two would be alike."""
+    names: list[str] = []
+    for entry in entries:
+        last = Path(entry.path or entry.url).name or "model"
+        name = entry.name or (entry.callable.replace(":", ".") if entry.callable else last)
+        name = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
+
+
+def normalization(entry: RewardModelModel, count: int) -> str:
+    """reference, fixed or none: what `normalize=auto` comes to in a list of `count` models.
+
+    A `reward` has no zero, so a sigmoid of it alone could be flat everywhere; a preference between replies has one.
+    """
+    if entry.normalize != "auto":
+        return entry.normalize
+    return "reference" if count > 1 or (entry.output == "reward" and entry.kind != "pairwise") else "none"
+
+
+def probe(scorer: Scorer, name: str) -> list[float]:
+    """What a scorer without an RM folder must do before it is trained against: answer, and not always the same.
+
+    Returns:
+        Its logits on the check's battery of conversations.
+
+    Raises:
+        RMError: a number that is not finite, the same number for everything, or other numbers in another order.
+    """
+    from ups_rm.reward.check import BATTERY, MIN_SPREAD
+
+    # each conversation twice, so that a judge of pairs has something to compare: the second one's reply is repeated
+    conversations = [[*m[:-1], Message(role="assistant", content=f"{m[-1]['content']}{more}")]
+                     for m in BATTERY for more in ("", " I hope that this helps you.")]  # fmt: skip
+    logits = [score.logit for score in scorer.score(conversations)]
+    again = [score.logit for score in scorer.score(conversations[::-1])][::-1]
+    if broken := [logit for logit in logits if not math.isfinite(logit)]:
+        raise RMError(f"{name} gives {broken[0]} to {len(broken)} of {len(logits)} conversations: not a finite number")
+    spread = max(logits) - min(logits)
+    if spread <= MIN_SPREAD:
+        raise RMError(f"{name} answers {logits[0]:.4g} to all of {len(logits)} conversations (spread {spread:.2g})")
+    change = max(abs(a - b) for a, b in zip(logits, again, strict=True))
+    if change > PROBE_TOLERANCE * max(1.0, *map(abs, logits)):
+        raise RMError(
+            f"{name} gives other numbers when the same replies come in another order (largest change {change:.3g})\n"
+            "  fix: the score of a reply must not hang on its neighbours in the batch, nor on chance"
+        )
+    return logits
+
+
+def reference_conversations(source: str) -> list[Conversation]:
+    """The first distinct prompts of `source` with both their replies, in the order of the rows.
+
+    Raises:
+        DataError: a source that can't be read. RMError: it has no rows.
+    """
+    from ups_rm.data.rows import read_rows
+
+    pairs: dict[str, list[Conversation]] = {}
+    for row in read_rows(source, on_reject=lambda reject: None):
+        if len(pairs) == REFERENCE_PROMPTS:
+            break
+        if row.prompt not in pairs:
+            ask = Message(role="user", content=row.prompt)
+            pairs[row.prompt] = [[ask, Message(role="assistant", content=reply)] for reply in row.responses]
+    if not pairs:
+        raise RMError(f"reward_model.reference_data={source} has no rows to normalise reward models on")
+    return [conversation for pair in pairs.values() for conversation in pair]
+
+
+def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int) -> Scorer:
+    from ups_rm.reward.pairwise import FunctionJudge, ModelJudge, PairJudge, PairwiseScorer, read_references
+
+    judge: PairJudge
+    if entry.callable:
+        judge = FunctionJudge(entry.callable)
+    else:
+        judge = ModelJudge.load(
+            entry.path,
+            output=entry.output,
+            device=device,
+            dtype=entry.dtype,
+            trust_remote_code=entry.trust_remote_code,
+            max_batch_tokens=max_batch_tokens,
+            template=_template(entry),
+        )
+    references = read_references(Path(entry.reference_replies)) if entry.reference_replies else None
+    return PairwiseScorer(judge, references)
+
+
+def _template(entry: RewardModelModel) -> str | None:
+    if not entry.template:
+        return None
+    try:
+        return Path(entry.template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RMError(f"template {entry.template} can't be read: {error}") from error
+
+
+def _token(entry: RewardModelModel) -> str | None:
+    if not entry.token_env:
+        return None
+    token = os.environ.get(entry.token_env)
+    if not token:
+        raise RMError(f"the environment variable {entry.token_env} (token_env) is not set: {entry.url} needs its token")
+    return token
