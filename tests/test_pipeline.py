@@ -100,10 +100,11 @@ def place(tmp_path: Path, policy_folder: Path, backbone_folder: Path, capsys: py
 
 
 def content(folder: Path) -> dict[str, tuple[int, int]]:
+    """All that a run made; its lock files say who ran last."""
     return {
         str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.stat().st_size)
         for file in folder.rglob("*")
-        if file.is_file() and "cache" not in file.parts and file.name != "summary.json"
+        if file.is_file() and "cache" not in file.parts and file.name != "summary.json" and file.suffix != ".lock"
     }
 
 

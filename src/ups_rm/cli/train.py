@@ -68,11 +68,14 @@ def train(
         return
     from ups_rm.local.preflight import check_before_training
     from ups_rm.local.trainer import Trainer
+    from ups_rm.locks import beside, only_one
 
     if engine == "verl":
         verl_engine.check_machine(settings)
-    check_before_training(settings, skip=skip_rm_check, fresh=resume == "never")
-    result = verl_engine.train(settings) if engine == "verl" else Trainer(settings).fit()
+    folder = Path(settings.trainer.default_local_dir)
+    with only_one(beside(folder), what=str(folder), fix="name another run folder (OUTPUT_DIR, --out)"):
+        check_before_training(settings, skip=skip_rm_check, fresh=resume == "never")
+        result = verl_engine.train(settings) if engine == "verl" else Trainer(settings).fit()
     if result.interrupted:
         raise typer.Exit(130)
     console.print(f"policy after {result.steps} steps: {result.policy}", soft_wrap=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ups_rm.console import console
 from ups_rm.errors import RMError, RunError
+from ups_rm.locks import beside, only_one
 from ups_rm.models import resolve_model
 from ups_rm.pipeline.context import Interrupted, Run, write_json
 from ups_rm.pipeline.prompts import make_prompts
@@ -41,10 +42,21 @@ def run(
         engine: what trains, `local` or `verl`; every other stage is the same.
 
     Raises:
-        UpsRmError: of the stage that can't go on. Interrupted: training was stopped; the same call resumes.
+        UpsRmError: of the stage that can't go on, or another run is at work here.
+        Interrupted: training was stopped; the same call resumes.
     """
     this = Run(recipe, fresh, engine)
     _check_inputs(this, own_prompts)
+    with (
+        only_one(Path("merge/.ups_rm.lock"), what=f"{Path.cwd()} (merge/, Data/)", fix="start in another folder"),
+        only_one(beside(this.folder), what=str(this.folder), fix="name another run folder (OUTPUT_DIR, --out)"),
+    ):
+        return _stages(this, own_prompts, skip_rm_check)
+
+
+def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]:
+    """Every stage in its order; each is skipped where it was done before."""
+    recipe = this.recipe
     this.policy = resolve_model(recipe.actor_rollout_ref.model.path)
     if not own_prompts:
         make_prompts(this)
