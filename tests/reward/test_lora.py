@@ -158,8 +158,11 @@ def test_same_seed_same_merged_weights(backbone: Path, tmp_path: Path) -> None:
 
 def test_what_stands_in_the_way_is_named(backbone: Path, tmp_path: Path) -> None:
     (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "mine.txt").write_text("dear to me")
     with pytest.raises(RMError, match="exists"):
         train_lora(backbone, make_rows(4), tmp_path, HEAD)
+    with pytest.raises(RMError, match="not even with --force"):
+        train_lora(backbone, make_rows(4), tmp_path, HEAD, overwrite=True)
     with pytest.raises(RMError, match="LoRA can't be put"):
         module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(target_modules="c_attn"), 0)
     with pytest.raises(RMError, match="rank"):

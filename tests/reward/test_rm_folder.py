@@ -289,18 +289,30 @@ def test_a_head_of_another_width_is_refused_and_nothing_is_left(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_existing_folder_is_replaced_only_when_told(tmp_path):
+def test_only_an_rm_folder_is_replaced_and_only_when_told(tmp_path):
+    """A path mistyped after --force must not cost a home folder, a policy or a checkpoint."""
     backbone, head = tiny_backbone(tmp_path / "backbone"), tiny_head(tmp_path / "head")
     out = tmp_path / "rm"
-    out.mkdir()
-    (out / "mine.txt").write_text("dear to me")
-    with pytest.raises(RMError, match="--force"):
+    merge(backbone, head, out)
+    (out / "config.json").touch()
+    with pytest.raises(RMError, match="--force to replace"):
         merge(backbone, head, out)
-    assert (out / "mine.txt").read_text() == "dear to me"
     merge(backbone, head, out, overwrite=True)
-    assert not (out / "mine.txt").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["backbone", "head", "rm"]
     RewardScorer.load(out)
+    (out / "checkpoint").mkdir()
+    (out / "checkpoint" / "mine.txt").write_text("dear to me")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("dear to me")
+    for foreign in (out, notes, backbone, head, notes / "mine.txt"):
+        before = {path: path.read_bytes() for path in foreign.rglob("*") if path.is_file()}
+        with pytest.raises(RMError, match="not replaced, not even with --force") as error:
+            merge(backbone, head, foreign, overwrite=True)
+        assert str(foreign) in str(error.value)
+        assert {path: path.read_bytes() for path in foreign.rglob("*") if path.is_file()} == before
+    (tmp_path / "empty").mkdir()
+    merge(backbone, head, tmp_path / "empty")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["backbone", "empty", "head", "notes", "rm"]
 
 
 @pytest.mark.parametrize("what", ["missing", "left over"])

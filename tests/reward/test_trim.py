@@ -66,3 +66,14 @@ def test_what_cannot_be_trimmed_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(RMError, match="exists and is not empty"):
         trim_backbone(whole, whole)
+
+
+def test_force_replaces_a_trimmed_backbone_but_no_other(tmp_path: Path) -> None:
+    whole = tiny_backbone(tmp_path / "whole")
+    weights = (whole / "model.safetensors").read_bytes()
+    trim_backbone(whole, tmp_path / "judge", layers=1)
+    trim_backbone(whole, tmp_path / "judge", layers=2, overwrite=True)
+    assert load_backbone(tmp_path / "judge")[0].config.num_hidden_layers == 2
+    with pytest.raises(RMError, match="not even with --force"):
+        trim_backbone(tmp_path / "judge", whole, layers=1, overwrite=True)
+    assert (whole / "model.safetensors").read_bytes() == weights

@@ -46,6 +46,7 @@ from ups_rm.reward.head_metrics import Quality
 from ups_rm.reward.head_objective import HeadSettings, Part, contrast_loss, loss_of, part_of
 from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer
 from ups_rm.reward.native import compute_context
+from ups_rm.reward.replacing import check_replaceable, mark_as_ours
 
 Unit = tuple[int, ...]
 """Positions in a Part's items that go through the backbone together: one item, or (unsafe, safe) of one prompt."""
@@ -142,8 +143,7 @@ def train_lora(
     start, out = perf_counter(), Path(out)
     head_settings, settings = head_settings or HeadSettings(), settings or LoraSettings()
     merged = out / "backbone"
-    if merged.exists() and not overwrite:
-        raise RMError(f"{merged} exists\n  fix: another folder, or --force to replace it")
+    check_replaceable(merged, overwrite=overwrite)
     place = best_device() if device == "auto" else device
     how: dict[str, Any] = {"device": place, "dtype": dtype, "chat_template": chat_template, "progress": progress}
     limits: dict[str, Any] = {"end_token": end_token, "truncation_side": truncation_side, "max_length": max_length}
@@ -371,5 +371,6 @@ def _merge_adapter(backbone: Path | str, adapter: Path, tokenizer: Any, out: Pat
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    mark_as_ours(temporary, "ups-rm rm train --lora")
     shutil.rmtree(out, ignore_errors=True)
     temporary.replace(out)

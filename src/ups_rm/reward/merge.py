@@ -24,6 +24,7 @@ from ups_rm.reward.card import GOLDEN_CONVERSATIONS, make_card
 from ups_rm.reward.head_files import HeadWeights, folded, read_head
 from ups_rm.reward.native import hidden_dim_text, load_model, load_tokenizer, quiet_transformers
 from ups_rm.reward.render import RenderPolicy, chat_template_of, render, template_sha256
+from ups_rm.reward.replacing import check_replaceable
 from ups_rm.reward.scorer import RewardScorer, default_max_length, pad_batch
 
 if TYPE_CHECKING:
@@ -75,14 +76,13 @@ def merge(
         head: folder or file of the head, ours or the original form.
         chat_template: text of a template, where the backbone's tokenizer has none or the wrong one.
         other_backbone: allow a backbone that is not the one head.json names (another copy or number format of it).
-        overwrite: replace an existing `out`.
+        overwrite: replace an `out` that is an RM folder.
 
     Raises:
         RMError: anything missing, left over or unequal, by name; `out` exists and is not empty.
     """
     out = Path(out).expanduser()
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise RMError(f"{out} exists and is not empty\n  fix: another folder, or --force to replace it")
+    check_replaceable(out, overwrite=overwrite)
     weights = read_head(head)
     tokenizer = load_backbone_tokenizer(backbone, chat_template)
     out.parent.mkdir(parents=True, exist_ok=True)

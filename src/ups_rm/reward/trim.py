@@ -16,6 +16,7 @@ from typing import Any
 
 from ups_rm.errors import RMError
 from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer
+from ups_rm.reward.replacing import check_replaceable, mark_as_ours
 
 JUDGE_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,8 +47,7 @@ def trim_backbone(
         RMError: `out` exists; more layers than there are; a decoder whose layers can't be found.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise RMError(f"{out} exists and is not empty\n  fix: another folder, or --force to replace it")
+    check_replaceable(out, overwrite=overwrite)
     tokenizer = load_backbone_tokenizer(backbone, chat_template)
     if chat_template is not None and _writes_bos(tokenizer):
         tokenizer.chat_template = "{{ bos_token }}" + chat_template
@@ -58,6 +58,7 @@ def trim_backbone(
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    mark_as_ours(temporary, "ups-rm rm trim")
     load_backbone(temporary)  # what was written is whole
     shutil.rmtree(out, ignore_errors=True)
     temporary.replace(out)
