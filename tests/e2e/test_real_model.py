@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,36 +35,70 @@ def few_rows(folder: Path) -> Path:
     return folder
 
 
-def test_two_steps_of_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fetch()
-    monkeypatch.chdir(tmp_path)
+def whole_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ups-rm run` in a new folder, two steps."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     for name in ("POLICY_MODEL_PATH", "REWARD_MODEL_PATH", "TRAIN_DATA", "VAL_DATA", "OUTPUT_DIR", "ENGINE", "FRESH"):
         monkeypatch.delenv(name, raising=False)
     code = command(
-        "run", f"prepare.source={few_rows(tmp_path / 'rows')}", "trainer.total_training_steps=2",
+        "run", f"prepare.source={few_rows(folder / 'rows')}", "trainer.total_training_steps=2",
         "data.max_response_length=24", "evaluation.max_unsafe_prompts=4", "evaluation.max_benign_prompts=4",
         "evaluation.max_new_tokens=24", "evaluation.n=1", "data.train_batch_size=4",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.n=3",
     )  # fmt: skip
     assert code == 0
-    summary = json.loads((RUN / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a first run."""
+    folder = tmp_path_factory.mktemp("whole") / "first"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        whole_way(folder, monkeypatch)
+    return folder / RUN
+
+
+def test_the_same_command_twice_gives_the_same_numbers(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RM, training and evaluation are made anew in another folder: every metric, reply and figure is equal."""
+    whole_way(tmp_path / "second", monkeypatch)
+    second = tmp_path / "second" / RUN
+
+    def numbers(run: Path) -> tuple[Any, ...]:
+        metrics = [
+            {name: value for name, value in row.items() if not name.startswith(("time", "timing", "perf"))}
+            for row in read_metrics(run / "metrics.jsonl")
+        ]
+        summary = json.loads((run / "summary.json").read_text())
+        summary.pop("seconds")
+        groups = [file.read_text() for file in sorted((run / "groups").iterdir())]
+        return metrics, summary, groups, (run / "eval" / "pairs.jsonl").read_text()
+
+    assert numbers(first) == numbers(second)
+
+
+def test_two_steps_of_the_whole_way(first: Path) -> None:
+    model = fetch()
+    summary = json.loads((first / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["safe_score"]["n"] == 8
     assert 0 < summary["safe_score"]["before"] < 1
-    rows = read_metrics(RUN / "metrics.jsonl")
+    rows = read_metrics(first / "metrics.jsonl")
     assert rows[0]["kl/mean"] == pytest.approx(0, abs=0.02)  # bf16 where the machine has it
     assert rows[0]["rollout/logprob_gap_mean"] < 0.1
     assert any(row["actor/grad_norm"] > 0 for row in rows)
-    replies = [sample.response for group in read_group_log(RUN / "groups/step_000001.jsonl").groups
+    replies = [sample.response for group in read_group_log(first / "groups/step_000001.jsonl").groups
                for sample in group.samples]  # fmt: skip
     assert len(set(replies)) > len(replies) // 2
     words = [word for reply in replies for word in reply.split()]
     assert sum(word.isascii() for word in words) > 0.9 * len(words)
-    after, before = AutoModelForCausalLM.from_pretrained(RUN / "policy"), AutoModelForCausalLM.from_pretrained(model)
+    after, before = AutoModelForCausalLM.from_pretrained(first / "policy"), AutoModelForCausalLM.from_pretrained(model)
     moved = [(p - q).abs().max().item() for p, q in zip(after.parameters(), before.parameters(), strict=True)]
     assert 0 < max(moved) < 1e-2
     assert after.dtype == torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(RUN / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(first / "policy")
     for text in ("What is the capital of France?", "How do I bake bread?"):
         question = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
