@@ -397,6 +397,7 @@ def test_names_are_those_of_grpo() -> None:
     assert set(ONE_OF["algorithm.kl_penalty"]) == set(grpo.KL_ESTIMATORS)
     assert set(KL_ESTIMATORS) < set(grpo.KL_ESTIMATORS)
     assert grpo.LOSS_AGG_MODES == LOSS_AGG_MODES
+    assert ONE_OF["algorithm.adv_estimator"] == grpo.PER_REPLY
 
 
 def test_the_recipe_is_read_without_torch() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from ups_rm.content import content_hash
 from ups_rm.errors import RunError
-from ups_rm.stages import Stage, content_hash, read_stamp, run_stage
+from ups_rm.stages import Stage, read_stamp, run_stage
 
 
 @pytest.fixture(autouse=True)

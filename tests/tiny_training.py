@@ -191,7 +191,13 @@ BASE: dict[str, Any] = {
         "rollout": {"n": 4},
     },
     "reward_model": {"model": {"dtype": "float32"}},
-    "trainer": {"device": "cpu", "logger": [], "total_epochs": 100, "total_training_steps": 3},
+    "trainer": {
+        "device": "cpu",
+        "logger": [],
+        "total_epochs": 100,
+        "total_training_steps": 3,
+        "val_before_train": False,
+    },
 }
 
 

@@ -134,7 +134,7 @@ class Data:
     train_max_samples: int = -1
     """Use the first rows only; -1: all."""
     val_max_samples: int = -1
-    """Use the first held-out rows only in `trainer.test_freq` validation; -1: all."""
+    """Use the first held-out rows only when validating during training; -1: all."""
     max_prompt_length: int = 512
     """Tokens of the policy's tokenizer."""
     max_response_length: int = 512
@@ -343,9 +343,10 @@ class KlCtrl:
 @dataclass
 class Algorithm:
     adv_estimator: str = "grpo"
-    """`grpo`."""
+    """How a reply is compared with the others to its prompt: `grpo` (or `grpo_vectorized`, the same), `rloo`,
+    `rloo_vectorized`, `opo`, `grpo_passk`, or `reinforce_plus_plus_baseline` (whitened over the batch)."""
     norm_adv_by_std_in_grpo: bool = True
-    """False: A = r - mean(group), as in Dr. GRPO (arXiv:2503.20783)."""
+    """False: A = r - mean(group), as in Dr. GRPO (arXiv:2503.20783). Of `grpo` and `grpo_passk` only."""
     use_kl_in_reward: bool = True
     """Take kl_coef * KL off the reward of every token."""
     kl_penalty: str = "kl"
@@ -425,7 +426,7 @@ class Trainer:
     logger: Any = field(default_factory=lambda: ["console"])
     """`console`, `wandb`, `tensorboard`, `jsonl`, or another tracker of accelerate. metrics.jsonl is always written."""
     val_before_train: bool = True
-    """Validate once before the first step, if `test_freq` asks for validation at all."""
+    """Validate once before the first step, if `test_freq` asks for validation at all (stock verl: even with -1)."""
     test_freq: int = -1
     """Validate on the held-out prompts every so many steps and after the last; -1: never."""
     save_freq: int = -1

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # As in ups_rm.grpo, which imports torch; a test keeps them equal.
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+ADV_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo",
+                  "reinforce_plus_plus_baseline")  # fmt: skip
 DTYPES = ("auto", "bfloat16", "float32")
 RM_KINDS = ("auto", "myrm", "sequence", "token", "pairwise", "function", "http")
 NORMALIZE = ("auto", "reference", "fixed", "none")
@@ -34,7 +36,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     f"{ARR}.actor.fsdp_config.model_dtype": ("fp32", "float32"),
     f"{ARR}.actor.fsdp_config.dtype": DTYPES,
     f"{ARR}.rollout.dtype": DTYPES,
-    "algorithm.adv_estimator": ("grpo",),
+    "algorithm.adv_estimator": ADV_ESTIMATORS,
     "algorithm.kl_penalty": (*KL_ESTIMATORS, *(f"{name}+" for name in KL_ESTIMATORS)),
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
     "reward_model.model.dtype": DTYPES,
@@ -180,6 +182,11 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(
             f"data.train_batch_size={data.train_batch_size} is not a multiple of "
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
+        )
+    if recipe.algorithm.adv_estimator == "grpo_passk" and recipe.actor_rollout_ref.rollout.n < 2:
+        raise RecipeError(
+            f"algorithm.adv_estimator=grpo_passk compares the best two replies to a prompt, but "
+            f"actor_rollout_ref.rollout.n={recipe.actor_rollout_ref.rollout.n}\n  fix: actor_rollout_ref.rollout.n=4"
         )
     if recipe.evaluation.max_unsafe_prompts + recipe.evaluation.max_benign_prompts == 0:
         raise RecipeError("evaluation.max_unsafe_prompts=0 and evaluation.max_benign_prompts=0: nothing to compare on")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 
-from ups_rm.recipe import Recipe
+from ups_rm.content import content_hash
+from ups_rm.models import resolve_model
+from ups_rm.recipe import Recipe, as_list
 
 # Settings that may differ between a run and its continuation.
 FREE_TO_CHANGE = ("logger", "total_training_steps", "total_epochs", "test_freq", "save_freq", "val_before_train",
@@ -22,3 +24,12 @@ def recipe_hash(recipe: Recipe) -> str:
         settings.pop(section)
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in FREE_TO_CHANGE}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def input_hashes(recipe: Recipe) -> dict[str, str]:
+    """Content hashes of policy, RM and prompts, by recipe key: a path alone does not say what stands there."""
+    policy, rm = recipe.actor_rollout_ref.model.path, recipe.reward_model.model.path
+    hashes = {"actor_rollout_ref.model.path": content_hash(resolve_model(policy))}
+    if rm:
+        hashes["reward_model.model.path"] = content_hash(rm)
+    return hashes | {f"data.train_files: {file}": content_hash(file) for file in as_list(recipe.data.train_files)}

@@ -2,15 +2,13 @@
 
 Beside its output folder `X` a stage leaves a stamp `.X.ups_rm_stage.json`: the hash of all inputs and settings, and of
 what it made. It is skipped while both still fit. A folder that holds something without a stamp is refused, even with
-FRESH=1, and of a stamped one only what the stage made is removed: nothing of the user's is overwritten. Large files are
-hashed once and remembered by size and modification time.
+FRESH=1, and of a stamped one only what the stage made is removed: nothing of the user's is overwritten.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +18,8 @@ from typing import Any
 
 from ups_rm import __version__
 from ups_rm.console import console
+from ups_rm.content import content_hash
 from ups_rm.errors import RunError
-from ups_rm.models import cache_folder
 
 
 @dataclass(frozen=True)
@@ -123,56 +121,6 @@ def stage_hash(stage: Stage) -> str:
     for item in stage.inputs:
         digest.update(content_hash(item).encode())
     return digest.hexdigest()
-
-
-def content_hash(item: Path | str) -> str:
-    """sha256 of a file, or of a folder's files with their names; of the text itself for what is not on disk."""
-    path = Path(item)
-    if not path.exists():
-        return hashlib.sha256(str(item).encode()).hexdigest()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    digest = hashlib.sha256()
-    known = _Digests()
-    for file in files:
-        digest.update(f"{file.relative_to(path) if file != path else ''}\0{known.of(file)}\n".encode())
-    known.save()
-    return digest.hexdigest()
-
-
-class _Digests:
-    """sha256 of files, remembered in the user's cache by path, size and modification time."""
-
-    def __init__(self) -> None:
-        self.file = cache_folder() / "digests.json"
-        try:
-            self.known: dict[str, str] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
-        self.changed = False
-
-    def of(self, file: Path) -> str:
-        stat = file.stat()
-        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in self.known:
-            digest = hashlib.sha256()
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-            if stat.st_size < 1 << 20:
-                return digest.hexdigest()  # quick to read again: not worth remembering
-            self.known[key], self.changed = digest.hexdigest(), True
-        return self.known[key]
-
-    def save(self) -> None:
-        if not self.changed:
-            return
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(dict(list(self.known.items())[-1000:])), encoding="utf-8")
-            temporary.replace(self.file)
-        except OSError:
-            return  # only a cache: the next run hashes again
 
 
 def read_stamp(stage: Stage) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_a_wrong_key_stops_a_dry_run_too(train: Train) -> None:
 
 
 def test_training_leaves_policy_metrics_groups_and_recipe(train: Train, tmp_path: Path) -> None:
-    code, out = train("trainer.logger=[console]", "trainer.test_freq=2")
+    code, out = train("trainer.logger=[console]", "trainer.test_freq=2", "trainer.val_before_train=true")
     assert code == 0, out
     assert "policy after 3 steps" in out
     assert steps(tmp_path / "run") == [0, 1, 2, 3]

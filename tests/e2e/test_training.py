@@ -68,7 +68,7 @@ def test_it_learns_what_the_scorer_likes(
     LoRA leaves the head alone, and the policy's own head is too narrow to say much: there the wide backbone learns.
     """
     policy = backbone_folder if "lora" in str(variant) else policy_folder
-    overrides = ["trainer.test_freq=24", f"{ROLLOUT}val_kwargs.do_sample=true"]
+    overrides = ["trainer.test_freq=24", "trainer.val_before_train=true", f"{ROLLOUT}val_kwargs.do_sample=true"]
     overrides += [f"{ROLLOUT}val_kwargs.temperature=1.0", f"{ROLLOUT}val_kwargs.n=4"]
     _, rows = fit(tiny_recipe(tmp_path, policy, *LEARN, *overrides, *variant), prefers("e"))
     scores = series(rows, "critic/score/mean")
@@ -119,10 +119,28 @@ def test_every_step_draws_anew(tmp_path: Path, policy_folder: Path) -> None:
         assert different > 0.9 * len(steps[one])
 
 
+@pytest.mark.parametrize("name", ["rloo", "opo", "grpo_passk", "reinforce_plus_plus_baseline"])
+def test_other_estimators_reach_the_update_and_the_log(tmp_path: Path, policy_folder: Path, name: str) -> None:
+    recipe = tiny_recipe(tmp_path, policy_folder, f"algorithm.adv_estimator={name}", "trainer.total_training_steps=1")
+    fit(recipe, prefers("e"))
+    read = read_group_log(tmp_path / "run/groups/step_000001.jsonl")
+    logged = [[sample.advantage for sample in group.samples] for group in read.groups]
+    assert read.adv_estimator == name
+    if name == "reinforce_plus_plus_baseline":
+        samples = [sample for group in read.groups for sample in group.samples]
+        assert sum(one.advantage * one.length for one in samples) == pytest.approx(0, abs=1e-3)  # whitened over tokens
+    else:
+        assert read.recompute_advantages() == logged
+    if name == "grpo_passk":
+        assert all(sum(advantage != 0 for advantage in group) <= 1 for group in logged)
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path: Path, policy_folder: Path) -> None:
     def run(name: str, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        recipe = tiny_recipe(tmp_path, policy_folder, "trainer.test_freq=2", *overrides)
+        recipe = tiny_recipe(
+            tmp_path, policy_folder, "trainer.test_freq=2", "trainer.val_before_train=true", *overrides
+        )
         _, rows = fit(recipe, prefers("e"))
         files = sorted((tmp_path / "run" / "groups").iterdir())
         (tmp_path / "run").rename(tmp_path / name)
@@ -139,7 +157,8 @@ def test_policy_and_reward_model_of_different_tokenizers(tmp_path: Path, policy_
     """The real scorer: it is handed messages, never the policy's token ids; scores are those of scoring the text."""
     from ups_rm.reward.scorer import RewardScorer
 
-    recipe = tiny_recipe(tmp_path, policy_folder, f"reward_model.model.path={rm_folder}", "trainer.test_freq=3")
+    validation = ["trainer.test_freq=3", "trainer.val_before_train=true"]
+    recipe = tiny_recipe(tmp_path, policy_folder, f"reward_model.model.path={rm_folder}", *validation)
     result, rows = fit(recipe)
     assert result.steps == 3
     scorer = RewardScorer.load(rm_folder, dtype="float32")
@@ -355,17 +374,18 @@ def test_without_kl_there_is_no_reference(tmp_path: Path, policy_folder: Path) -
     assert Trainer(recipe, prefers("e")).fit().metrics["actor/kl_loss"] >= 0
 
 
-def test_validation_at_its_steps_and_at_the_end(tmp_path: Path, policy_folder: Path) -> None:
-    name = "val-core/PKU-SafeRLHF/reward/mean@1"
-    steps = "trainer.total_training_steps=5"
-    _, rows = fit(tiny_recipe(tmp_path / "a", policy_folder, "trainer.test_freq=2", steps), prefers("e"))
-    assert [row["step"] for row in rows if name in row] == [0, 2, 4, 5]
-    overrides = ["trainer.test_freq=2", steps, "trainer.val_before_train=false"]
-    _, rows = fit(tiny_recipe(tmp_path / "b", policy_folder, *overrides), prefers("e"))
-    assert [row["step"] for row in rows if name in row] == [2, 4, 5]
+def test_validation_before_at_its_steps_and_at_the_end(tmp_path: Path, policy_folder: Path) -> None:
+    """With `test_freq=-1` there is no validation at all: `val_before_train` belongs to it."""
+    name, steps = "val-core/PKU-SafeRLHF/reward/mean@1", "trainer.total_training_steps=5"
+    for before, every, expected in (
+        ("true", 2, [0, 2, 4, 5]), ("false", 2, [2, 4, 5]), ("true", -1, []), ("false", -1, []),
+    ):  # fmt: skip
+        overrides = [f"trainer.test_freq={every}", f"trainer.val_before_train={before}", steps]
+        _, rows = fit(tiny_recipe(tmp_path / f"{before}{every}", policy_folder, *overrides), prefers("e"))
+        assert [row["step"] for row in rows if name in row] == expected
     scorer = prefers("e")
-    overrides = ["trainer.test_freq=5", steps, "data.val_max_samples=2"]
-    fit(tiny_recipe(tmp_path / "c", policy_folder, *overrides), scorer)
+    overrides = ["trainer.test_freq=5", "trainer.val_before_train=true", steps, "data.val_max_samples=2"]
+    fit(tiny_recipe(tmp_path / "few", policy_folder, *overrides), scorer)
     assert len(scorer.seen) == 2 * 2 + 5 * 16
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,7 +28,8 @@ from ups_rm.tracking.jsonl import read_metrics
 from ups_rm.types import Conversation, Score
 
 ACTOR = "actor_rollout_ref.actor."
-SIX = ["trainer.total_training_steps=6", "trainer.save_freq=3", "trainer.test_freq=2", f"{ACTOR}optim.lr=5e-3"]
+SIX = ["trainer.total_training_steps=6", "trainer.save_freq=3", "trainer.test_freq=2"]
+SIX += ["trainer.val_before_train=true", f"{ACTOR}optim.lr=5e-3"]
 VARIANTS = {
     "plain": [],
     "bf16": [f"{ACTOR}fsdp_config.dtype=bfloat16"],
@@ -132,7 +134,7 @@ def test_a_killed_process_resumes_to_the_same_end(tmp_path: Path, policy_folder:
 def test_a_signal_leaves_a_checkpoint_after_the_step(
     tmp_path: Path, policy_folder: Path, which: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = [*SIX, "trainer.save_freq=-1", "trainer.test_freq=-1"]
+    overrides = [*SIX, "trainer.save_freq=-1", "trainer.test_freq=-1", "trainer.val_before_train=false"]
     recipe = tiny_recipe(tmp_path / "stopped", policy_folder, *overrides)
     before = signal.getsignal(which)
     result = fit(recipe, Stopper(2, lambda: os.kill(os.getpid(), which)))
@@ -249,6 +251,42 @@ def test_a_checkpoint_of_another_recipe_is_refused(
         fit(tiny_recipe(tmp_path, policy_folder, *SIX, change))
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("rm/head.bin", "reward_model.model.path"),
+        ("policy/config.json", "actor_rollout_ref.model.path"),
+        ("train.parquet", "data.train_files"),
+    ],
+)
+def test_other_contents_under_the_same_paths_are_refused(
+    tmp_path: Path, policy_folder: Path, changed: str, named: str
+) -> None:
+    """An RM made anew in its folder would silently change what the second half of a run is trained against."""
+    policy, rm = tmp_path / "policy", tmp_path / "rm"
+    shutil.copytree(policy_folder, policy)
+    rm.mkdir()
+    (rm / "head.bin").write_bytes(b"one")
+
+    settings = [f"reward_model.model.path={rm}", "trainer.save_freq=1"]
+    one, two = (tiny_recipe(tmp_path, policy, *settings, f"trainer.total_training_steps={n}") for n in (1, 2))
+    fit(one)
+    shutil.rmtree(tmp_path / "run/policy")
+    target = tmp_path / changed
+    before = target.read_bytes()
+    if target.suffix == ".parquet":
+        table = pq.read_table(target)
+        pq.write_table(table.slice(0, table.num_rows - 1), target)
+    else:
+        target.write_bytes(before + b"\n")
+    with pytest.raises(CheckpointError, match="other contents") as error:
+        fit(two)
+    assert named in str(error.value)
+    assert "fix: put it back" in str(error.value)
+    target.write_bytes(before)
+    assert fit(two).steps == 2
+
+
 def test_what_does_not_change_the_training_may_change_on_resume(
     saved: Path, tmp_path: Path, policy_folder: Path
 ) -> None:
@@ -309,4 +347,5 @@ def test_a_full_disk_at_the_end_leaves_no_half_policy(tmp_path: Path, policy_fol
 def test_state_is_readable_json(saved: Path) -> None:
     state = json.loads((saved / "global_step_3/state.json").read_text())
     assert state["step"] == 3
-    assert state.keys() == {"step", "kl_coef", "recipe_hash"}
+    assert state.keys() == {"step", "kl_coef", "recipe_hash", "inputs"}
+    assert [key.split(":")[0] for key in state["inputs"]] == ["actor_rollout_ref.model.path", "data.train_files"]

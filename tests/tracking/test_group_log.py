@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from grpo_batches import EDGE_CASES, Batch, batches
 from ups_rm.errors import DataError
-from ups_rm.grpo import group_advantages
+from ups_rm.grpo import PER_REPLY, estimate_advantages
 from ups_rm.tracking import GroupLog, GroupRecord, SampleRecord, group_records, read_group_log
 from ups_rm.types import Message, Score
 
@@ -25,10 +25,12 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, H
 TEXTS = ["Ja, gern.", "", "line one\nline two\u2028three", "引号“和”表情 🙂", '{"step": 1}', "nul\x00"]
 
 
-def groups_of(batch: Batch, scale_by_std: bool = True) -> tuple[list[GroupRecord], torch.Tensor]:
+def groups_of(batch: Batch, scale_by_std: bool = True, name: str = "grpo") -> tuple[list[GroupRecord], torch.Tensor]:
     """Records of a float32 batch, and the advantages that training would use."""
     batch = batch.to(torch.float32)
-    advantages = group_advantages(batch.token_level_rewards, batch.mask, batch.group_ids, scale_by_std=scale_by_std)
+    advantages = estimate_advantages(
+        name, batch.token_level_rewards, batch.mask, batch.group_ids, scale_by_std=scale_by_std
+    )
     count = len(batch.mask)
     ids = batch.group_ids.tolist()
     records = group_records(
@@ -170,10 +172,29 @@ def test_a_file_of_another_form_is_named_with_its_line(tmp_path: Path, content: 
         read_group_log(tmp_path / "bad.jsonl")
 
 
-def test_other_estimators_are_not_recomputed_wrongly(tmp_path: Path) -> None:
-    file = GroupLog(tmp_path, adv_estimator="rloo").write(1, groups_of(EDGE_CASES["one reply in all"])[0])
+@pytest.mark.parametrize("name", [name for name in PER_REPLY if name != "reinforce_plus_plus_baseline"])
+@given(data=st.data(), scale_by_std=st.booleans())
+@patient
+def test_every_estimator_within_the_group_recomputes_exactly(
+    tmp_path: Path, name: str, data: st.DataObject, scale_by_std: bool
+) -> None:
+    batch = data.draw(batches(min_group=2 if name == "grpo_passk" else 1))
+    records, _ = groups_of(batch, scale_by_std, name)
+    file = GroupLog(tmp_path, adv_estimator=name, scale_by_std=scale_by_std).write(1, records)
     assert file is not None
-    with pytest.raises(DataError, match='advantages of "rloo"'):
+    read = read_group_log(file)
+    assert read.recompute_advantages() == [[sample.advantage for sample in group.samples] for group in read.groups]
+
+
+def test_what_cannot_be_recomputed_is_not_recomputed_wrongly(tmp_path: Path) -> None:
+    records, _ = groups_of(EDGE_CASES["hole in the mask"])
+    file = GroupLog(tmp_path, adv_estimator="reinforce_plus_plus_baseline").write(1, records)
+    assert file is not None
+    with pytest.raises(DataError, match="depend on the whole batch"):
+        read_group_log(file).recompute_advantages()
+    file = GroupLog(tmp_path, adv_estimator="opo", max_samples_per_group=1).write(1, records)
+    assert file is not None
+    with pytest.raises(DataError, match=r"(?s)opo needs all \d+ replies of a group, 1 of .*fix: .*_group=-1"):
         read_group_log(file).recompute_advantages()
 
 

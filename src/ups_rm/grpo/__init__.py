@@ -8,7 +8,7 @@ Dimension letters: P prompts in the batch, n replies per prompt, B = P * n seque
 1 (or True) for tokens the policy generated and 0 for padding. All logarithms are natural: KL and entropy are in nats.
 """
 
-from ups_rm.grpo.advantages import ADVANTAGES, group_advantages
+from ups_rm.grpo.advantages import ADVANTAGES, PER_REPLY, estimate_advantages, group_advantages
 from ups_rm.grpo.kl import KL_ESTIMATORS, AdaptiveKL, FixedKL, kl_penalty
 from ups_rm.grpo.losses import LOSS_AGG_MODES, PolicyLoss, aggregate, batch_totals, masked_mean, policy_loss
 from ups_rm.grpo.metrics import model_metrics, rollout_metrics, throughput_metrics, timing_metrics
@@ -18,11 +18,13 @@ __all__ = [
     "ADVANTAGES",
     "KL_ESTIMATORS",
     "LOSS_AGG_MODES",
+    "PER_REPLY",
     "AdaptiveKL",
     "FixedKL",
     "PolicyLoss",
     "aggregate",
     "batch_totals",
+    "estimate_advantages",
     "group_advantages",
     "kl_penalty",
     "masked_mean",

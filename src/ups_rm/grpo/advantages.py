@@ -175,3 +175,22 @@ ADVANTAGES: Mapping[str, AdvantageFunction] = {
     "reinforce_plus_plus_baseline": whitened_group_advantages,
 }
 """verl's `algorithm.adv_estimator` names that work with one score per reply and no critic."""
+
+SCALED = ("grpo", "grpo_vectorized", "grpo_passk")
+"""Those that `scale_by_std` (verl's `norm_adv_by_std_in_grpo`) concerns."""
+
+PER_REPLY = tuple(name for name in ADVANTAGES if name != "reinforce_plus_plus")
+"""Those that give all tokens of a reply one advantage, as the group log takes it."""
+
+
+def estimate_advantages(
+    name: str, token_level_rewards: Tensor, response_mask: Tensor, group_ids: Tensor, *, scale_by_std: bool = True
+) -> Tensor:
+    """Advantages by verl's name of the estimator; shapes as in `group_advantages`.
+
+    Args:
+        name: a key of `ADVANTAGES`.
+        scale_by_std: for `SCALED`; the others know no such choice.
+    """
+    options = {"scale_by_std": scale_by_std} if name in SCALED else {}
+    return ADVANTAGES[name](token_level_rewards, response_mask, group_ids, **options)

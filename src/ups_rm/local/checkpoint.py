@@ -1,6 +1,7 @@
 """Checkpoints: written under a temporary name and renamed, so that one that can be seen is whole.
 
-`<dir>/global_step_<N>/` holds `training.pt` (fp32 masters and optimizer state, tensors only) and `state.json`.
+`<dir>/global_step_<N>/` holds `training.pt` (fp32 masters and optimizer state, tensors only) and `state.json` (step,
+hashes of the recipe and of what it names: policy, RM, prompts).
 `<dir>/latest_checkpointed_iteration.txt` names the newest (verl's file name). Random state is not stored: every draw is
 a function of the seed and the step.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,6 +32,8 @@ class TrainingState:
     step: int
     kl_coef: float
     recipe_hash: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Content hash of what each recipe key names; see `input_hashes`."""
 
 
 def save_checkpoint(folder: Path, actor: Actor, state: TrainingState, *, keep: int | None = None) -> Path:
@@ -97,11 +100,14 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path, actor: Actor, recipe: Recipe) -> TrainingState:
+def load_checkpoint(path: Path, actor: Actor, recipe: Recipe, inputs: dict[str, str]) -> TrainingState:
     """Put a checkpoint's weights, optimizer state and schedule into the actor.
 
+    Args:
+        inputs: what the recipe names now (`input_hashes`).
+
     Raises:
-        CheckpointError: truncated or foreign files, other shapes, or another recipe.
+        CheckpointError: truncated or foreign files, other shapes, another recipe, or other contents under its paths.
     """
     if (path / "actor").is_dir():
         raise CheckpointError(f"{path} is a checkpoint of the verl engine\n  fix: ENGINE=verl, or another run folder")
@@ -118,6 +124,13 @@ def load_checkpoint(path: Path, actor: Actor, recipe: Recipe) -> TrainingState:
         raise CheckpointError(
             f"{path} was made with another recipe\n  fix: use the same settings, another trainer.default_local_dir, "
             "or trainer.resume_mode=disable to start anew"
+        )
+    changed = [key for key, value in inputs.items() if state.inputs.get(key, value) != value]
+    if changed:
+        raise CheckpointError(
+            f"{path} was made with other contents of {', '.join(changed)}: what stood there was replaced or edited\n"
+            "  fix: put it back; or another trainer.default_local_dir (--out) or trainer.resume_mode=disable (--resume "
+            "never) to start anew"
         )
     masters = [master for _, master in actor.policy.masters]
     if [tuple(m.shape) for m in masters] != [tuple(s.shape) for s in saved]:

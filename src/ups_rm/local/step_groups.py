@@ -18,6 +18,7 @@ def open_group_log(recipe: Recipe) -> GroupLog:
         freq=trainer.group_log_freq,
         max_groups=trainer.group_log_max_groups,
         max_samples_per_group=trainer.group_log_max_samples_per_group,
+        adv_estimator=recipe.algorithm.adv_estimator,
         scale_by_std=recipe.algorithm.norm_adv_by_std_in_grpo,
         kl_coef=recipe.algorithm.kl_ctrl.kl_coef if recipe.algorithm.use_kl_in_reward else 0.0,
     )

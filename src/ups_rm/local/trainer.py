@@ -19,7 +19,7 @@ from ups_rm.console import console, progress_bar
 from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, read_prompts
 from ups_rm.errors import RunError
-from ups_rm.grpo import AdaptiveKL, FixedKL, group_advantages, kl_penalty, penalize, place_on_last_token
+from ups_rm.grpo import AdaptiveKL, FixedKL, estimate_advantages, kl_penalty, penalize, place_on_last_token
 from ups_rm.interrupt import interruptible
 from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.checkpoint import (
@@ -37,7 +37,7 @@ from ups_rm.local.step_groups import log_groups, open_group_log
 from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics
 from ups_rm.local.validation import validate
 from ups_rm.recipe import Recipe, as_list
-from ups_rm.recipe_hash import recipe_hash
+from ups_rm.recipe_hash import input_hashes, recipe_hash
 from ups_rm.tracking.trackers import Trackers
 from ups_rm.types import Scorer, TrainResult
 
@@ -58,6 +58,7 @@ class Trainer:
         self.recipe = recipe
         self.folder = Path(recipe.trainer.default_local_dir)
         rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
+        self.inputs = input_hashes(recipe)
         self.policy = Policy.load(recipe)
         self.train_rows = fitting_prompts(rows, self.policy.tokenizer, recipe.data)
         held_out = read_prompts(as_list(recipe.data.val_files)) if self._validates() else []
@@ -109,8 +110,12 @@ class Trainer:
                 kl = kl_penalty(old_logprobs, ref_logprobs, algorithm.kl_penalty) * mask
             kl_coef = self.kl_control.value if algorithm.use_kl_in_reward else 0.0
             token_level_rewards = penalize(token_level_scores, kl, mask, kl_coef)
-            advantages = group_advantages(
-                token_level_rewards, mask, sequences.group_ids, scale_by_std=algorithm.norm_adv_by_std_in_grpo
+            advantages = estimate_advantages(
+                algorithm.adv_estimator,
+                token_level_rewards,
+                mask,
+                sequences.group_ids,
+                scale_by_std=algorithm.norm_adv_by_std_in_grpo,
             )
         with clock("update_actor"):
             old = None if self.actor.on_policy(len(prompts)) else old_logprobs
@@ -157,7 +162,7 @@ class Trainer:
                     n = self.recipe.actor_rollout_ref.rollout.n
                     log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef)
                 last = number == self.total_steps
-                if self._validates() and trainer.test_freq > 0 and (number % trainer.test_freq == 0 or last):
+                if self._validates() and (number % trainer.test_freq == 0 or last):
                     metrics |= self.validate()
                 trackers.log(metrics, number)
                 advance(note=f"score {metrics['critic/score/mean']:.3f}")
@@ -231,14 +236,14 @@ class Trainer:
         return self.recipe.trainer.test_freq > 0
 
     def _save(self, step: int) -> Path:
-        state = TrainingState(step, self.kl_control.value, recipe_hash(self.recipe))
+        state = TrainingState(step, self.kl_control.value, recipe_hash(self.recipe), self.inputs)
         return save_checkpoint(self.folder, self.actor, state, keep=self.recipe.trainer.max_actor_ckpt_to_keep)
 
     def _resume(self) -> int:
         path = find_checkpoint(self.recipe)
         if path is None:
             return 0
-        state = load_checkpoint(path, self.actor, self.recipe)
+        state = load_checkpoint(path, self.actor, self.recipe, self.inputs)
         self.kl_control.value = state.kl_coef
         self.engine.refresh()
         console.print(f"resumed from {path} after step {state.step}", soft_wrap=True)

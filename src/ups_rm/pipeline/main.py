@@ -47,6 +47,7 @@ def run(
     """
     this = Run(recipe, fresh, engine)
     _check_inputs(this, own_prompts)
+    this.policy = resolve_model(recipe.actor_rollout_ref.model.path)
     with (
         only_one(Path("merge/.ups_rm.lock"), what=f"{Path.cwd()} (merge/, Data/)", fix="start in another folder"),
         only_one(beside(this.folder), what=str(this.folder), fix="name another run folder (OUTPUT_DIR, --out)"),
@@ -57,7 +58,6 @@ def run(
 def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]:
     """Every stage in its order; each is skipped where it was done before."""
     recipe = this.recipe
-    this.policy = resolve_model(recipe.actor_rollout_ref.model.path)
     if not own_prompts:
         make_prompts(this)
     if not recipe.reward_model.entries():

@@ -3,7 +3,8 @@
 One file per logged step, `step_000010.jsonl`, written to a temporary name and renamed. Line 1 is a header, every
 further line one group (the replies to one prompt). `docs/metrics.md` has the schema. All numbers are the float32 values
 that the training used, written exactly, so that `GroupLogFile.recompute_advantages` gives the logged advantages bit for
-bit, also where the file keeps only some of a group's replies: mean and std over *all* its replies stand beside them.
+bit; for grpo and rloo also where the file keeps only some of a group's replies: mean and std over *all* its replies
+stand beside them.
 """
 
 from __future__ import annotations
@@ -68,26 +69,54 @@ class GroupLogFile:
     kl_coef: float = 0.0
 
     def recompute_advantages(self) -> list[list[float]]:
-        """Advantages of every group's logged replies from their rewards and the group's mean and std: equal to the log.
+        """Advantages of every group's logged replies from their rewards: equal to the log, bit for bit.
+
+        grpo and rloo need the group's mean and std alone, which stand in the file; opo and grpo_passk every reply.
 
         Raises:
-            DataError: for an estimator other than grpo: the others need replies that the file may not hold.
+            DataError: a group is cut (`group_log_max_samples_per_group`) or the estimator looks beyond the group.
         """
+        if self.adv_estimator in ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized"):
+            return [self._from_statistics(group) for group in self.groups]
+        if self.adv_estimator in ("opo", "grpo_passk"):
+            return [self._from_replies(group) for group in self.groups]
+        raise DataError(
+            f'step {self.step}: advantages of "{self.adv_estimator}" can\'t be recomputed: '
+            "they depend on the whole batch"
+        )
+
+    def _from_statistics(self, group: GroupRecord) -> list[float]:
         import torch
 
-        if self.adv_estimator not in ("grpo", "grpo_vectorized"):
+        rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float32)
+        filled = torch.tensor([sample.length > 0 for sample in group.samples])
+        advantages = rewards - torch.tensor(group.reward_mean, dtype=torch.float32)
+        if self.adv_estimator.startswith("grpo") and self.scale_by_std:
+            advantages = advantages / (torch.tensor(group.reward_std, dtype=torch.float32) + self.eps)
+        elif self.adv_estimator.startswith("rloo") and group.n > 1:
+            advantages = advantages * group.n / (group.n - 1)
+        elif self.adv_estimator == "rloo_vectorized":
+            advantages = torch.zeros_like(advantages)
+        return (advantages * filled).tolist()
+
+    def _from_replies(self, group: GroupRecord) -> list[float]:
+        import torch
+
+        from ups_rm.grpo import estimate_advantages
+
+        if len(group.samples) < group.n:
             raise DataError(
-                f'step {self.step}: advantages of "{self.adv_estimator}" can\'t be recomputed, only of grpo'
+                f"step {self.step}: {self.adv_estimator} needs all {group.n} replies of a group, {len(group.samples)} "
+                f"of {group.prompt_id} are in the file\n  fix: trainer.group_log_max_samples_per_group=-1"
             )
-        recomputed = []
-        for group in self.groups:
-            rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float32)
-            filled = torch.tensor([sample.length > 0 for sample in group.samples])
-            advantages = rewards - torch.tensor(group.reward_mean, dtype=torch.float32)
-            if self.scale_by_std:
-                advantages = advantages / (torch.tensor(group.reward_std, dtype=torch.float32) + self.eps)
-            recomputed.append((advantages * filled).tolist())
-        return recomputed
+        lengths = torch.tensor([sample.length for sample in group.samples])
+        mask = (torch.arange(max(1, int(lengths.max()))) < lengths[:, None]).float()  # (n, R)
+        rewards = torch.zeros_like(mask)
+        rewards[:, 0] = torch.tensor([sample.reward for sample in group.samples])
+        ids = torch.zeros_like(lengths)
+        return estimate_advantages(self.adv_estimator, rewards, mask, ids, scale_by_std=self.scale_by_std)[
+            :, 0
+        ].tolist()
 
 
 @dataclass
