@@ -298,7 +298,7 @@ def test_wrong_inputs_are_said_before_any_work(place: Place) -> None:
         (["--data", "nowhere.jsonl"], {}, "nowhere.jsonl"),
         ([], {"REWARD_MODEL_PATH": "nowhere"}, "nowhere is not an RM folder"),
         ([], {"POLICY_MODEL_PATH": "./nowhere"}, "no model at ./nowhere"),
-        ([], {"ENGINE": "verl"}, "comes with a later version"),
+        ([], {"ENGINE": "verl"}, "zero_indexed_step=False: verl heeds it"),
         ([], {"ENGINE": "ray"}, "ENGINE=ray is not known"),
         (["trainer.total_step=3"], {}, "did you mean trainer.total_"),
         (["--recipe", "slowstart"], {}, "packaged ones"),
