@@ -25,7 +25,15 @@ from ups_rm.console import progress_bar
 from ups_rm.data.rows import Row
 from ups_rm.device import compute_dtype
 from ups_rm.reward.batching import token_batches
-from ups_rm.reward.features import Texts, backbone_config, collect_texts, load_decoder, pad_batch, render_texts
+from ups_rm.reward.features import (
+    Texts,
+    backbone_config,
+    backbone_identity,
+    collect_texts,
+    load_decoder,
+    pad_batch,
+    render_texts,
+)
 from ups_rm.reward.merge import load_backbone_tokenizer, render_policy
 from ups_rm.reward.native import compute_context
 from ups_rm.reward.render import template_sha256
@@ -51,16 +59,27 @@ class LayerFeatures:
 
 
 def layer_features(
-    backbone: str, rows: Sequence[Row], folder: Path, *, chat_template: str | None = None, max_seconds: float = 1e9
+    backbone: str,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    chat_template: str | None = None,
+    max_seconds: float = 1e9,
+    max_layer: int | None = None,
 ) -> LayerFeatures | None:
-    """The features of `rows`, from `folder` as far as they are there; None if `max_seconds` were not enough."""
+    """The features of `rows`, from `folder` as far as they are there; None if `max_seconds` were not enough.
+
+    Args:
+        max_layer: compute only the first so many layers (cheaper).
+    """
     texts = collect_texts(rows)
     tokenizer = load_backbone_tokenizer(backbone, chat_template)
-    policy = render_policy(tokenizer, {}, backbone_config(backbone))
+    config = backbone_config(backbone)
+    policy = render_policy(tokenizer, {}, config)
     ids, _ = render_texts(tokenizer, texts, policy)
     empty, _ = render_texts(tokenizer, Texts(texts.prompts, [""] * len(texts.prompts)), policy)
     starts = torch.tensor([_common_prefix(a, b) for a, b in zip(ids, empty, strict=True)])
-    digest = hashlib.sha256(f"{backbone} {template_sha256(tokenizer)}".encode())
+    digest = hashlib.sha256(f"{backbone_identity(backbone, config)} {template_sha256(tokenizer)} {max_layer}".encode())
     for row in ids:
         digest.update(row.numpy().tobytes() + b"/")
     manifest = folder / "manifest.json"
@@ -73,7 +92,7 @@ def layer_features(
     for part in parts:
         done[load_file(part)["index"]] = True
     todo = (~done).nonzero()[:, 0].tolist()
-    if todo and not _fill(backbone, ids, starts, todo, folder, len(parts), max_seconds):
+    if todo and not _fill(backbone, ids, starts, todo, folder, len(parts), max_seconds, max_layer):
         return None
     loaded = [load_file(part) for part in sorted(folder.glob("*.safetensors"))]
     order = torch.cat([part["index"] for part in loaded]).argsort()
@@ -89,11 +108,13 @@ def _fill(
     folder: Path,
     next_part: int,
     max_seconds: float,
+    max_layer: int | None,
 ) -> bool:
     """Writes the parts that are missing; False when time was over before the end."""
     start = saved = perf_counter()
     dtype = compute_dtype("auto")
     model = load_decoder(backbone, dtype)
+    model.layers = model.layers[:max_layer]
     waiting: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def save() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layer_features import LayerFeatures, layer_features
+from layer_features import POOLINGS, LayerFeatures, layer_features
 from rich.table import Table
 from torch import Tensor
 
@@ -43,6 +44,7 @@ TEMPLATES = {"chat": None, "judge": JUDGE_TEMPLATE}
 FOLDS = 5
 PROMPTS, REPLIES = 32, 4
 N_RESAMPLES = 2000
+LINEAR_L2 = 0.003  # on standardised states, each divided by sqrt(H)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,35 @@ Trainer = Callable[[FeatureSet, Part, Part, HeadSettings], dict[str, Tensor]]
 def plain_head(features: FeatureSet, train: Part, validation: Part, settings: HeadSettings) -> dict[str, Tensor]:
     """The head as `rm train` makes it."""
     return fit(features.hidden, train, validation, settings, False)[0].folded()
+
+
+def linear_head(features: FeatureSet, train: Part, validation: Part, settings: HeadSettings) -> dict[str, Tensor]:
+    """The linear head with the least loss of `rm train` plus a small L2 penalty: what the states hold, linearly."""
+    states = features.hidden[train.items]
+    mean, scale = states.mean(0), states.std(0).clamp(min=1e-6) * states.shape[1] ** 0.5
+    states = (states - mean) / scale
+    differences = None
+    if train.contrast is not None:
+        pairs = (features.hidden[train.contrast] - mean) / scale  # (C, 2, H)
+        differences = pairs[:, 0] - pairs[:, 1]
+    weights = torch.zeros(states.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = states @ weights[:-1] + weights[-1]
+        value = F.binary_cross_entropy_with_logits(logits, train.targets, weight=train.weights)
+        if differences is not None:
+            apart = F.softplus(-(differences @ weights[:-1])).mean()
+            value = (1 - settings.contrast) * value + settings.contrast * apart
+        value = value + LINEAR_L2 / 2 * weights[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    found = weights.detach()
+    slope = found[:-1] / scale
+    return {"output_layer.weight": slope[None], "output_layer.bias": found[-1:] - slope @ mean}
 
 
 def out_of_fold(
@@ -170,6 +201,7 @@ class Inputs:
     max_seconds: float
     layer: int
     seeds: int
+    sample_layers: int | None
 
     def layers(self, source: str, template: str = "chat", texts: Sequence[Row] | None = None) -> LayerFeatures:
         """All layers' features of the pairs ("real"), of the packaged sample ("sample"), or of given rows.
@@ -189,6 +221,7 @@ class Inputs:
             self.cache / f"{source}-{template}",
             chat_template=TEMPLATES[template],
             max_seconds=self.max_seconds,
+            max_layer=None if source == "real" else self.sample_layers,
         )
         if found is None:
             raise SystemExit(f"{source}-{template}: not finished in {self.max_seconds:.0f} s; call again to go on")
@@ -196,16 +229,15 @@ class Inputs:
 
 
 def layers_part(inputs: Inputs) -> list[dict[str, Any]]:
-    """Which layer and pooling: linear heads on every second layer."""
+    """Which layer and pooling: linear heads, which train in a second, on every second layer."""
     layers = inputs.layers("real")
-    settings = HeadSettings(hidden_dims=())
+    settings = HeadSettings()
     rows = []
-    for poolings in (("last",), ("mean",), ("reply",)):
-        for layer in range(2, layers.states["last"].shape[1] + 1, 2):
-            features = feature_set(layers, layer, *poolings)
-            rows.append(
-                {"head": f"{'+'.join(poolings)}, layer {layer}", **shown(features, out_of_fold(features, settings))}
-            )
+    for pooling in POOLINGS:
+        for layer in range(2, layers.states[pooling].shape[1] + 1, 2):
+            features = feature_set(layers, layer, pooling)
+            logits = out_of_fold(features, settings, trainer=linear_head)
+            rows.append({"head": f"{pooling}, layer {layer}", **shown(features, logits)})
     return rows
 
 
@@ -338,17 +370,11 @@ def sample_part(inputs: Inputs) -> list[dict[str, Any]]:
     """
     rows = []
     replies = policy_replies(inputs)
-    for template, layer, pooling in (
-        ("chat", 30, "last"),
-        ("chat", 22, "last"),
-        ("chat", inputs.layer, "last"),
-        ("chat", 30, "mean"),
-        ("chat", 22, "mean"),
-        ("chat", inputs.layer, "mean"),
-        ("judge", 22, "last"),
-    ):
-        sets = {name: inputs.layers(name, template) for name in ("sample", "real")}
-        sets["replies"] = inputs.layers("replies", template, replies)
+    for layer, pooling in itertools.product((30, 22, 18, 16, 14, 12), ("last", "mean")):
+        sets = {name: inputs.layers(name) for name in ("sample", "real")}
+        sets["replies"] = inputs.layers("replies", "chat", replies)
+        if layer > min(one.states["last"].shape[1] for one in sets.values()):
+            continue  # not computed
         features = {name: feature_set(one, layer, pooling) for name, one in sets.items()}
         found = []
         for seed in range(inputs.seeds):
@@ -368,7 +394,7 @@ def sample_part(inputs: Inputs) -> list[dict[str, Any]]:
                     "std within a prompt": round(safe.std(dim=1).mean().item(), 3),
                 }
             )
-        rows.append({"head": f"{pooling}, layer {layer}, {template}", **over_seeds(found)})
+        rows.append({"head": f"{pooling}, layer {layer}", **over_seeds(found)})
     return rows
 
 
@@ -478,10 +504,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", default="smollm2-135m-instruct")
     parser.add_argument("--layer", type=int, default=16, help="the earlier layer that is looked at more closely")
     parser.add_argument("--seeds", type=int, default=3, help="heads per row of the part `sample`")
+    parser.add_argument("--sample-layers", type=int, help="compute only so many layers of the sample (cheaper)")
     parser.add_argument("--max-seconds", type=float, default=1e9, help="stop computing hidden states after this long")
     given = parser.parse_args(arguments)
     inputs = Inputs(
-        given.pairs, given.cache, resolve_model(given.backbone), given.max_seconds, given.layer, given.seeds
+        given.pairs,
+        given.cache,
+        resolve_model(given.backbone),
+        given.max_seconds,
+        given.layer,
+        given.seeds,
+        given.sample_layers,
     )
     for name in given.parts.split(","):
         if name not in PARTS:
