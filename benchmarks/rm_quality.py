@@ -1,6 +1,6 @@
 """How well a small backbone judges real pairs: layer, pooling, template, loss, label noise, LoRA, the packaged sample.
 
-    python benchmarks/rm_quality.py --pairs pairs.jsonl --cache cache --out results.json --parts layers,heads
+    python -m benchmarks.rm_quality --pairs pairs.jsonl --cache cache --out results.json --parts layers,heads
 
 The pairs are any rows that `ups-rm rm features --data` takes and that say which reply is unsafe. Everything is measured
 on prompts that were not trained on: five folds by prompt, so each pair counts once. Intervals are percentile bootstraps
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layer_features import POOLINGS, LayerFeatures, layer_features
+from benchmarks.layer_features import POOLINGS, LayerFeatures, layer_features
 from rich.table import Table
 from torch import Tensor
 
