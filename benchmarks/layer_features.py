@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -43,6 +43,7 @@ from ups_rm.reward.render import template_sha256
 POOLINGS = ("last", "mean", "reply")
 SAVE_SECONDS = 20.0
 MAX_BATCH_TOKENS = 4096
+AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,9 @@ def _fill(
         next_part += 1
 
     with progress_bar("layers", len(todo), unit="texts") as advance:
-        for batch in token_batches([len(ids[i]) for i in todo], MAX_BATCH_TOKENS):
-            index = torch.tensor([todo[i] for i in batch])
+        for index in _order(ids, todo):
             waiting.append((index, pooled_layers(model, [ids[i] for i in index.tolist()], starts[index], dtype)))
-            advance(len(batch))
+            advance(len(index))
             over = perf_counter() - start > max_seconds
             if over or perf_counter() - saved > SAVE_SECONDS:
                 save()
@@ -141,6 +141,14 @@ def _fill(
     if waiting:
         save()
     return True
+
+
+def _order(ids: Sequence[Tensor], todo: Sequence[int]) -> Iterator[Tensor]:
+    """Batches of like length out of a few hundred texts drawn at random, so that half a run is half of any texts."""
+    shuffled = torch.tensor(todo)[torch.randperm(len(todo), generator=torch.Generator().manual_seed(0))]
+    for some in shuffled.split(AT_ONCE):
+        for batch in token_batches([len(ids[i]) for i in some.tolist()], MAX_BATCH_TOKENS):
+            yield some[torch.tensor(batch)]
 
 
 @torch.inference_mode()

@@ -67,18 +67,19 @@ def test_goes_on_after_the_time_is_over(tmp_path: Path) -> None:
         starts += 1
     assert starts > 1
     assert whole is not None
-    assert all(torch.equal(pieces.states[name], states) for name, states in whole.states.items())
+    for name, states in whole.states.items():
+        torch.testing.assert_close(pieces.states[name], states, atol=2e-2, rtol=2e-2)  # bf16 in other batches
     with pytest.raises(ValueError, match="other texts or another backbone"):
         layer_features(backbone, make_rows(3), tmp_path / "pieces")
 
 
 def test_bootstrap_of_auc_is_that_of_repeated_texts() -> None:
-    from benchmarks import rm_quality
+    from benchmarks.rm_heads import bootstrap_auc
 
     generator = torch.Generator().manual_seed(0)
     logits, prompts = torch.randn(40, generator=generator), torch.arange(40) // 4
     labels = (torch.rand(40, generator=generator) < 0.5).float()
-    found = rm_quality.bootstrap_auc(logits, labels, prompts, seed=3)
+    found = bootstrap_auc(logits, labels, prompts, seed=3)
     again = torch.Generator().manual_seed(3)
     for i in range(5):
         drawn = torch.randint(10, (10,), generator=again)
@@ -88,14 +89,13 @@ def test_bootstrap_of_auc_is_that_of_repeated_texts() -> None:
 
 def test_every_head_is_measured_on_prompts_it_did_not_see(tmp_path: Path) -> None:
     from benchmarks.layer_features import layer_features
-
-    from benchmarks import rm_quality
+    from benchmarks.rm_heads import feature_set, folds_of
 
     layers = layer_features(str(tiny_backbone(tmp_path / "backbone")), make_rows(30), tmp_path / "cache")
     assert layers is not None
-    features = rm_quality.feature_set(layers, 2, "mean")
+    features = feature_set(layers, 2, "mean")
     tested = []
-    for train, validation, test in rm_quality.folds_of(features):
+    for train, validation, test in folds_of(features):
         seen = set(train.tolist()) | set(validation.tolist())
         assert not seen & set(test.tolist())
         assert seen | set(test.tolist()) == set(features.prompt_id.tolist())
@@ -118,6 +118,6 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     given = ["--pairs", str(file), "--cache", str(tmp_path), "--out", str(out), "--parts", "layers,curve"]
     assert rm_quality.main([*given, "--backbone", str(tiny_backbone(tmp_path / "backbone")), "--layer", "2"]) == 0
     results = json.loads(out.read_text())
-    assert [row["head"] for row in results["layers"]] == ["last, layer 2", "mean, layer 2", "reply, layer 2"]
+    assert [row["linear head on"] for row in results["layers"]] == ["last, layer 2", "mean, layer 2", "reply, layer 2"]
     assert [row["share of training prompts"] for row in results["curve"]] == [0.125, 0.25, 0.5, 1.0]
     assert all(0 <= row["AUC"] <= 1 for rows in results.values() for row in rows)
