@@ -190,7 +190,7 @@ def _from_sample(features: dict[str, FeatureSet], settings: HeadSettings) -> Fin
     tensors = plain_head(sample, *(part_of(sample, ids, settings) for ids in (train, validation)), settings)
     temperature = calibrate(tensors, sample, validation, settings)
     logits = {name: head_logits(tensors, one.hidden, temperature=temperature) for name, one in features.items()}
-    texts = features["replies"].row_texts.view(-1, REPLIES)  # (prompts, replies)
+    texts = features["replies"].row_texts.reshape(-1, REPLIES)  # (prompts, replies)
     safe, benign = torch.sigmoid(-logits["replies"])[texts], features["replies"].benign[texts[:, 0]] == 1
     return {
         **shown(features["real"], logits["real"]),
