@@ -156,10 +156,13 @@ def noise_part(inputs: Inputs) -> Iterator[Finding]:
         ):
             logits = out_of_fold(features, settings, trainer=trainer, labels=noisy)
             yield {"training labels": f"{share:.0%} flipped", "loss": name, **shown(features, logits, clean)}
-    for name, label in (("kept, target 0.5", 0.5), ("dropped", torch.nan)):
-        planted = replace(features, unsafe=torch.where(chance < 0.1, torch.tensor(label), features.unsafe))
-        logits = out_of_fold(features, PROBE, labels=planted)
-        yield {"training labels": "10% both ways", "loss": name, **shown(features, logits, clean)}
+    linear = out_of_fold(features, HeadSettings(), trainer=linear_head)
+    for share in (0.1, 0.2):
+        for name, label in (("kept, target 0.5", 0.5), ("dropped", torch.nan)):
+            planted = replace(features, unsafe=torch.where(chance < share, torch.tensor(label), features.unsafe))
+            logits = out_of_fold(features, HeadSettings(), trainer=linear_head, labels=planted)
+            row = {"training labels": f"{share:.0%} both ways", "loss": f"linear head, {name}"}
+            yield row | shown(features, logits, linear)
 
 
 def curve_part(inputs: Inputs) -> Iterator[Finding]:
