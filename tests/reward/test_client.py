@@ -14,7 +14,7 @@ from talks import talks
 from ups_rm.errors import RMError, RMServerError
 from ups_rm.reward import client as client_module
 from ups_rm.reward.client import CircuitBreaker, HttpScorer
-from ups_rm.reward.scorer import safe_score
+from ups_rm.reward.transforms import safe_score
 from ups_rm.types import Score
 
 URL = "http://rm.example:8500"

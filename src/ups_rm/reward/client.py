@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from ups_rm.console import progress_bar
 from ups_rm.errors import RMError, RMServerError
-from ups_rm.reward.scorer import safe_score
+from ups_rm.reward.transforms import safe_score
 from ups_rm.types import Conversation, Score
 
 if TYPE_CHECKING:

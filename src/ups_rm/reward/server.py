@@ -26,8 +26,8 @@ from ups_rm.errors import RMError, RMServerError
 from ups_rm.reward.batch_queue import BatchQueue, QueueFullError
 from ups_rm.reward.client import TOKEN_VARIABLE
 from ups_rm.reward.render import Rendered, render, render_text
-from ups_rm.reward.scorer import safe_score
 from ups_rm.reward.server_guard import Guard, RefusedError, is_loopback, patient_protocol, read_body
+from ups_rm.reward.transforms import safe_score
 from ups_rm.reward.turns import TurnFormat
 from ups_rm.types import Score
 
