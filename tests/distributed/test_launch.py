@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from time import monotonic, sleep
@@ -13,7 +14,7 @@ import pytest
 from ups_rm.distributed.launch import VerlProcess, marked_processes
 from ups_rm.errors import RMError, RunError
 
-pytest.importorskip("psutil")
+psutil = pytest.importorskip("psutil")
 
 DETACHED = """
 import subprocess, sys
@@ -124,3 +125,31 @@ raise SystemExit(1)
     with pytest.raises(RMError) as error:
         process.run()
     assert str(error.value).startswith("the RM's logit is nan for conversation 3\n  fix: dtype float32")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_verl_ends_with_a_command_that_is_killed_outright(tmp_path: Path) -> None:
+    """Nothing of ours can clean up then: the kernel ends verl's driver, and Ray's processes end with theirs."""
+    verl = "import ups_rm.distributed.process, time; print('ready', flush=True); time.sleep(600)"
+    launcher = f"""
+import os, sys
+from pathlib import Path
+from ups_rm.distributed.launch import VerlProcess
+folder = Path({str(tmp_path)!r})
+command = [sys.executable, "-c", {verl!r}]
+VerlProcess(command, dict(os.environ), folder / "log", folder / "metrics", print, mark="m").run()
+"""
+    command = subprocess.Popen([sys.executable, "-c", launcher])
+    try:
+        deadline = monotonic() + 60
+        while not ((tmp_path / "log").is_file() and "ready" in (tmp_path / "log").read_text()):
+            assert command.poll() is None
+            assert monotonic() < deadline
+            sleep(0.1)
+        left = [process for process in marked_processes("m") if process.pid != command.pid]
+        assert len(left) == 1
+    finally:
+        command.kill()
+        command.wait()
+    psutil.wait_procs(left, timeout=20)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in left)

@@ -100,6 +100,20 @@ def test_logprobs_and_every_gradient_equal_the_plain_forward(architecture: str, 
     assert_gradients_close(gradients(model), gradients(plain), trained=len(list(plain.parameters())))
 
 
+def test_a_sampled_padding_token_gets_no_gradient_as_in_transformers() -> None:
+    """A policy may say its padding token: it is read like any other, and nn.Embedding keeps its row as it is."""
+    model = causal_lm("qwen2 untied")
+    assert model.get_input_embeddings().padding_idx == 0
+    policy, sequences = policy_of(model), random_sequences(LENGTHS, GROUPS)
+    sequences.responses[0, 1] = sequences.responses[3, 4] = 0
+    naive_loss(shared(policy, sequences), sequences).backward()
+    ours = gradients(model)
+    model.zero_grad()
+    naive_loss(by_row(model, sequences), sequences).backward()
+    assert_gradients_close(ours, gradients(model), trained=len(ours))
+    assert float(ours["model.embed_tokens.weight"][0].abs().max()) == 0
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_gradients_add_up_however_groups_are_split_over_micro_batches(size: int) -> None:
     sequences = random_sequences(LENGTHS, GROUPS, seed=3)

@@ -28,6 +28,8 @@ from ups_rm.errors import RunError, UpsRmError
 
 MARK = "UPS_RM_VERL_RUN"
 """Environment variable that every process of a run carries."""
+LAUNCHER = "UPS_RM_LAUNCHER"
+"""Environment variable: process id of the command that started verl."""
 TAIL = 2000
 """Last lines of verl's output that are searched for the error."""
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -70,7 +72,7 @@ class VerlProcess:
         with self.log.open("a", encoding="utf-8") as log:
             process = Popen(
                 self.command,
-                env={**self.env, MARK: self.mark},
+                env={**self.env, MARK: self.mark, LAUNCHER: str(os.getpid())},
                 stdout=PIPE,
                 stderr=STDOUT,
                 text=True,

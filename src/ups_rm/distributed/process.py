@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from importlib.util import find_spec
+
+from ups_rm.distributed.launch import LAUNCHER
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def complete_trl() -> None:
@@ -18,4 +26,18 @@ def complete_trl() -> None:
         trl.AutoModelForCausalLMWithValueHead = type("AutoModelForCausalLMWithValueHead", (), {})
 
 
+def end_with_launcher() -> None:
+    """In verl's driver: have the kernel end it with the command that started it, even if that is killed outright.
+
+    Ray's own processes end with the driver.
+    """
+    launcher = os.environ.get(LAUNCHER, "")
+    if not sys.platform.startswith("linux") or launcher != str(os.getppid()):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if launcher != str(os.getppid()):  # it died meanwhile
+        sys.exit(1)
+
+
 complete_trl()
+end_with_launcher()

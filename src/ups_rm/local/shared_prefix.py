@@ -102,9 +102,9 @@ class SharedPrefixForward:
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
         response_positions = lengths[group, None] + torch.arange(length, device=device)
         positions = torch.cat([prompt_positions.flatten(), response_positions.flatten()])[None]
-        x = F.embedding(torch.cat([prompts.flatten(), responses.flatten()]), base.embed_tokens.weight)[
-            None
-        ]  # (1, N, H)
+        # a sampled padding token is read like any other, but its row is not trained: as in nn.Embedding
+        ids, pad = torch.cat([prompts.flatten(), responses.flatten()]), base.embed_tokens.padding_idx
+        x = F.embedding(ids, base.embed_tokens.weight, padding_idx=pad)[None]  # (1, N, H)
         cos, sin = (part[0, :, None] for part in base.rotary_emb(x, positions))  # (N, 1, D)
         masks = self._masks(prompt_mask, length, group, x.dtype)
         shape = (count, width, batch, length)
