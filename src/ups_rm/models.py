@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,18 @@ def _sha256(data: bytes) -> str:
 
 
 def _convert(gguf: Path, out: Path) -> None:
+    import gguf as gguf_package
     import torch
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+    if not hasattr(gguf_package, "__version__"):
+        # Python 3.10 finds no distribution for the module gguf; transformers then asks the module itself and fails
+        gguf_package.__version__ = version("gguf")
     loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
-    tokenizer = _tokenizer(GGUFReader(str(gguf)))
+    tokenizer = _tokenizer(gguf_package.GGUFReader(str(gguf)))
     settings |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     settings |= {"pad_token_id": tokenizer.pad_token_id, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
     # save_pretrained on the GGUF-loaded model raises: its weights go into a fresh one.
