@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from benchmarks.layer_features import LayerFeatures
 from torch import Tensor
 
+from benchmarks.layer_features import LayerFeatures
 from ups_rm.reward.feature_set import FeatureInfo, FeatureSet, ordered_pairs
 from ups_rm.reward.head import TrainableHead, calibrate, fit, head_logits, split_prompts
 from ups_rm.reward.head_metrics import auc, cluster_interval, pair_wins

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from torch import Tensor
+
 from benchmarks.layer_features import POOLINGS, LayerFeatures, layer_features
 from benchmarks.rm_heads import (
     feature_set,
@@ -30,9 +33,6 @@ from benchmarks.rm_heads import (
     plain_head,
     trimmed_head,
 )
-from rich.table import Table
-from torch import Tensor
-
 from ups_rm.console import console
 from ups_rm.data.rows import Row, read_rows
 from ups_rm.models import resolve_model

@@ -117,7 +117,7 @@ def measure(name: str, folder: Path, work: list[Conversation], floor: float | No
     used = versions("torch", "transformers", "fastapi", "uvicorn", "httpx")
     ordered = sorted(found.latencies)
     p50, p99 = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    what = f"{name}, {CLIENTS} clients"
+    what = f"{name} in {str(scorer.dtype).removeprefix('torch.')}, {CLIENTS} clients"
     return [
         Result(
             f"rm serve throughput, {what}",
