@@ -57,6 +57,7 @@ INSTEAD = {
     # the tiny model has two layers
     "--layers 22": "--layers 1",
     "--layers 16": "--layers 1",
+    "--recipe own_rows": "--recipe own_rows reward_training.layers=1",
 }
 # Run by another test, in an environment of its own.
 ELSEWHERE = {

@@ -9,7 +9,7 @@ import typer
 
 EPILOG = (
     "Example: ups-rm run trainer.total_training_steps=20 actor_rollout_ref.rollout.n=8      "
-    "Own data: ups-rm run --data my_pairs.jsonl      "
+    "Own data: ups-rm run --recipe own_rows --data my_pairs.jsonl      "
     "Own RM and policy: REWARD_MODEL_PATH=my_rm POLICY_MODEL_PATH=my_policy ups-rm run"
 )
 
