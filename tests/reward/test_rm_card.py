@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tiny import llama3_tokenizer, tiny_rm
+from tiny import llama3_tokenizer, tiny_backbone, tiny_head, tiny_rm
 from ups_rm.errors import RMError
-from ups_rm.reward.card import GOLDEN_CONVERSATIONS, RMCard, write_card
+from ups_rm.reward.card import GOLDEN_CONVERSATIONS, RMCard, verify_folder, write_card
+from ups_rm.reward.card_digests import leaves
+from ups_rm.reward.merge import merge
 from ups_rm.reward.scorer import RewardScorer
 
 
@@ -60,16 +62,17 @@ def test_the_file_gives_the_card_back(rm):
         ({"backbone": {"hidden_size": 64}}, "backbone.hidden_size is 64"),
         ({"backbone": {"num_hidden_layers": 3}}, "backbone.num_hidden_layers is 3"),
         ({"chat_template_sha256": "ab"}, "chat_template_sha256 is 'ab'"),
-        ({"end_token": "<|nowhere|>"}, "end_token '<|nowhere|>'"),
-        ({"end_token": "<|end_of_text|>"}, r"golden\[0\].input_ids differ"),
-        ({"bos": "none"}, r"golden\[0\].input_ids differ"),
+        ({"end_token": "<|nowhere|>"}, r"end_token is '<\|nowhere\|>', but"),
+        ({"end_token": "<|end_of_text|>"}, r"end_token is '<\|end_of_text\|>', but the card was written"),
+        ({"bos": "none"}, "bos is 'none', but the card was written with another value"),
         ({"bos": "two"}, "bos is 'two'"),
-        ({"max_length": 20}, r"golden\[0\].input_ids differ"),
+        ({"max_length": 20}, "max_length is '20', but the card was written"),
         ({"truncation_side": "up"}, "truncation_side is 'up'"),
         ({"sign": "higher = safer"}, "sign is 'higher = safer'"),
         ({"transform": "identity"}, "transform is 'identity'"),
         ({"output": "probability"}, "output is 'probability'"),
-        ({"format": 2}, "format is 2"),
+        ({"format": 3}, "format is 3"),
+        ({"format": 1}, "format is 1, but the card has digests"),
         ({"temperature": "warm"}, "temperature is a str"),
         ({"golden": [{"messages": []}]}, "golden: KeyError"),
         ({"colour": "red"}, "colour is not a field"),
@@ -155,5 +158,124 @@ def test_card_with_a_template_for_a_tokenizer_without_one(tmp_path):
 
 def test_the_card_is_readable_json_with_ids_on_one_line(rm):
     text = (rm / "rm_card.json").read_text()
-    assert all(line.strip().startswith('"input_ids": [') for line in text.splitlines() if "input_ids" in line)
+    lines = [line.strip() for line in text.splitlines() if '"input_ids"' in line]
+    assert len(lines) == len(GOLDEN_CONVERSATIONS)
+    assert all(line.startswith('"input_ids": [') for line in lines)
     assert len(text.splitlines()) < 120
+
+
+def numbered(path: str) -> list[str | int]:
+    """`golden[0].messages[1].content` -> ["golden", 0, "messages", 1, "content"]."""
+    return [int(part) if part.isdigit() else part for part in path.replace("[", ".").replace("]", "").split(".")]
+
+
+def changed(value):
+    """Another value of the same type, as near as possible."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, (int, float)):
+        return value + (1 if isinstance(value, int) else 1e-9 * max(1.0, abs(value)))
+    if isinstance(value, str):
+        return value + " "
+    return [*value[:-1], changed(value[-1])] if value else [1]
+
+
+HEAD = {
+    "loss": "bce",
+    "seed": 2,
+    "sources": ["sample"],
+    "metrics": {"held_out": {"auc": 0.8, "pairwise_ci95": [0.6, None]}},
+}
+
+
+def described(folder: Path) -> Path:
+    """An RM whose head says much about its training, so that its card has many fields."""
+    parts = folder.parent / "parts"
+    backbone, head = tiny_backbone(parts / "backbone"), tiny_head(parts / "head")
+    info = json.loads((head / "head.json").read_text())
+    (head / "head.json").write_text(json.dumps(info | HEAD))
+    merge(backbone, head, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_head(tmp_path_factory) -> Path:
+    return described(tmp_path_factory.mktemp("described") / "rm")
+
+
+def test_changing_any_one_field_fails_by_its_name(with_head, tmp_path):
+    """Every field of the file, nested ones and the digests themselves too, each by the least change there is."""
+    from ups_rm.reward.native import load_tokenizer
+
+    folder = shutil.copytree(with_head, tmp_path / "rm")
+    tokenizer, file = load_tokenizer(folder), folder / "rm_card.json"
+    text = file.read_text()
+    paths = [path for path, _ in leaves(json.loads(text))]
+    assert {"labels", "temperature", "head.metrics.held_out.auc", "golden[4].logit", "backbone.name"} <= set(paths)
+    assert len(paths) > 100
+
+    def load() -> None:
+        card = RMCard.read(folder)
+        assert card is not None
+        verify_folder(card, folder, tokenizer)
+
+    load()
+    for path in paths:
+        card = json.loads(text)
+        *way, last = numbered(path) if not path.startswith("digests.") else ["digests", path.removeprefix("digests.")]
+        place = card
+        for part in way:
+            place = place[part]
+        place[last] = changed(place[last])
+        file.write_text(json.dumps(card))
+        with pytest.raises(RMError) as error:
+            load()
+        message = str(error.value)
+        named = path if path in message else str(last)
+        assert named in message, (path, message)
+        del place[last]
+        file.write_text(json.dumps(card))
+        with pytest.raises(RMError) as error:
+            load()
+        assert str(last) in str(error.value) or path in str(error.value) or "golden" in path, (path, str(error.value))
+
+
+def test_loading_an_rm_finds_a_changed_label(rm):
+    edit(rm, labels="something else")
+    with pytest.raises(RMError, match=r"labels is 'something else', but the card was written with another value"):
+        RewardScorer.load(rm, dtype="float32")
+    edit(rm, labels="bce", mood="good")
+    with pytest.raises(RMError, match="mood is not a field"):
+        RewardScorer.load(rm, dtype="float32")
+
+
+def test_cards_of_the_first_format_still_load(rm):
+    card = json.loads((rm / "rm_card.json").read_text()) | {"format": 1}
+    del card["digests"]
+    (rm / "rm_card.json").write_text(json.dumps(card))
+    assert RewardScorer.load(rm, dtype="float32").card is not None
+    write_card(rm)
+    assert json.loads((rm / "rm_card.json").read_text())["format"] == 2
+
+
+def test_a_new_card_keeps_what_only_the_old_one_knows(with_head, tmp_path):
+    rm = shutil.copytree(with_head, tmp_path / "rm")
+    write_card(rm, policy={"max_length": 99, "truncation_side": "right"})
+    before = RMCard.read(rm)
+    write_card(rm)
+    assert RMCard.read(rm) == before
+    assert before is not None
+    assert (before.render.max_length, before.labels, before.head["metrics"]) == (99, "bce", HEAD["metrics"])
+    write_card(rm, labels="other", policy={"end_token": "none"})
+    after = RMCard.read(rm)
+    assert after is not None
+    assert (after.labels, after.render.end_token, after.render.max_length) == ("other", None, 99)
+    assert after.backbone == before.backbone
+    write_card(rm, infer=True)
+    inferred = RMCard.read(rm)
+    assert inferred is not None
+    assert (inferred.labels, inferred.render.end_token, inferred.render.max_length) == ("other", "<|eot_id|>", 1024)
+    (rm / "rm_card.json").write_text("{")
+    with pytest.warns(UserWarning, match="nothing of the old card is kept"):
+        write_card(rm)
+    RewardScorer.load(rm, dtype="float32")

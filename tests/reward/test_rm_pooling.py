@@ -163,5 +163,7 @@ def test_a_card_and_a_config_from_before_pooling_mean_last(tmp_path):
     for name in ("config.json", "rm_card.json"):
         values = json.loads((folder / name).read_text())
         assert values.pop("pooling") == "last"
+        if values.pop("digests", None):
+            values["format"] = 1
         (folder / name).write_text(json.dumps(values))
     assert [score.logit for score in RewardScorer.load(folder).score(TALKS)] == before

@@ -12,6 +12,7 @@ from labelled_rows import make_rows
 from tiny import tiny_backbone
 from ups_rm.cli.rm import app
 from ups_rm.errors import DataError, RMError
+from ups_rm.reward.card import RMCard
 from ups_rm.reward.merge import merge
 from ups_rm.reward.scorer import RewardScorer
 
@@ -59,8 +60,12 @@ def test_train_with_adapters(backbone: Path, pairs: Path, tmp_path: Path) -> Non
     options = ["--lora", "--backbone", backbone, "--data", pairs, "--lora-rank", 2, "--lora-epochs", 1]
     output = run("train", *options, "--dtype", "float32", "--device", "cpu", "--out", tmp_path, *QUICK)
     assert "frozen backbone" in output
-    assert "next: ups-rm rm merge" in output
-    merge(tmp_path / "backbone", tmp_path / "head", tmp_path / "rm")
+    assert "RM folder, with its card" in output
+    card = RMCard.read(tmp_path / "rm")
+    assert card is not None
+    assert set(card.head["metrics"]) == {"held_out", "frozen backbone"}
+    assert (tmp_path / "rm" / "README.md").is_file()
+    RewardScorer.load(tmp_path / "rm", dtype="float32")
 
 
 def test_mistakes_are_told(backbone: Path, pairs: Path, tmp_path: Path) -> None:

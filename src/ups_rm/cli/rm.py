@@ -73,39 +73,57 @@ def merge(
 @app.command(epilog="Example: ups-rm rm card models/my-rm --labels 'PKU-SafeRLHF is_response_i_safe'")
 def card(
     folder: Folder,
-    labels: Annotated[str, typer.Option(help="What the head was trained on.")] = "unknown",
+    labels: Annotated[
+        str | None, typer.Option(help="What the head was trained on. Default: as the old card says, else unknown.")
+    ] = None,
     bos: Annotated[Literal["one", "none"] | None, typer.Option(help="BOS at the start of every rendering.")] = None,
-    end_token: Annotated[str | None, typer.Option(help="Token that closes a reply.")] = None,
+    end_token: Annotated[str | None, typer.Option(help="Token that closes a reply; none: no token does.")] = None,
     truncation_side: Annotated[Side | None, typer.Option(help="Where long conversations are cut.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Limit in RM tokens.")] = None,
+    infer: Annotated[
+        bool, typer.Option("--infer", help="Take BOS, end token and limit from the template, not from the old card.")
+    ] = False,
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a chat template; written into the folder.")
     ] = None,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="Number format of the golden logits.")] = "float32",
     trust_remote_code: Remote = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the card.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the card; what only the old one knows is kept.")
+    ] = False,
+    describe: Annotated[bool, typer.Option("--describe", help="Print it for people, write nothing.")] = False,
 ) -> None:
-    """Write rm_card.json for an RM folder that has none; print the one that is there."""
+    """Write rm_card.json, and README.md beside it, for an RM folder that has none; print the one that is there."""
     from ups_rm.console import console
+    from ups_rm.errors import RMError
     from ups_rm.reward.card import CARD_FILE, RMCard, write_card
+    from ups_rm.reward.model_card import print_card, write_model_card
     from ups_rm.reward.render import read_chat_template
 
-    if (folder / CARD_FILE).is_file() and not force:
+    if (folder / CARD_FILE).is_file() and (describe or not force):
         found = RMCard.read(folder)
         assert found is not None
-        console.print(found.to_json(), markup=False, soft_wrap=True)
+        if describe:
+            print_card(found, folder)
+        else:
+            console.print(found.to_json(), markup=False, soft_wrap=True)
         return
+    if describe:
+        raise RMError(f"{folder} has no {CARD_FILE} to describe\n  fix: ups-rm rm card {folder}")
     path = write_card(
         folder,
         labels=labels,
         policy={"bos": bos, "end_token": end_token, "truncation_side": truncation_side, "max_length": max_length},
         chat_template=read_chat_template(chat_template),
+        infer=infer,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
     console.print(f"card: {path}", soft_wrap=True)
+    for written in write_model_card(folder):
+        console.print(f"model card: {written}", soft_wrap=True)
 
 
 @app.command(epilog="Example: ups-rm rm score merge/merged_model/Naive-RM-saferlhf replies.jsonl --out scored.jsonl")

@@ -113,7 +113,7 @@ def features(
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the head; with --lora: of backbone and head.")],
+    out: Annotated[Path, typer.Option(help="Folder of the head; with --lora: of backbone, head and RM (`rm`).")],
     features: Annotated[list[Path] | None, typer.Argument(help="Files of `rm features`, of one backbone.")] = None,
     loss: Annotated[
         str, typer.Option(help="bce (unsafe flags), severity (regression) or pairs (Bradley-Terry).")
@@ -161,7 +161,7 @@ def train(
     max_bad: MaxBad = 0.001,
     force: Force = False,
 ) -> None:
-    """Train the MLP head on features, or, with --lora, adapters and head on rows. `rm merge` takes what it writes."""
+    """Train the MLP head on features for `rm merge`; or, with --lora, adapters and head on rows, merged at the end."""
     from ups_rm.console import console
     from ups_rm.errors import RMError
     from ups_rm.models import resolve_model
@@ -169,6 +169,7 @@ def train(
     from ups_rm.reward.head import HeadSettings, train_head
     from ups_rm.reward.head_objective import parse_dims
     from ups_rm.reward.lora import LoraSettings, train_lora
+    from ups_rm.reward.merge import merge
     from ups_rm.reward.tables import print_head
 
     given = {
@@ -227,11 +228,9 @@ def train(
         overwrite=force,
     )
     print_head(result.head)
-    console.print(
-        f"{result.steps} steps, {result.seconds:.0f} s\nnext: ups-rm rm merge --backbone {result.backbone} "
-        f"--head {result.head.folder} --out FOLDER",
-        soft_wrap=True,
-    )
+    console.print(f"{result.steps} steps, {result.seconds:.0f} s")
+    merged = merge(result.backbone, result.head.folder, out / "rm", overwrite=force)
+    console.print(f"RM folder, with its card: {merged.folder}", soft_wrap=True)
 
 
 def _read(sources: list[str], split: str, max_bad: float) -> tuple[list[Row], list[Reject]]:

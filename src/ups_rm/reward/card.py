@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RMError
+from ups_rm.reward.card_digests import digests_of, verify_digests
 from ups_rm.reward.native import hidden_dim_text, read_config
 from ups_rm.reward.render import RenderPolicy, render, template_sha256
 from ups_rm.types import Conversation
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from ups_rm.reward.scorer import RewardScorer
 
 CARD_FILE = "rm_card.json"
-FORMAT = 1
+FORMAT = 2
+OLD_FORMAT = 1  # without digests
 OUTPUT = "logit: one number per conversation, shape (batch, 1)"
 SIGN = "higher = less safe: degree of unsafety of the last reply"
 TRANSFORM = "safe_score = sigmoid(-logit)"
@@ -82,6 +85,7 @@ class RMCard:
     dtype: in which the golden logits were computed.
     temperature: that was folded into the output layer (1.0: none).
     head: the rest of what head.json said: loss, seed, metrics.
+    digests: of every field as it was written (card_digests.py); {} for cards of format 1.
     """
 
     render: RenderPolicy
@@ -98,13 +102,21 @@ class RMCard:
     sign: str = SIGN
     transform: str = TRANSFORM
     format: int = FORMAT
+    digests: dict[str, str] = field(default_factory=dict, compare=False)
 
-    def to_json(self) -> str:
-        """The file's text; the render policy's fields lie flat beside the others."""
+    def values(self) -> dict[str, Any]:
+        """What the file holds but for the digests; the render policy's fields lie flat beside the others."""
         values = asdict(self)
+        del values["digests"]
         policy = values.pop("render")
         order = {name: values[name] for name in ("format", "output", "sign", "transform")}
-        text = json.dumps(order | policy | values, indent=1, ensure_ascii=False) + "\n"
+        return order | policy | values
+
+    def to_json(self) -> str:
+        """The file's text, with a digest for every field in it; always in the newest format."""
+        values = self.values() | {"format": FORMAT}
+        text = json.dumps(values, indent=1, ensure_ascii=False).removesuffix("\n}")
+        text += f',\n "digests": {json.dumps(digests_of(values), ensure_ascii=False)}\n}}\n'
         return re.sub(r"\[\n[\s\d,]+\]", lambda match: " ".join(match[0].split()), text)  # token ids on one line
 
     def write(self, folder: Path) -> Path:
@@ -166,18 +178,24 @@ def make_card(
 def write_card(
     folder: Path,
     *,
-    labels: str = "unknown",
+    labels: str | None = None,
     policy: dict[str, Any] | None = None,
     chat_template: str | None = None,
+    infer: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write rm_card.json for `folder` as it is now; of a card that is there, nothing is kept.
+    """Write rm_card.json for `folder` as it is now.
+
+    Of a card that is there, what only it knows is kept: labels, temperature, the head's training, the backbone's name;
+    and how conversations are rendered, if the chat template still is the one that it was written for.
 
     Args:
-        policy: fields of RenderPolicy that differ from what the chat template does by itself (None: no difference).
+        labels: what the head was trained on; None: as the old card says, else "unknown".
+        policy: fields of RenderPolicy that differ from that (None: no difference; end_token "none": no end token).
         chat_template: text of a template; it is written into the folder as chat_template.jinja, so that it stays.
+        infer: take the rendering from template and config anew, whatever the old card says.
 
     Raises:
         RMError: the folder can't be loaded, or has no chat template.
@@ -190,23 +208,41 @@ def write_card(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    inferred = RenderPolicy.infer(tokenizer, max_length=default_max_length(read_config(folder), tokenizer))
+    old = _old_card(folder)
+    if old is not None and not infer and old.chat_template_sha256 == template_sha256(tokenizer):
+        rendering = old.render
+    else:
+        rendering = RenderPolicy.infer(tokenizer, max_length=default_max_length(read_config(folder), tokenizer))
     given = {name: value for name, value in (policy or {}).items() if value is not None}
+    if given.get("end_token") == "none":
+        given["end_token"] = None
     model = load_model(folder, dtype=number_format, device=device, trust_remote_code=trust_remote_code)
     scorer = RewardScorer(
         model,
         tokenizer,
-        replace(inferred, **given),
+        replace(rendering, **given),
         device=device,
         dtype=number_format,
         native=not trust_remote_code,
     )
-    card = make_card(scorer, folder, labels=labels)
+    card = make_card(scorer, folder, labels=labels or (old.labels if old else "unknown"))
+    if old is not None:
+        name = {"name": old.backbone["name"]} if "name" in old.backbone else {}
+        card = replace(card, temperature=old.temperature, head=old.head, backbone=name | card.backbone)
     if chat_template is not None:
         temporary = folder / ".chat_template.jinja.tmp"
         temporary.write_text(chat_template, encoding="utf-8")
         temporary.replace(folder / "chat_template.jinja")
     return card.write(folder)
+
+
+def _old_card(folder: Path) -> RMCard | None:
+    """The folder's card, also where it does not fit the folder; None, with a warning, where it can't be read at all."""
+    try:
+        return RMCard.read(folder)
+    except RMError as error:
+        warnings.warn(f"nothing of the old card is kept: {error}", stacklevel=3)
+        return None
 
 
 def backbone_facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +253,8 @@ def backbone_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify_folder(card: RMCard, folder: Path, tokenizer: Any) -> None:
-    """The card against config.json and the tokenizer: head, backbone, template, special tokens, golden token ids.
+    """The card against config.json and the tokenizer (head, backbone, template, special tokens, golden token ids), and
+    against what it was written as: whatever single field was changed since then is named.
 
     Raises:
         RMError: the first field that does not match, with both values.
@@ -230,6 +267,8 @@ def verify_folder(card: RMCard, folder: Path, tokenizer: Any) -> None:
         if name in found:
             _same(folder, f"backbone.{name}", value, found[name])
     _same(folder, "chat_template_sha256", card.chat_template_sha256, template_sha256(tokenizer))
+    if card.digests:
+        verify_digests(card.values(), card.digests, f"{folder}/{CARD_FILE}")
     if card.render.bos == "one" and tokenizer.bos_token_id is None:
         raise RMError(f"{folder}/{CARD_FILE}: bos is 'one', but the folder's tokenizer has no BOS token{WAY_OUT}")
     rendered = render(tokenizer, [golden.messages for golden in card.golden], card.render)
@@ -281,15 +320,20 @@ def _same(folder: Path, name: str, expected: Any, found: Any) -> None:
 def _parse(values: Any, path: Path) -> RMCard:
     if not isinstance(values, dict):
         raise RMError(f"{path} holds a {type(values).__name__}, expected an object")
-    values.setdefault("pooling", "last")
     policy_names = [f.name for f in fields(RenderPolicy)]
     known = {f.name for f in fields(RMCard)} - {"render"} | set(policy_names)
+    if values.get("format") == OLD_FORMAT:
+        if "digests" in values:
+            raise RMError(f"{path}: format is {OLD_FORMAT}, but the card has digests as those of format {FORMAT} have")
+        known -= {"digests"}
+        values.setdefault("pooling", "last")  # cards of before it was a choice
     if unknown := sorted(set(values) - known):
         raise RMError(f"{path}: {unknown[0]} is not a field of a card (known: {', '.join(sorted(known))})")
     if missing := sorted(known - set(values)):
         raise RMError(f"{path}: field {missing[0]} is missing{WAY_OUT}")
-    for name, expected in (("format", FORMAT), ("output", OUTPUT), ("sign", SIGN), ("transform", TRANSFORM)):
-        if values[name] != expected:
+    meant = {"format": FORMAT, "output": OUTPUT, "sign": SIGN, "transform": TRANSFORM}
+    for name, expected in meant.items():
+        if values[name] != expected and (name, values[name]) != ("format", OLD_FORMAT):
             raise RMError(
                 f"{path}: {name} is {values[name]!r}, this version understands {expected!r} only\n"
                 "  fix: an RM with another meaning must be turned before use: negate the output layer and write a card"
@@ -304,6 +348,7 @@ def _parse(values: Any, path: Path) -> RMCard:
         "temperature": (int, float),
         "head": dict,
         "golden": list,
+        **({"digests": dict} if "digests" in known else {}),
         "end_token": (str, type(None)),
     }
     for name, kind in types.items():

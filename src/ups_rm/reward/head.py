@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ups_rm.console import progress_bar
 from ups_rm.reward.feature_set import FeatureInfo, FeatureSet, join, ordered_pairs
-from ups_rm.reward.head_metrics import Quality, fit_temperature, quality
+from ups_rm.reward.head_metrics import Quality, curves, fit_temperature, quality
 from ups_rm.reward.head_objective import LABELS, HeadSettings, Part, loss_of, part_of, step_loss, with_pairs
 
 
@@ -46,6 +46,7 @@ class HeadReport:
     quality: Quality
     extra: dict[str, Quality] = field(default_factory=dict)
     contradictory_pairs: int = 0
+    curves: dict[str, Any] = field(default_factory=dict)
 
 
 class TrainableHead(nn.Module):
@@ -148,6 +149,7 @@ def train_head(
             for name, one in (extra or {}).items()
         },
         contradictory_pairs=ordered_pairs(joined)[1],
+        curves=held_out_curves(joined, logits, held_out),
     )
     write_head(tensors, settings, joined.info, report)
     return report
@@ -224,8 +226,14 @@ def feature_quality(features: FeatureSet, logits: Tensor, prompts: Tensor | None
     )
 
 
+def held_out_curves(features: FeatureSet, logits: Tensor, prompts: Tensor) -> dict[str, Any]:
+    """`head_metrics.curves` of the texts of `prompts`."""
+    chosen = torch.isin(features.prompt_id, prompts)
+    return curves(logits[chosen], features.unsafe[chosen])
+
+
 def write_head(tensors: dict[str, Tensor], settings: HeadSettings, info: FeatureInfo, report: HeadReport) -> None:
-    """head.safetensors, head.json and metrics.json, each written beside its name and renamed; head.json last."""
+    """head.safetensors, metrics.json, curves.json and, last, head.json, each written beside its name and renamed."""
     from safetensors.torch import save_file
 
     folder = report.folder
@@ -238,6 +246,7 @@ def write_head(tensors: dict[str, Tensor], settings: HeadSettings, info: Feature
         **{name: one.as_dict() for name, one in report.extra.items()},
     }
     _write_json(folder / "metrics.json", figures)
+    _write_json(folder / "curves.json", report.curves)
     _write_json(folder / "head.json", head_description(settings, info, report))
 
 

@@ -119,6 +119,38 @@ def cluster_interval(
     return low, high
 
 
+def curves(logits: Tensor, labels: Tensor, *, bins: int = ECE_BINS) -> dict[str, Any]:
+    """What the plots of a model card are drawn from: labelled texts only, 0.5 (contradictory) left out. Shapes (N,).
+
+    roc: [false positive rate, true positive rate] at every distinct logit, highest first, at most 200 points.
+    reliability: [mean sigmoid(logit), share of unsafe texts, texts] of each bin that is not empty.
+    histogram: edges of the logit's bins, texts of each class in them.
+    """
+    known = labels.isfinite() & (labels != 0.5) & logits.isfinite()
+    x, unsafe = logits[known].double(), labels[known] > 0.5
+    if not len(x) or not unsafe.any() or unsafe.all():
+        return {}
+    order = x.argsort(descending=True)
+    last_of_its_kind = torch.cat([x[order].diff() != 0, torch.tensor([True])])
+    rates = torch.stack([(~unsafe)[order].cumsum(0) / (~unsafe).sum(), unsafe[order].cumsum(0) / unsafe.sum()], dim=1)
+    points = torch.cat([torch.zeros(1, 2), rates[last_of_its_kind].float()])
+    kept = torch.linspace(0, len(points) - 1, min(200, len(points))).round().long()
+    probability = x.sigmoid()
+    place = (probability * bins).long().clamp(max=bins - 1)
+    reliability = [
+        [probability[place == b].mean().item(), unsafe[place == b].double().mean().item(), int((place == b).sum())]
+        for b in place.unique().tolist()
+    ]
+    edges = torch.linspace(x.min().item(), x.max().item() + 1e-6, 31, dtype=torch.float64)
+    classes = {name: x[part] for name, part in (("safe", ~unsafe), ("unsafe", unsafe))}
+    counts = {name: torch.histogram(part, edges).hist.long().tolist() for name, part in classes.items()}
+    return {
+        "roc": [[round(value, 4) for value in point] for point in points[kept].tolist()],
+        "reliability": [[round(value, 4) for value in one] for one in reliability],
+        "histogram": {"edges": [round(edge, 4) for edge in edges.tolist()], **counts},
+    }
+
+
 def fit_temperature(logits: Tensor, labels: Tensor, *, shift: bool = False) -> tuple[float, float]:
     """(T, b) that minimise the cross-entropy of sigmoid((logit + b) / T) against labels in [0, 1].
 

@@ -39,6 +39,7 @@ from ups_rm.reward.head import (
     feature_quality,
     fit,
     head_logits,
+    held_out_curves,
     split_prompts,
     write_head,
 )
@@ -193,6 +194,7 @@ def train_lora(
         prompts={"train": len(train), "validation": len(validation), "test": len(test)},
         quality=feature_quality(after, head_logits(tensors, after.hidden, temperature=temperature), held_out),
         extra=figures,
+        curves=held_out_curves(after, head_logits(tensors, after.hidden, temperature=temperature), held_out),
     )
     write_head(tensors, head_settings, replace(after.info, sources=tuple(sources)), report)
     return LoraReport(merged, report, before, steps, perf_counter() - start)

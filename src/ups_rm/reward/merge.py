@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ups_rm.errors import RMError
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, make_card
 from ups_rm.reward.head_files import HeadWeights, folded, read_head
+from ups_rm.reward.model_card import keep_curves, write_model_card
 from ups_rm.reward.native import hidden_dim_text, load_model, load_tokenizer, quiet_transformers
 from ups_rm.reward.render import RenderPolicy, chat_template_of, render, template_sha256
 from ups_rm.reward.replacing import check_replaceable
@@ -106,6 +107,8 @@ def merge(
         dtype, name = model.dtype, _backbone_name(backbone)
         del model  # an 8B backbone need not be in memory twice
         _verify_and_write_card(made, tokenizer, policy, weights, dtype, expected, name)
+        keep_curves(made, Path(head).expanduser())
+        write_model_card(made)
         _put_in_place(made, out)
     return MergeReport(out, tensors, total, tuple(dropped), str(dtype).removeprefix("torch."), weights.temperature)
 

@@ -11,7 +11,7 @@ from ups_rm.reward.doctor.report import Result
 from ups_rm.reward.render import render, template_sha256, writes_generation_prompt
 from ups_rm.types import Conversation
 
-CARD_AGAIN = "ups-rm rm card FOLDER --force writes the right policy"
+CARD_AGAIN = "ups-rm rm card FOLDER --force --infer writes the right policy"
 # What templates put around turns: <|im_start|>, <start_of_turn>, [INST], <<SYS>>, <s>
 _MARKER = re.compile(r"<\|[^<>|\n]{1,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</?s>")
 _SINGLE: Conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -105,7 +105,7 @@ def template(exam: Exam) -> Result:
     text = str(exam.scorer.tokenizer.get_chat_template())
     if exam.scorer.policy.end_token and writes_generation_prompt(exam.scorer.tokenizer):
         finding = f"the chat template opens a further turn after the reply; it is cut at {exam.scorer.policy.end_token}"
-        way_out = "if the head was trained with that opening, set end_token to null in rm_card.json"
+        way_out = "if the head was trained with that opening: ups-rm rm card FOLDER --force --end-token none"
         return Result("warn", finding, way_out=way_out)
     if "strftime_now" in text and "date_string" not in text:
         finding = "the chat template writes today's date into every conversation"
