@@ -406,6 +406,17 @@ class RewardModel:
     """Labelled rows (as `prepare.source`) on which models are normalised."""
     max_batch_tokens: int = 4096
     """Padded tokens of one RM batch."""
+    placement: str = "shared"
+    """verl engine: where the RM runs: `shared` with the training GPUs, on GPUs of its `own`, on another `node`, or
+    `http`: the service at `model.path`; what each costs is in docs/guides/verl-rewards.md."""
+    num_workers: int = 1
+    """verl engine: copies of the RM, each on a device of its own (`http`: requests at the same time)."""
+    timeout_s: float = 600.0
+    """verl engine: seconds after which one call of an RM worker, loading included, counts as failed."""
+    retries: int = 2
+    """verl engine: how often a failed batch is tried again, on another worker where there is one."""
+    node_resource: str = "ups_rm"
+    """verl engine: Ray resource of the RM nodes with `placement=node`; each worker takes 1 of it."""
 
     def entries(self) -> list[RewardModelModel]:
         """The reward models that are named; none where the run makes one."""

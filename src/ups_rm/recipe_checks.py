@@ -45,6 +45,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "reward_model.model.output": OUTPUTS,
     "reward_model.model.normalize": NORMALIZE,
     "reward_model.transform": TRANSFORMS,
+    "reward_model.placement": ("shared", "own", "node", "http"),
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
 }
 INF = math.inf
@@ -93,6 +94,9 @@ BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
     "reward_model.model.std": (1e-12, INF),
     "reward_model.transform_temperature": (1e-12, INF),
     "reward_model.max_batch_tokens": (1, INF),
+    "reward_model.num_workers": (1, INF),
+    "reward_model.timeout_s": (0.1, INF),
+    "reward_model.retries": (0, INF),
     "trainer.total_epochs": (1, INF),
     "trainer.total_training_steps": (1, INF),
     "trainer.max_actor_ckpt_to_keep": (1, INF),
@@ -117,6 +121,7 @@ FOR_VERL = (
     f"{ARR}.ref.fsdp_config.param_offload",
     *(f"{ARR}.rollout.{name}" for name in ("name", "tensor_model_parallel_size", "gpu_memory_utilization")),
     *(f"{ARR}.rollout.{name}" for name in ("enforce_eager", "free_cache_engine", "max_num_batched_tokens")),
+    *(f"reward_model.{name}" for name in ("placement", "num_workers", "timeout_s", "retries", "node_resource")),
     "ray_kwargs.ray_init.address",
     "ray_kwargs.ray_init.num_cpus",
     *(f"verl.{name}" for name in ("overrides", "external_modules", "time_limit", "silence_limit")),

@@ -128,6 +128,7 @@ def process_of(run: VerlRun, on_metrics: Any) -> VerlProcess:
         command=run.command,
         env=os.environ | DRIVER_ENV | run_environment(run.recipe),
         log=run.folder / "verl" / "console.log",
+        run_folder=run.folder,
         metrics_file=metrics_file,
         on_metrics=on_metrics,
         time_limit=limits.time_limit,

@@ -24,6 +24,7 @@ from time import monotonic, sleep
 from typing import IO, Any
 
 from ups_rm import errors
+from ups_rm.distributed.failures import FAILURE_FILE, read_failure
 from ups_rm.errors import RunError, UpsRmError
 
 MARK = "UPS_RM_VERL_RUN"
@@ -46,6 +47,7 @@ class VerlProcess:
         on_metrics: called with (metrics, step) for each new line of it.
         time_limit, silence_limit: seconds; negative: none.
         grace: seconds that verl gets to end by itself after Ctrl-C.
+        run_folder: where our trainer notes why it failed (failures.py); None where it is not ours that runs.
     """
 
     command: Sequence[str]
@@ -56,6 +58,7 @@ class VerlProcess:
     time_limit: float = -1.0
     silence_limit: float = -1.0
     grace: float = 20.0
+    run_folder: Path | None = None
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
     _heard: float = 0.0
@@ -69,6 +72,8 @@ class VerlProcess:
                 a limit was reached.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        if self.run_folder is not None:
+            (self.run_folder / FAILURE_FILE).unlink(missing_ok=True)
         with self.log.open("a", encoding="utf-8") as log:
             process = Popen(
                 self.command,
@@ -146,7 +151,10 @@ class VerlProcess:
                 sleep(0.1)
 
     def _failure(self, code: int) -> UpsRmError:
-        """The error that ended verl: our own where one of its processes raised one, else the last one printed."""
+        """What ended verl: the error that our trainer noted, else one of ours that was printed, else the last one."""
+        noted = None if self.run_folder is None else read_failure(self.run_folder)
+        if noted is not None:
+            return type(noted)(f"{noted}\n  in verl's run, see {self.log}")
         last = ""
         lines = [RAY_PREFIX.sub("", line) for line in self.tail]
         for number, line in enumerate(lines):

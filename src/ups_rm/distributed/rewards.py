@@ -2,26 +2,79 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ups_rm.recipe import Recipe
+from ups_rm.errors import RecipeError
+from ups_rm.recipe import Recipe, RewardModel
+
+EXTERNAL_MODULE = "ups_rm.distributed.verl_trainer"
+"""What verl's processes import (VERL_USE_EXTERNAL_MODULES) so that `trainer.v1.trainer_mode=ups_rm` is known."""
 
 
 def verl_overrides(recipe: Recipe) -> dict[str, Any]:
-    """Settings of our reward manager, which verl loads by its own hook; free keys stand under `reward.ups_rm`."""
-    settings = recipe.reward_model
+    """Our reward manager, our trainer and what they read: `reward_model` goes to `reward.ups_rm`, key by key.
+
+    One reward-loop worker per node: each gathers its own batches, so fewer make fuller ones.
+
+    Raises:
+        RecipeError: a placement that does not fit the reward model, or a judge that needs whole groups.
+    """
+    trainer, settings = recipe.trainer, recipe.reward_model
+    check_placement(settings)
+    section = dataclasses.asdict(settings)
+    for entry in (section["model"], *section["models"]):
+        for key in ("path", "template", "reference_replies"):
+            entry[key] = _absolute(entry[key])
+    section["reference_data"] = _absolute(section["reference_data"])
     return {
-        "reward.num_workers": 1,
+        "reward.num_workers": trainer.nnodes,
         "reward.reward_manager.source": "importlib",
         "reward.reward_manager.name": "SafetyRewardManager",
         "reward.reward_manager.module.path": "pkg://ups_rm.distributed.reward_manager",
-        "+reward.ups_rm.path": str(Path(settings.model.path).absolute()),
-        "+reward.ups_rm.dtype": settings.model.dtype,
-        "+reward.ups_rm.trust_remote_code": settings.model.trust_remote_code,
-        "+reward.ups_rm.max_batch_tokens": settings.max_batch_tokens,
-        "+trainer.group_log_dir": str(Path(recipe.trainer.group_log_dir).absolute()),
-        "+trainer.group_log_freq": recipe.trainer.group_log_freq,
-        "+trainer.group_log_max_groups": recipe.trainer.group_log_max_groups,
-        "+trainer.group_log_max_samples_per_group": recipe.trainer.group_log_max_samples_per_group,
+        "trainer.v1.trainer_mode": "ups_rm",
+        "+trainer.group_log_dir": str(Path(trainer.group_log_dir).absolute()),
+        "+trainer.group_log_freq": trainer.group_log_freq,
+        "+trainer.group_log_max_groups": trainer.group_log_max_groups,
+        "+trainer.group_log_max_samples_per_group": trainer.group_log_max_samples_per_group,
+        **{f"+reward.ups_rm.{key}": value for key, value in _leaves(section)},
     }
+
+
+def check_placement(settings: RewardModel) -> None:
+    """What the placement asks of the reward models, and verl of a judge.
+
+    Raises:
+        RecipeError: `http` and the addresses don't go together; a judge of pairs without replies to compare with.
+    """
+    local = [entry for entry in settings.entries() if not entry.url]
+    if settings.placement == "http" and local:
+        raise RecipeError(
+            f"reward_model.placement=http, but {local[0].path or local[0].callable} is no service\n"
+            "  fix: reward_model.model.url=http://HOST:PORT"
+        )
+    if settings.placement != "http" and settings.entries() and not local:
+        raise RecipeError(
+            f"reward_model.placement={settings.placement}, but the reward model is a service and needs no device\n"
+            "  fix: reward_model.placement=http"
+        )
+    if any(entry.kind == "pairwise" and not entry.reference_replies for entry in settings.entries()):
+        raise RecipeError(
+            "kind=pairwise compares the replies to one prompt, and verl scores reply by reply\n"
+            "  fix: reference_replies=FILE to compare with, or ENGINE=local"
+        )
+
+
+def _absolute(path: str) -> str:
+    """A file or folder as an absolute path: verl's processes start elsewhere. What is neither stays as it is."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

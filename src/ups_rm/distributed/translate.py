@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ups_rm.distributed import rewards
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_checks import ARR, value_of
@@ -81,10 +82,10 @@ OURS = {
         [f"data.{name}" for name in ("filter_overlong_prompts", "unique_prompts", "benign_share")],
         "the prompts are laid out for verl by distributed/prompts.py",
     ),
-    "reward_model": "our reward manager, see distributed/rewards.py",
+    "reward_model": "our reward manager and its workers, see distributed/rewards.py",
     **dict.fromkeys(
         [f"trainer.group_log_{name}" for name in ("dir", "freq", "max_groups", "max_samples_per_group")],
-        "our reward manager, see distributed/rewards.py",
+        "our trainer in verl, see distributed/rewards.py",
     ),
     "verl": "distributed/launch.py",
 }
@@ -115,8 +116,6 @@ def verl_overrides(recipe: Recipe, *, train_files: Path, val_files: Path, total_
         RecipeError: an option that verl can't honour, with the reason.
     """
     check_for_verl(recipe)
-    from ups_rm.distributed import rewards
-
     overrides: Overrides = {key: value_of(recipe, key) for key in SAME}
     overrides |= _data(recipe, train_files, val_files)
     overrides |= _number_formats(recipe)
@@ -243,7 +242,9 @@ def run_environment(recipe: Recipe) -> dict[str, str]:
     """What every process of verl's needs in its environment, on every node."""
     folder = Path(recipe.trainer.default_local_dir).absolute()
     return {
-        "VERL_USE_EXTERNAL_MODULES": ",".join(["ups_rm.distributed.process", *recipe.verl.external_modules]),
+        "VERL_USE_EXTERNAL_MODULES": ",".join(
+            ["ups_rm.distributed.process", *recipe.verl.external_modules, rewards.EXTERNAL_MODULE]
+        ),
         "VERL_FILE_LOGGER_PATH": str(folder / "verl" / "metrics.jsonl"),
         "TENSORBOARD_DIR": str(folder / "tensorboard"),
         "WANDB_DIR": str(folder),

@@ -1,0 +1,157 @@
+"""verl's synchronous trainer with our eyes: registered in verl's own registry, chosen by `trainer.v1.trainer_mode`.
+
+verl imports this module in its processes through VERL_USE_EXTERNAL_MODULES, and `register_trainer` is its public way
+to add a trainer. Nothing of what verl computes is changed here. What is added, around its public methods:
+
+- after each step the metrics that verl does not show go into the dict that verl logs, and the group log is written;
+- raw logit and the rest of `reward_extra_info` go into verl's rollout dumps, which otherwise hold the score alone;
+- a failure of the reward model, which verl would catch prompt by prompt, ends the run with its own message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import transfer_queue as tq
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+
+from ups_rm.distributed.failures import BOARD_LIMIT_S, as_error, failure_board, write_failure
+from ups_rm.distributed.rm_workers import PoolSettings, RMPool
+from ups_rm.distributed.step_record import FIELDS, StepRecord, read_step, step_groups, step_metrics, validation_metrics
+from ups_rm.errors import RunError
+from ups_rm.tracking.group_log import GroupLog
+
+TRAINER_MODE = "ups_rm"
+
+
+@register_trainer(TRAINER_MODE)
+class SafetyTrainer(PPOTrainerSync):
+    """`PPOTrainerSync` that shows what the reward model does."""
+
+    def __init__(self, config: Any) -> None:
+        config.trainer.v1.trainer_mode = "sync"  # verl asks for the mode by name in several places
+        super().__init__(config)
+        self.folder = Path(config.trainer.default_local_dir)
+        algorithm, trainer = config.algorithm, config.trainer
+        self.group_log = GroupLog(
+            Path(trainer.group_log_dir),
+            freq=trainer.group_log_freq,
+            max_groups=trainer.group_log_max_groups,
+            max_samples_per_group=trainer.group_log_max_samples_per_group,
+            scale_by_std=algorithm.norm_adv_by_std_in_grpo,
+        )
+        self.dump_extras: dict[str, dict[str, float]] = {}
+
+    def init(self) -> None:
+        """verl's set-up; then the RM workers, which it created, must have their model.
+
+        Raises:
+            RMError: the RM can't be loaded.
+        """
+        with self._leaves_reason():
+            super().init()
+            self.board: Any = failure_board()
+            for line in RMPool(PoolSettings.from_verl(self.config)).wait_ready():
+                print(line)
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        with self._leaves_reason():
+            super().fit(agent_loop_manager)
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        """One step of verl's, then its record: metrics into `metrics`, groups into the group log.
+
+        Raises:
+            RMError: the reward model failed. RunError: replies are missing.
+        """
+        with self._not_hidden():
+            batch = super().step(metrics, timing_raw)
+        data, algorithm = self.config.data, self.config.algorithm
+        record = read_step(
+            tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS)),
+            batch.keys,
+            batch.tags,
+            self.tokenizer,
+            limit=data.max_response_length,
+            kl_estimator=algorithm.kl_penalty,
+        )
+        self._check_complete(record)
+        metrics.update(
+            step_metrics(
+                record,
+                max_prompt_length=data.max_prompt_length,
+                max_response_length=data.max_response_length,
+                transform=self.config.reward.ups_rm.transform,
+            )
+        )
+        metrics.setdefault("actor/reward_kl_penalty_coeff", 0.0)
+        self._log_groups(record, metrics["actor/reward_kl_penalty_coeff"])
+        self.dump_extras = dict(zip(record.keys, record.extras, strict=True))
+        return batch
+
+    def _validate(self) -> dict[str, float]:
+        with self._not_hidden():
+            metrics: dict[str, float] = super()._validate()
+        return metrics
+
+    def _val_metrics_update(
+        self, data_sources: Any, sample_uids: Any, reward_extra_infos_dict: Any, sample_turns: Any, **kwargs: Any
+    ) -> dict[str, float]:
+        metrics: dict[str, float] = super()._val_metrics_update(
+            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, **kwargs
+        )
+        n = self.config.actor_rollout_ref.rollout.val_kwargs.n
+        return metrics | validation_metrics(reward_extra_infos_dict["reward"], reward_extra_infos_dict, n)
+
+    def _dump_generations(
+        self, inputs: Any, outputs: Any, gts: Any, scores: Any, reward_extra_infos_dict: Any, dump_path: Any
+    ) -> None:
+        extras = [self.dump_extras.get(key) for key in reward_extra_infos_dict["uid"]]
+        if all(extras):  # a step's replies; those of a validation come with theirs
+            names = extras[0] or {}
+            reward_extra_infos_dict |= {name: [(extra or {})[name] for extra in extras] for name in names}
+        super()._dump_generations(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)
+
+    def _check_complete(self, record: StepRecord) -> None:
+        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        if len(record.keys) != expected:
+            raise RunError(
+                f"step {self.global_steps}: only {len(record.keys)} of {expected} replies came back from the rollout; "
+                "verl logs the reasons as `Error in _run_prompt`"
+            )
+
+    def _log_groups(self, record: StepRecord, kl_coef: float) -> None:
+        """A log that can't be written (a full disk) warns and costs no training."""
+        if not self.group_log.wants(self.global_steps):
+            return
+        try:
+            self.group_log.write(self.global_steps, step_groups(record), kl_coef=kl_coef)
+        except OSError as error:
+            print(f"step {self.global_steps}: the group log can't be written, training goes on: {error}")
+
+    @contextmanager
+    def _not_hidden(self) -> Iterator[None]:
+        """A failure on the board is raised, whatever verl made of it."""
+        try:
+            yield
+        except Exception as error:
+            self._raise_posted(error)
+            raise
+        self._raise_posted(None)
+
+    def _raise_posted(self, cause: Exception | None) -> None:
+        posted = ray.get(self.board.first.remote(), timeout=BOARD_LIMIT_S)
+        if posted is not None:
+            raise as_error(posted) from cause
+
+    @contextmanager
+    def _leaves_reason(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            write_failure(self.folder, error)
+            raise
