@@ -156,7 +156,9 @@ def cluster(tmp_path):
     fake(programs / "srun", f'node=; {options}; NODE=$node exec "$@"')
     fake(programs / "hostname", "echo 10.0.0.1 fe80::1")
     fake(programs / "ray", f'echo "${{NODE:-}} ray $*" >> {log}; case "$*" in *--block*) exec sleep 60;; esac')
-    fake(programs / "python", f'echo "python $*" >> {log}')
+    # python runs wait_for_nodes.py: goes on when all three have started
+    started = f'[ "$(grep -c "ray start" {log})" -ge 3 ]'
+    fake(programs / "python", f'echo "python $*" >> {log}; for _ in {{1..200}}; do {started} && exit; sleep 0.1; done')
     fake(programs / "ups-rm", f'echo "ups-rm $*" >> {log}; exit "${{FAILS:-0}}"')
     fake(programs / "nvidia-smi", "printf 'GPU 0\\nGPU 1\\nGPU 2\\nGPU 3\\n'")
     environment = dict(os.environ) | {
