@@ -14,7 +14,7 @@ from ups_rm.errors import PlanError
 from ups_rm.planning import memory
 from ups_rm.planning.architecture import read_architecture, reward_model
 from ups_rm.planning.plan import HEADROOM, Machine, Plan, make_plan
-from ups_rm.planning.speed import GPUS
+from ups_rm.planning.speed import GPUS, Cluster, rm_seconds
 from ups_rm.recipe import load_recipe
 
 QWEN, RM = read_architecture("qwen2-7b-instruct"), reward_model(read_architecture("llama3-8b"))
@@ -23,15 +23,16 @@ FULL_SCALE = [
     "actor_rollout_ref.actor.ppo_mini_batch_size=64", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
     "actor_rollout_ref.model.enable_gradient_checkpointing=true", "actor_rollout_ref.actor.fsdp_config.dtype=bfloat16",
-    "reward_model.max_batch_tokens=16384",
+    "reward_model.max_batch_tokens=16384", "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
 ]  # fmt: skip
+CLUSTER = Cluster(8, 8, GPUS["h200"], 2, 8, rm_gpus=1, rm_shared=False)
 H200 = Machine(gpus=8, nodes=1, memory_gb=140, gpu=GPUS["h200"])
 OPTIONS = ["plan", "--gpus", "8", "--gpu-mem", "140", "--policy", "qwen2-7b-instruct", "--rm", "llama3-8b"]
 RUNNER = CliRunner()
 
 
 def plan_of(machine: Machine = H200, *overrides: str) -> Plan:
-    return make_plan(load_recipe("quickstart", [*FULL_SCALE, *overrides]), QWEN, RM, machine)
+    return make_plan(load_recipe("quickstart", [*FULL_SCALE, *overrides], engine=None), QWEN, RM, machine)
 
 
 def test_the_full_scale_run_fits_8_gpus_of_140_gb():
@@ -77,33 +78,61 @@ def test_growth_goes_to_4096_gpus_with_the_batch_and_without():
     assert all(row.divides for row in plan.growing)
 
 
-def test_as_many_rm_workers_as_the_table_says_take_a_tenth():
+@pytest.mark.parametrize("gpus", [64, 512])
+def test_as_many_rm_workers_as_the_table_says_take_a_tenth(gpus):
     plan = plan_of(replace(H200, rm_gpus=1))
-    row = next(row for row in plan.growing if row.gpus == 512)
-    again = plan_of(replace(H200, gpus=512, nodes=64, rm_gpus=row.rm_workers_for_a_tenth), "data.train_batch_size=4096")
-    from ups_rm.planning.speed import rm_seconds
-
-    cluster_seconds = rm_seconds(RM, again.work, _cluster_of(again), again.machine.efficiency)
-    assert cluster_seconds <= 0.1 * (row.time.total - row.time.rm)
-
-
-def _cluster_of(plan: Plan):  # type: ignore[no-untyped-def]
-    from ups_rm.planning.plan import _cluster
-
-    return _cluster(load_recipe("quickstart", FULL_SCALE), plan.machine, plan.layout)
+    row = next(row for row in plan.growing if row.gpus == gpus)
+    one_worker = rm_seconds(RM, replace(plan.work, prompts=row.prompts), CLUSTER, plan.machine.efficiency)
+    assert one_worker / row.rm_workers_for_a_tenth <= 0.1 * (row.time.total - row.time.rm)
+    assert one_worker / (row.rm_workers_for_a_tenth - 1) > 0.1 * (row.time.total - row.time.rm)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("nodes", "override", "message"),
     [
-        ({"nodes": 3}, "8 GPUs can't be spread evenly over 3 nodes"),
-        ({"tensor_parallel": 3}, "tensor parallel 3 does not divide the 8 GPUs of a node"),
-        ({"fsdp_size": 3}, "fsdp_size 3 does not divide 8 GPUs"),
+        (3, "", "8 GPUs can't be spread evenly over 3 nodes"),
+        (
+            1,
+            "rollout.tensor_model_parallel_size=3",
+            "tensor_model_parallel_size 3 does not divide the 8 GPUs of a node",
+        ),
+        (1, "actor.fsdp_config.fsdp_size=3", "fsdp_size 3 does not divide 8 GPUs"),
+        (1, "actor.ulysses_sequence_parallel_size=3", "ulysses_sequence_parallel_size 3 does not divide 8 GPUs"),
     ],
 )
-def test_layouts_that_don_t_divide_are_refused(change, message):
+def test_layouts_that_don_t_divide_are_refused(nodes, override, message):
     with pytest.raises(PlanError, match=message):
-        plan_of(replace(H200, **change))
+        plan_of(replace(H200, nodes=nodes), *([f"actor_rollout_ref.{override}"] if override else []))
+
+
+KEYS = {
+    "token budget": ("actor.use_dynamic_bsz=true", "update", "activations", 0.5),  # 16,384 tokens instead of 32,768
+    "sequence parallel": ("actor.ulysses_sequence_parallel_size=2", "update", "activations", 0.5),
+    "fp32 compute": ("actor.fsdp_config.dtype=float32", "update", "logits", 2.0),
+    "sharded over 4": ("actor.fsdp_config.fsdp_size=4", "update", "optimizer (AdamW)", 2.0),
+    "larger rollout": ("rollout.gpu_memory_utilization=0.75", "rollout", "rollout engine (weights, KV cache)", 1.5),
+}
+
+
+@pytest.mark.parametrize(("override", "phase", "part", "factor"), KEYS.values(), ids=KEYS.keys())
+def test_what_the_recipe_says_of_its_layout_counts(override, phase, part, factor):
+    before, after = plan_of(), plan_of(H200, f"actor_rollout_ref.{override}")
+    assert after.phases[phase][part] == pytest.approx(factor * before.phases[phase][part], rel=0.01)
+
+
+def test_an_engine_that_keeps_its_memory_and_weights_that_stay_gathered_are_counted():
+    engine = "rollout engine (weights, KV cache)"
+    assert engine not in plan_of().phases["update"]
+    assert engine in plan_of(H200, "actor_rollout_ref.rollout.free_cache_engine=false").phases["update"]
+    stays = plan_of(H200, "actor_rollout_ref.actor.fsdp_config.reshard_after_forward=false")
+    assert stays.phases["update"]["gathered weights"] > 2 * QWEN.parameters
+
+
+def test_an_rm_on_gpus_of_its_own_takes_no_memory_here():
+    shared, own = plan_of(), plan_of(replace(H200, rm_gpus=1))
+    assert [plan.rm_workers for plan in (shared, own)] == [8, 1]
+    assert "reward model" in shared.phases["rollout"]
+    assert "reward model" not in own.phases["rollout"]
 
 
 def test_the_command_prints_every_table():
@@ -128,8 +157,9 @@ def test_json_is_the_same_plan_and_a_plan_that_does_not_fit_exits_with_1():
 
 
 def test_stated_flops_and_bandwidths_count_instead_of_the_data_sheet():
-    stated = ["--tflops", "500", "--bandwidth", "2.5", "--link", "100", "--network", "12.5", "--eager"]
-    found = json.loads(RUNNER.invoke(app, [*OPTIONS, *stated, "--json", *FULL_SCALE]).output)["machine"]
+    stated = ["--tflops", "500", "--bandwidth", "2.5", "--link", "100", "--network", "12.5"]
+    eager = "actor_rollout_ref.rollout.enforce_eager=true"
+    found = json.loads(RUNNER.invoke(app, [*OPTIONS, *stated, "--json", *FULL_SCALE, eager]).output)["machine"]
     gpu = found["gpu"]
     assert (gpu["flops"], gpu["memory_bandwidth"], gpu["link"], gpu["network"]) == (500e12, 2.5e12, 100e9, 12.5e9)
     assert found["efficiency"]["iteration"] == 0.035
@@ -147,3 +177,28 @@ def test_an_unknown_gpu_is_refused():
     done = RUNNER.invoke(app, [*OPTIONS, "--gpu", "abacus"])
     assert isinstance(done.exception, PlanError)
     assert "h200" in str(done.exception)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("pku_saferlhf_qwen2_7b_8gpu", 8), ("pku_saferlhf_qwen2_7b_2nodes", 16)])
+def test_the_full_scale_recipes_fit_the_machines_they_are_for(name, gpus):
+    """With nothing but their names: GPUs, nodes, policy and RM are the recipe's."""
+    done = RUNNER.invoke(app, ["plan", "--recipe", name, "--gpu-mem", "140", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert (found["layout"]["gpus"], found["layout"]["gpus_per_node"]) == (gpus, 8)
+    assert found["policy"]["parameters"] == QWEN.parameters
+    assert found["rm"]["parameters"] == RM.parameters
+    assert found["layout"]["tensor_parallel"] == 2
+    assert found["micro_batch"]["with_checkpointing"] >= 8
+
+
+def test_gpus_are_those_of_one_node(tmp_path):
+    done = RUNNER.invoke(app, [*OPTIONS, "--nodes", "2", "--json", *FULL_SCALE])
+    assert json.loads(done.output)["layout"]["gpus"] == 16
+
+
+def test_several_rms_are_refused_with_the_way_out():
+    several = "reward_model.models=[{path: a}, {path: b}]"
+    done = RUNNER.invoke(app, ["plan", "--gpu-mem", "140", several])
+    assert isinstance(done.exception, PlanError)
+    assert "--rm FOLDER" in str(done.exception)

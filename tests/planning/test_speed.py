@@ -16,6 +16,7 @@ from ups_rm.planning.speed import (
     Cluster,
     Efficiency,
     Work,
+    compute_seconds,
     longest_reply,
     reachable_flops,
     ring_seconds,
@@ -106,7 +107,7 @@ def test_a_run_of_another_length_on_32_gpus_is_met():
     cluster = Cluster(32, 8, GPUS["h20"], 1, 32, 0, True, micro_batch=1000, checkpointing=False, use_reference=False)
     length = next(
         length for length in range(100, 9000, 10)
-        if step_time(QWEN, RM, Work(512, 16, 150, length, 28_000), cluster, Efficiency()).old_log_probs >= 107.71
+        if compute_seconds(QWEN, Work(512, 16, 150, length, 28_000), cluster, Efficiency())["old log-probs"] >= 107.71
     )  # fmt: skip
     time = step_time(QWEN, RM, Work(512, 16, 150, length, 28_000), cluster, Efficiency())
     assert time.update == pytest.approx(313.81, rel=0.1)

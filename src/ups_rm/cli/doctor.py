@@ -44,7 +44,8 @@ def doctor(
 
     if engine not in ("local", "verl"):
         raise RunError(f"ENGINE={engine} is not known; use local or verl")
-    settings = load_recipe(recipe, [*named_overrides(policy, rm, None, None, None), *(overrides or [])])
+    given = [*named_overrides(policy, rm, None, None, None), *(overrides or [])]
+    settings = load_recipe(recipe, given, engine=engine)
     wanted = ("ups-rm", "verl[vllm]") if engine == "verl" else ("ups-rm",)
     facts = look([Path(settings.trainer.default_local_dir)], wanted)
     findings = check_machine(facts, settings, engine)

@@ -9,23 +9,25 @@ import typer
 from ups_rm.cli.run import Overrides, RecipeName
 
 EPILOG = (
-    "Example: ups-rm plan --gpus 8 --gpu-mem 140 --policy qwen2-7b-instruct --rm llama3-8b "
-    "data.max_response_length=2048"
+    "Example: ups-rm plan --recipe pku_saferlhf_qwen2_7b_8gpu --gpus 8 --gpu-mem 140      "
+    "Two machines, an RM on GPUs of its own: ups-rm plan --recipe pku_saferlhf_qwen2_7b_2nodes --gpus 8 --nodes 2 "
+    "--gpu-mem 140 --rm-gpus 2"
 )
 
 
 def plan(
-    gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")],
     gpu_mem: Annotated[float, typer.Option(help="GB per GPU.")],
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs per node that train and roll out; trainer.n_gpus_per_node if not given.")
+    ] = None,
     overrides: Overrides = None,
     recipe: RecipeName = "quickstart",
-    nodes: Annotated[int, typer.Option(help="Machines that the GPUs are in.")] = 1,
+    nodes: Annotated[int | None, typer.Option(help="Machines; trainer.nnodes if not given.")] = None,
     policy: Annotated[
         str | None,
         typer.Option(
             help="Folder with config.json, or a packaged description: qwen2-7b-instruct, llama3-8b, "
-            "smollm2-135m-instruct. "
-            "The recipe's if not given."
+            "smollm2-135m-instruct. The recipe's if not given."
         ),
     ] = None,
     rm: Annotated[
@@ -40,19 +42,11 @@ def plan(
     ] = None,
     link: Annotated[float | None, typer.Option(help="NVLink GB/s per GPU, one way.")] = None,
     network: Annotated[float | None, typer.Option(help="Network GB/s per GPU.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs per rollout engine.")] = 2,
-    rollout_share: Annotated[float, typer.Option(help="The rollout engine's part of the GPU memory.")] = 0.5,
-    fsdp_size: Annotated[int, typer.Option(help="GPUs that share one copy of the training state; -1: all.")] = -1,
-    param_offload: Annotated[
-        bool, typer.Option("--param-offload", help="Weights in host memory between phases.")
-    ] = False,
-    optimizer_offload: Annotated[
-        bool, typer.Option("--optimizer-offload", help="Optimizer in host memory between phases.")
-    ] = False,
-    rm_gpus: Annotated[int, typer.Option(help="GPUs of the RM's own; 0: a worker on every training GPU.")] = 0,
+    rm_gpus: Annotated[
+        int, typer.Option(help="GPUs of the RM's own, beside the others; 0: a worker on every training GPU.")
+    ] = 0,
     prompt_tokens: Annotated[float, typer.Option(help="Mean length of prompts.")] = 64,
     response_tokens: Annotated[float, typer.Option(help="Mean length of replies.")] = 300,
-    eager: Annotated[bool, typer.Option("--eager", help="Rollout without CUDA graphs.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """What a recipe needs per GPU, what fits, how long a step takes, and what becomes of it on 64 to 4,096 GPUs.
@@ -65,12 +59,11 @@ def plan(
     from ups_rm.console import console
     from ups_rm.errors import PlanError
     from ups_rm.planning import speed
-    from ups_rm.planning.architecture import read_architecture, reward_model
-    from ups_rm.planning.plan import Machine, make_plan
+    from ups_rm.planning.plan import Machine, make_plan, recipe_architectures
     from ups_rm.planning.report import print_plan
     from ups_rm.recipe import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
+    settings = load_recipe(recipe, overrides or [], engine=None)
     name = gpu or ("h100" if gpu_mem <= 100 else "h200")
     if name not in speed.GPUS:
         raise PlanError(f"no data sheet for GPU {name!r}; known: {', '.join(speed.GPUS)}\n  fix: --tflops, --bandwidth")
@@ -82,27 +75,18 @@ def plan(
         link=sheet.link if link is None else link * 1e9,
         network=sheet.network if network is None else network * 1e9,
     )
-    training = settings.reward_training
-    judge = read_architecture(rm or settings.reward_model.model.path or training.backbone)
-    efficiency = speed.Efficiency(iteration=speed.EAGER) if eager else speed.Efficiency()
+    machines = nodes or settings.trainer.nnodes
     made = make_plan(
         settings,
-        read_architecture(policy or settings.actor_rollout_ref.model.path),
-        judge if judge.head_dims is not None else reward_model(judge, training.hidden_dims),
+        *recipe_architectures(settings, policy, rm),
         Machine(
-            gpus=gpus,
-            nodes=nodes,
+            gpus=(gpus or max(1, settings.trainer.n_gpus_per_node)) * machines,
+            nodes=machines,
             memory_gb=gpu_mem,
             gpu=sheet,
-            tensor_parallel=tensor_parallel,
-            rollout_share=rollout_share,
-            fsdp_size=fsdp_size,
-            param_offload=param_offload,
-            optimizer_offload=optimizer_offload,
             rm_gpus=rm_gpus,
             prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
-            efficiency=efficiency,
         ),
     )
     if json_out:

@@ -45,7 +45,7 @@ def check_machine(facts: Facts, recipe: Recipe, engine: str) -> list[Finding]:
     Args:
         engine: `local` (one process, CPU or one GPU) or `verl` (Ray, FSDP2, vLLM on the recipe's GPUs).
     """
-    found = [*_software(facts, engine), *_gpus(facts, recipe, engine)]
+    found = [*_software(facts, recipe, engine), *_gpus(facts, recipe, engine)]
     plan = _plan(recipe, facts)
     found += _memory(facts, recipe, engine, plan)
     found += _machine(facts, recipe, engine, plan)
@@ -53,7 +53,7 @@ def check_machine(facts: Facts, recipe: Recipe, engine: str) -> list[Finding]:
     return found
 
 
-def _software(facts: Facts, engine: str) -> Iterator[Finding]:
+def _software(facts: Facts, recipe: Recipe, engine: str) -> Iterator[Finding]:
     version = ".".join(map(str, facts.python))
     too_new = engine == "verl" and facts.python >= (3, 13)
     if facts.python < (3, 10) or too_new:
@@ -71,10 +71,12 @@ def _software(facts: Facts, engine: str) -> Iterator[Finding]:
         names = ("torch", "transformers", *(("verl", "vllm", "ray") if engine == "verl" else ()))
         seen = ", ".join(f"{name} {facts.packages.get(name, 'not installed')}" for name in names)
         yield Finding("versions", "ok", f"no clash: {seen}")
-    if engine == "verl" and "flash-attn" not in facts.packages:
+    told = any("attn_implementation" in override for override in recipe.verl.overrides)
+    if engine == "verl" and "flash-attn" not in facts.packages and not told:
         yield Finding(
             "flash-attn", "fail", "not installed; verl loads policies with flash_attention_2 unless told otherwise",
-            f"{SETUP_GPU} builds it, or actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+            f"{SETUP_GPU} builds it, or actor_rollout_ref.model.use_remove_padding=false and "
+            "verl.overrides=['+actor_rollout_ref.model.override_config.attn_implementation=sdpa']",
         )  # fmt: skip
 
 
@@ -148,24 +150,14 @@ def _nccl(facts: Facts, recipe: Recipe, engine: str) -> Finding:
 
 def _plan(recipe: Recipe, facts: Facts) -> Plan | str:
     """The recipe's plan on this machine's GPUs, or why there is none."""
-    from ups_rm.planning.architecture import read_architecture, reward_model
-    from ups_rm.planning.plan import Machine, make_plan
+    from ups_rm.planning.plan import Machine, make_plan, recipe_architectures
     from ups_rm.planning.speed import GPUS
 
     nodes, per_node = max(1, recipe.trainer.nnodes), max(1, recipe.trainer.n_gpus_per_node)
     smallest = min((gpu.memory for gpu in facts.gpus or []), default=0)
-    rm = recipe.reward_model.model.path or recipe.reward_training.backbone
+    machine = Machine(gpus=nodes * per_node, nodes=nodes, memory_gb=smallest / 1e9, gpu=GPUS["h200"])
     try:
-        policy, judge = read_architecture(recipe.actor_rollout_ref.model.path), read_architecture(rm)
-        judge = judge if judge.head_dims is not None else reward_model(judge, recipe.reward_training.hidden_dims)
-        machine = Machine(
-            gpus=nodes * per_node,
-            nodes=nodes,
-            memory_gb=smallest / 1e9,
-            gpu=GPUS["h200"],
-            tensor_parallel=2 if per_node % 2 == 0 else 1,
-        )
-        return make_plan(recipe, policy, judge, machine)
+        return make_plan(recipe, *recipe_architectures(recipe, None, None), machine)
     except PlanError as error:
         return str(error).splitlines()[0]
 
@@ -211,14 +203,22 @@ def _machine(facts: Facts, recipe: Recipe, engine: str, plan: Plan | str) -> Ite
         verdict: Verdict = "ok" if free >= RAY_SHARED_MEMORY else "warn" if free >= GIB else "fail"
         fix = "" if verdict == "ok" else "a larger /dev/shm; in Docker: --shm-size 32g or --ipc host"
         yield Finding("shared memory", verdict, f"{free / GIB:.1f} GiB free in /dev/shm", fix)
+    yield from _ports(facts, recipe)
+    files: Verdict = "ok" if facts.open_files >= RAY_OPEN_FILES or facts.open_files < 0 else "warn"
+    fix = "" if files == "ok" else f"ulimit -n {RAY_OPEN_FILES}"
+    yield Finding("open files", files, f"limit {facts.open_files:,}", fix)
+
+
+def _ports(facts: Facts, recipe: Recipe) -> Iterator[Finding]:
+    address = recipe.ray_kwargs.ray_init.address
+    if address is not None:
+        yield Finding("ports", "unknown", f"a Ray cluster at {address} is joined; `ray status` tells of it")
+        return
     for port in facts.ports_in_use:
         seen = f"{port} ({RAY_PORTS[port]}) is taken: by your Ray cluster, or by another program"
         yield Finding("port", "warn", seen, "ray status tells; ray stop ends a cluster of yours that is left over")
     if not facts.ports_in_use:
         yield Finding("ports", "ok", f"{', '.join(map(str, RAY_PORTS))} are free")
-    files: Verdict = "ok" if facts.open_files >= RAY_OPEN_FILES or facts.open_files < 0 else "warn"
-    fix = "" if files == "ok" else f"ulimit -n {RAY_OPEN_FILES}"
-    yield Finding("open files", files, f"limit {facts.open_files:,}", fix)
 
 
 def _disk(folder: str, free: int, recipe: Recipe, plan: Plan | str) -> Finding:
@@ -238,30 +238,35 @@ def _disk(folder: str, free: int, recipe: Recipe, plan: Plan | str) -> Finding:
 
 
 def _models(recipe: Recipe) -> Iterator[Finding]:
-    named = {"policy": recipe.actor_rollout_ref.model.path, "reward model": recipe.reward_model.model.path}
-    for what, name in named.items():
-        if not name:
-            yield Finding(what, "ok", "made by the run")
-            continue
-        folder = cache_folder() / "models" / DEFAULT_MODEL if name == DEFAULT_MODEL else Path(name).expanduser()
-        if (folder / "config.json").is_file():
-            weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-            size = sum(file.stat().st_size for file in weights)
-            if weights:
-                yield Finding(what, "ok", f"{folder}, {size / 1e9:.2f} GB of weights")
-            else:
-                yield Finding(what, "fail", f"{folder} has a config.json and no weights", "download it anew")
-        elif name == DEFAULT_MODEL:
-            yield Finding(what, "warn", f"{name} is not here yet", "ups-rm models fetch, or the run fetches it")
-        elif folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-            yield Finding(what, "fail", f"no config.json at {folder}", "hf download OWNER/NAME --local-dir FOLDER")
+    yield _model("policy", recipe.actor_rollout_ref.model.path)
+    entries = recipe.reward_model.entries()
+    if not entries:
+        yield Finding("reward model", "ok", "made by the run")
+    for entry in entries:
+        if entry.path:
+            yield _model("reward model", entry.path)
         else:
-            yield Finding(what, "warn", f"{name} is no folder here: a hub id that the run downloads on every node",
-                          f"hf download {name} --local-dir FOLDER")  # fmt: skip
+            yield Finding("reward model", "unknown", f"{entry.url or entry.callable} is not asked from here")
     for file in _prompt_files(recipe):
         there = Path(file).expanduser().is_file()
         fix = "" if there else "ups-rm data prepare"
         yield Finding("prompts", "ok" if there else "warn", f"{file} is {'there' if there else 'not there yet'}", fix)
+
+
+def _model(what: str, name: str) -> Finding:
+    """A folder with config.json and weights; a hub id is a warning, for nothing is downloaded here."""
+    folder = cache_folder() / "models" / DEFAULT_MODEL if name == DEFAULT_MODEL else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        if not weights:
+            return Finding(what, "fail", f"{folder} has a config.json and no weights", "download it anew")
+        return Finding(what, "ok", f"{folder}, {sum(file.stat().st_size for file in weights) / 1e9:.2f} GB of weights")
+    if name == DEFAULT_MODEL:
+        return Finding(what, "warn", f"{name} is not here yet", "ups-rm models fetch, or the run fetches it")
+    if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return Finding(what, "fail", f"no config.json at {folder}", "hf download OWNER/NAME --local-dir FOLDER")
+    seen = f"{name} is no folder here: a hub id that the run downloads on every node"
+    return Finding(what, "warn", seen, f"hf download {name} --local-dir FOLDER")
 
 
 def _prompt_files(recipe: Recipe) -> list[str]:

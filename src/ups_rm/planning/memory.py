@@ -19,8 +19,6 @@ LOGIT_COPIES = 3
 """Logits, their log-softmax, and the gradient of one of them, in the compute type, at the same time."""
 RUNTIME = 3 * GIB
 """CUDA context, NCCL buffers, cuBLAS workspaces: an allowance, not a count."""
-VLLM_BATCH_TOKENS = 8192
-"""verl's `rollout.max_num_batched_tokens`: tokens that one vLLM iteration computes at most."""
 
 
 def activation_bytes_per_layer(model: Architecture, width: int = COMPUTE) -> int:
@@ -85,12 +83,28 @@ class Layout:
     """Sequences per GPU in one forward and backward."""
     logprob_micro_batch: int
     checkpointing: bool
+    token_budget: int = 0
+    """Tokens of a micro batch where it is cut by tokens (`actor.use_dynamic_bsz`); 0: by sequences."""
+    sequence_parallel: int = 1
+    """GPUs that share one sequence (Ulysses)."""
+    width: int = COMPUTE
+    """Bytes of a number in compute, gathered weights, rollout."""
+    reshard: bool = True
+    """Gathered weights are given up after the forward."""
+    free_cache: bool = True
+    """The rollout engine gives its memory back between rollouts."""
+    rollout_batch_tokens: int = 8192
+    """Tokens that one iteration of the rollout engine computes at most."""
     param_offload: bool = False
     optimizer_offload: bool = False
     lora_rank: int = 0
     rm_shared: bool = True
     """The RM is on a training GPU, beside everything else; else it has its own."""
     rm_batch_tokens: int = 16384
+
+    def tokens(self, micro_batch: int) -> int:
+        """Of a micro batch on one GPU, all sequences as long as the recipe allows."""
+        return (self.token_budget or micro_batch * self.length) // self.sequence_parallel
 
 
 def training_state(policy: Architecture, layout: Layout) -> dict[str, int]:
@@ -105,17 +119,19 @@ def training_state(policy: Architecture, layout: Layout) -> dict[str, int]:
     }
 
 
-def gathered_bytes(policy: Architecture) -> int:
+def gathered_bytes(policy: Architecture, layout: Layout) -> int:
     """Whole weights that FSDP2 holds at one time: two layers in bf16 (this one, the next prefetched) and the LM head.
 
-    In the backward pass the layer's gradient in fp32 stands beside it until it is reduced.
+    All of them where they are not given up after the forward. In the backward pass a layer's gradient in fp32 stands
+    beside them until it is reduced.
     """
     head = policy.vocab * policy.hidden
-    return COMPUTE * (2 * policy.layer_parameters + head) + GRADIENT * max(policy.layer_parameters, head)
+    weights = 2 * policy.layer_parameters + head if layout.reshard else policy.parameters
+    return layout.width * weights + GRADIENT * max(policy.layer_parameters, head)
 
 
-def rollout_weights(policy: Architecture, tensor_parallel: int) -> int:
-    """bf16 weights of the rollout engine on each of its GPUs: matrices are split, norms are not.
+def rollout_weights(policy: Architecture, tensor_parallel: int, width: int = COMPUTE) -> int:
+    """Weights of the rollout engine on each of its GPUs: matrices are split, norms are not.
 
     With more GPUs than key/value heads each head is on several of them.
     """
@@ -123,17 +139,18 @@ def rollout_weights(policy: Architecture, tensor_parallel: int) -> int:
     key_value = 2 * policy.layers * policy.hidden * policy.kv_heads * policy.head_dim
     split = policy.parameters - norms - key_value
     kv_parts = min(tensor_parallel, policy.kv_heads)
-    return COMPUTE * (split // tensor_parallel + key_value // kv_parts + norms)
+    return width * (split // tensor_parallel + key_value // kv_parts + norms)
 
 
-def kv_bytes_per_token(policy: Architecture, tensor_parallel: int) -> int:
+def kv_bytes_per_token(policy: Architecture, tensor_parallel: int, width: int = COMPUTE) -> int:
     """KV cache of one token on each GPU of a rollout engine."""
-    return policy.kv_bytes_per_token(COMPUTE) // min(tensor_parallel, policy.kv_heads)
+    return policy.kv_bytes_per_token(width) // min(tensor_parallel, policy.kv_heads)
 
 
-def rollout_workspace(policy: Architecture) -> int:
+def rollout_workspace(policy: Architecture, layout: Layout) -> int:
     """What a vLLM iteration needs beside weights and cache: a layer's values of its tokens, fp32 logits of 256 rows."""
-    return VLLM_BATCH_TOKENS * COMPUTE * (4 * policy.hidden + 3 * policy.inner) + 2 * 256 * policy.vocab * 4
+    layer = layout.rollout_batch_tokens * layout.width * (4 * policy.hidden + 3 * policy.inner)
+    return layer + 2 * 256 * policy.vocab * 4
 
 
 @dataclass(frozen=True)
@@ -150,8 +167,9 @@ class Cache:
 def kv_cache(policy: Architecture, layout: Layout) -> Cache:
     """What is left of the rollout engine's share after weights and workspace; zero or less: it does not start."""
     budget = int(layout.rollout_share * layout.gpu_memory)
-    room = budget - rollout_weights(policy, layout.tensor_parallel) - rollout_workspace(policy)
-    tokens = max(0, room) // kv_bytes_per_token(policy, layout.tensor_parallel)
+    weights = rollout_weights(policy, layout.tensor_parallel, layout.width)
+    room = budget - weights - rollout_workspace(policy, layout)
+    tokens = max(0, room) // kv_bytes_per_token(policy, layout.tensor_parallel, layout.width)
     return Cache(room, tokens, tokens // layout.length)
 
 
@@ -179,30 +197,34 @@ def phases(policy: Architecture, rm: Architecture, layout: Layout) -> dict[str, 
         and not name.startswith("gradients")
     }
     scorer = {"reward model": rm_bytes(rm, layout.rm_batch_tokens)} if layout.rm_shared else {}
-    update, logprob = layout.micro_batch * layout.length, layout.logprob_micro_batch * layout.length
-    forward_layer = COMPUTE * (3 * policy.inner + 6 * policy.hidden)
+    engine = {"rollout engine (weights, KV cache)": int(layout.rollout_share * layout.gpu_memory)}
+    kept = {} if layout.free_cache else engine
+    update, logprob, width = layout.tokens(layout.micro_batch), layout.tokens(layout.logprob_micro_batch), layout.width
+    forward_layer = width * (3 * policy.inner + 6 * policy.hidden)
     return {
         "rollout": {
             **resident,
             **scorer,
-            "rollout engine (weights, KV cache)": int(layout.rollout_share * layout.gpu_memory),
+            **engine,
             "runtime": RUNTIME,
         },
         "log-probs and reference": {
             **resident,
             **scorer,
+            **kept,
             "parameters (fp32)": state["parameters (fp32)"],
-            "gathered weights": gathered_bytes(policy),
+            "gathered weights": gathered_bytes(policy, layout),
             "working set of a layer": logprob * forward_layer,
-            "logits": logit_bytes(policy, logprob, copies=2),
+            "logits": logit_bytes(policy, logprob, copies=2, width=width),
             "runtime": RUNTIME,
         },
         "update": {
             **state,
             **scorer,
-            "gathered weights": gathered_bytes(policy),
-            "activations": activation_bytes(policy, update, checkpointing=layout.checkpointing),
-            "logits": logit_bytes(policy, update),
+            **kept,
+            "gathered weights": gathered_bytes(policy, layout),
+            "activations": activation_bytes(policy, update, checkpointing=layout.checkpointing, width=width),
+            "logits": logit_bytes(policy, update, width=width),
             "runtime": RUNTIME,
         },
     }

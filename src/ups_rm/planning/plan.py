@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ups_rm.device import DTYPES
 from ups_rm.errors import PlanError
 from ups_rm.planning import memory, speed
-from ups_rm.planning.architecture import Architecture
+from ups_rm.planning.architecture import Architecture, read_architecture, reward_model
 
 if TYPE_CHECKING:
     from ups_rm.recipe import Recipe
@@ -20,19 +22,14 @@ HEADROOM = 0.92
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs that the plan is for, and how the recipe uses them where no recipe key says so."""
+    """The GPUs that the plan is for, and the lengths that no recipe knows."""
 
     gpus: int
-    """All of them, over all nodes."""
+    """Those that train and roll out, over all nodes. An RM on GPUs of its own has them besides."""
     nodes: int
     memory_gb: float
     """GB of 10^9 bytes per GPU. Makers' 80 and 141 GB are a few per cent more, so this errs on the safe side."""
     gpu: speed.Gpu
-    tensor_parallel: int = 2
-    rollout_share: float = 0.5
-    fsdp_size: int = -1
-    param_offload: bool = False
-    optimizer_offload: bool = False
     rm_gpus: int = 0
     """GPUs of the RM's own, beside the others; 0: a worker on every training GPU."""
     prompt_tokens: float = 64.0
@@ -91,6 +88,7 @@ class Plan:
     engines: list[Engine]
     micro_batch: MicroBatch
     problems: list[str]
+    rm_workers: int
     time: speed.StepTime
     tokens_per_second: float
     growing: list[Scale]
@@ -123,6 +121,8 @@ def make_plan(recipe: Recipe, policy: Architecture, rm: Architecture, machine: M
     Raises:
         PlanError: the GPUs can't be divided as asked (nodes, tensor parallel, shard group).
     """
+    if recipe.actor_rollout_ref.rollout.enforce_eager:
+        machine = replace(machine, efficiency=replace(machine.efficiency, iteration=speed.EAGER))
     layout, work = _layout(recipe, machine), _work(recipe, machine)
     cluster = _cluster(recipe, machine, layout)
     limit = int(HEADROOM * layout.gpu_memory)
@@ -135,9 +135,9 @@ def make_plan(recipe: Recipe, policy: Architecture, rm: Architecture, machine: M
     engines = []
     for degree in (1, 2, 4, 8):
         if layout.gpus_per_node % degree == 0:
-            weights = memory.rollout_weights(policy, degree)
+            weights = memory.rollout_weights(policy, degree, layout.width)
             engines.append(Engine(degree, weights, memory.kv_cache(policy, replace(layout, tensor_parallel=degree))))
-    micro_tokens = layout.micro_batch * layout.length
+    kept = partial(memory.activation_bytes, policy, layout.tokens(layout.micro_batch), width=layout.width)
     time = speed.step_time(policy, rm, work, cluster, machine.efficiency)
     return Plan(
         policy=policy,
@@ -148,12 +148,13 @@ def make_plan(recipe: Recipe, policy: Architecture, rm: Architecture, machine: M
         phases=phases,
         host_bytes=memory.host_bytes(policy, layout),
         activations={
-            "with checkpointing": memory.activation_bytes(policy, micro_tokens, checkpointing=True),
-            "without checkpointing": memory.activation_bytes(policy, micro_tokens, checkpointing=False),
+            "with checkpointing": kept(checkpointing=True),
+            "without checkpointing": kept(checkpointing=False),
         },
         engines=engines,
         micro_batch=micro,
         problems=_problems(policy, layout, phases, limit, micro),
+        rm_workers=cluster.rm_gpus,
         time=time,
         tokens_per_second=work.tokens / time.total,
         growing=_growth(policy, rm, work, cluster, machine, grow=True),
@@ -161,29 +162,58 @@ def make_plan(recipe: Recipe, policy: Architecture, rm: Architecture, machine: M
     )
 
 
+def recipe_architectures(recipe: Recipe, policy: str | None, rm: str | None) -> tuple[Architecture, Architecture]:
+    """Policy and RM of a recipe, or those given instead. A language model in the RM's place gets the recipe's head.
+
+    Raises:
+        PlanError: an architecture that can't be read, or a recipe with several RMs or one behind a URL or a function.
+    """
+    training, entries = recipe.reward_training, recipe.reward_model.entries()
+    if rm is None and (len(entries) > 1 or (entries and not entries[0].path)):
+        raise PlanError("the plan counts one RM in a folder, the recipe names others\n  fix: --rm FOLDER")
+    judge = read_architecture(rm or (entries[0].path if entries else training.backbone))
+    judge = judge if judge.head_dims is not None else reward_model(judge, training.hidden_dims)
+    return read_architecture(policy or recipe.actor_rollout_ref.model.path), judge
+
+
 def _layout(recipe: Recipe, machine: Machine) -> memory.Layout:
     if machine.gpus < 1 or machine.nodes < 1 or machine.gpus % machine.nodes:
         raise PlanError(f"{machine.gpus} GPUs can't be spread evenly over {machine.nodes} nodes")
-    settings = recipe.actor_rollout_ref
+    settings, actor, rollout = (
+        recipe.actor_rollout_ref,
+        recipe.actor_rollout_ref.actor,
+        recipe.actor_rollout_ref.rollout,
+    )
+    fsdp, degree = actor.fsdp_config, rollout.tensor_model_parallel_size
     per_node = machine.gpus // machine.nodes
-    group = machine.gpus if machine.fsdp_size < 1 else machine.fsdp_size
-    if per_node % machine.tensor_parallel:
-        raise PlanError(f"tensor parallel {machine.tensor_parallel} does not divide the {per_node} GPUs of a node")
+    group = machine.gpus if fsdp.fsdp_size < 1 else fsdp.fsdp_size
+    if per_node % degree:
+        raise PlanError(f"tensor_model_parallel_size {degree} does not divide the {per_node} GPUs of a node")
     if machine.gpus % group:
         raise PlanError(f"fsdp_size {group} does not divide {machine.gpus} GPUs")
+    if machine.gpus % actor.ulysses_sequence_parallel_size:
+        raise PlanError(
+            f"ulysses_sequence_parallel_size {actor.ulysses_sequence_parallel_size} does not divide {machine.gpus} GPUs"
+        )
     return memory.Layout(
         gpus=machine.gpus,
         gpus_per_node=per_node,
         gpu_memory=int(machine.memory_gb * 1e9),
         shard_group=group,
-        tensor_parallel=machine.tensor_parallel,
-        rollout_share=machine.rollout_share,
+        tensor_parallel=degree,
+        rollout_share=rollout.gpu_memory_utilization,
         length=recipe.data.max_prompt_length + recipe.data.max_response_length,
-        micro_batch=settings.actor.ppo_micro_batch_size_per_gpu,
-        logprob_micro_batch=settings.rollout.log_prob_micro_batch_size_per_gpu,
+        micro_batch=actor.ppo_micro_batch_size_per_gpu,
+        logprob_micro_batch=rollout.log_prob_micro_batch_size_per_gpu,
         checkpointing=settings.model.enable_gradient_checkpointing,
-        param_offload=machine.param_offload,
-        optimizer_offload=machine.optimizer_offload,
+        token_budget=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else 0,
+        sequence_parallel=actor.ulysses_sequence_parallel_size,
+        width=4 if DTYPES.get(fsdp.dtype) == "float32" else memory.COMPUTE,
+        reshard=fsdp.reshard_after_forward,
+        free_cache=rollout.free_cache_engine,
+        rollout_batch_tokens=rollout.max_num_batched_tokens,
+        param_offload=fsdp.param_offload,
+        optimizer_offload=fsdp.optimizer_offload,
         lora_rank=settings.model.lora_rank,
         rm_shared=machine.rm_gpus == 0,
         rm_batch_tokens=recipe.reward_model.max_batch_tokens,
@@ -209,7 +239,7 @@ def _cluster(recipe: Recipe, machine: Machine, layout: memory.Layout) -> speed.C
         gpus=machine.gpus,
         gpus_per_node=layout.gpus_per_node,
         gpu=machine.gpu,
-        tensor_parallel=machine.tensor_parallel,
+        tensor_parallel=layout.tensor_parallel,
         shard_group=layout.shard_group,
         rm_gpus=machine.rm_gpus or machine.gpus,
         rm_shared=layout.rm_shared,
@@ -246,7 +276,7 @@ def _problems(
         best = micro.with_checkpointing if layout.checkpointing else micro.without_checkpointing
         ways = {
             "rollout": "a smaller rollout.gpu_memory_utilization, or optimizer_offload and param_offload",
-            "update": f"ppo_micro_batch_size_per_gpu={best}" if best else "checkpointing, offload, or more GPUs",
+            "update": f"actor.ppo_micro_batch_size_per_gpu={best}" if best else "checkpointing, offload, or more GPUs",
             "log-probs and reference": f"log_prob_micro_batch_size_per_gpu={micro.log_probs}"
             if micro.log_probs
             else "offload, or more GPUs",
@@ -273,9 +303,8 @@ def _growth(
         prompts = work.prompts * gpus // machine.gpus if grow else work.prompts
         groups = {gpus} | ({cluster.gpus_per_node} if gpus % cluster.gpus_per_node == 0 else set())
         for group in sorted(groups, reverse=True):
-            grown = replace(
-                cluster, gpus=gpus, shard_group=group, rm_gpus=gpus if cluster.rm_shared else cluster.rm_gpus
-            )
+            workers = gpus if cluster.rm_shared else cluster.rm_gpus
+            grown = replace(cluster, gpus=gpus, shard_group=group, rm_gpus=workers)
             step = replace(work, prompts=prompts)
             time = speed.step_time(policy, rm, step, grown, machine.efficiency)
             alone = speed.rm_seconds(rm, step, replace(grown, rm_gpus=1), machine.efficiency)

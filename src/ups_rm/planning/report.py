@@ -16,7 +16,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     layout, machine = plan.layout, plan.machine
     console.print(
         f"policy {plan.policy.name}: {plan.policy.parameters:,} parameters; RM {plan.rm.name}: {plan.rm.parameters:,}; "
-        f"{layout.gpus} x {machine.gpu.name} with {machine.memory_gb:g} GB on {machine.nodes} node(s)",
+        f"{layout.gpus} x {machine.gpu.name} with {machine.memory_gb:g} GB on {machine.nodes} node(s), "
+        f"{plan.rm_workers} RM worker(s) {'on them' if layout.rm_shared else 'elsewhere'}",
         soft_wrap=True,
     )
     console.print(_memory(plan))
