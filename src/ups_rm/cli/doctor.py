@@ -54,7 +54,9 @@ def doctor(
         found = {"engine": engine, "ok": not failed, "findings": [asdict(finding) for finding in findings]}
         typer.echo(json.dumps(found | {"facts": asdict(facts)}, indent=1))
     else:
-        table = Table("", "", "seen", "way out", box=box.SIMPLE_HEAD, title=f"engine {engine}", title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, title=f"engine {engine}", title_justify="left")
+        for heading in ("", "", "seen", "way out"):
+            table.add_column(heading, overflow="fold")  # keys and paths are shown whole
         for finding in findings:
             mark = Text(finding.verdict, style=COLOURS[finding.verdict])
             table.add_row(Text(finding.what), mark, Text(finding.seen), Text(finding.fix))
