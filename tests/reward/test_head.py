@@ -62,7 +62,12 @@ def test_the_folder_is_what_merge_reads(tmp_path: Path) -> None:
     assert read.info["metrics"]["held_out"]["auc"] == pytest.approx(report.quality.auc, abs=1e-4)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert "by_category" in metrics["held_out"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.json", "head.json", "head.safetensors", "metrics.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "curves.json",
+        "head.json",
+        "head.safetensors",
+        "metrics.json",
+    ]
 
 
 def test_same_seed_same_bytes_whatever_ran_before(tmp_path: Path) -> None:
