@@ -19,7 +19,7 @@ import pytest
 
 from faulty_rms import nan_rm, slow_rm, some_conversations
 from ups_rm.distributed.failures import as_error, as_failure, failure_board, read_failure, write_failure
-from ups_rm.distributed.rewards import verl_overrides
+from ups_rm.distributed.rewards import check_placement, verl_overrides
 from ups_rm.distributed.rm_workers import PoolSettings, RMPool, check_capacity, worker_options
 from ups_rm.distributed.translate import hydra_value
 from ups_rm.errors import DataError, RecipeError, RMError, RunError
@@ -273,7 +273,7 @@ def test_failures_travel_as_what_they_are(tmp_path: Path) -> None:
 )
 def test_placements_that_do_not_fit_are_refused(changes: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        verl_overrides(load_recipe("quickstart", changes, engine="verl"))
+        check_placement(load_recipe("quickstart", changes, engine="verl").reward_model)
 
 
 def test_a_service_that_does_not_answer_is_named(fresh: None) -> None:

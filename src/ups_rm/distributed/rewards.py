@@ -18,12 +18,8 @@ def verl_overrides(recipe: Recipe) -> dict[str, Any]:
     """Our reward manager, our trainer and what they read: `reward_model` goes to `reward.ups_rm`, key by key.
 
     One reward-loop worker per node: each gathers its own batches, so fewer make fuller ones.
-
-    Raises:
-        RecipeError: a placement that does not fit the reward model, or a judge that needs whole groups.
     """
     trainer, settings = recipe.trainer, recipe.reward_model
-    check_placement(settings)
     section = dataclasses.asdict(settings)
     for entry in (section["model"], *section["models"]):
         for key in ("path", "template", "reference_replies"):

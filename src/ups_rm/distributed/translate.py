@@ -164,6 +164,7 @@ def check_for_verl(recipe: Recipe) -> None:
             f"ray_kwargs.ray_init.num_cpus={ray.num_cpus}, but ray_kwargs.ray_init.address={ray.address} names a "
             "cluster that runs already: Ray takes one of them"
         )
+    rewards.check_placement(recipe.reward_model)
     _check_free_overrides(recipe)
 
 
