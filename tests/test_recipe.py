@@ -337,10 +337,10 @@ def packaged() -> list[str]:
 
 @pytest.mark.parametrize("name", packaged())
 def test_every_packaged_recipe_loads_and_gives_itself_back(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(name.removesuffix(".yaml"))
+    recipe = load_recipe(name.removesuffix(".yaml"), engine=None)
     again = tmp_path / "again.yaml"
     again.write_text(recipe.to_yaml())
-    assert load_recipe(again) == recipe
+    assert load_recipe(again, engine=None) == recipe
 
 
 def test_quickstart_is_what_it_promises() -> None:
@@ -420,6 +420,10 @@ OURS = {
     "reward_model.transform_temperature",
     "reward_model.reference_data",
     "reward_model.max_batch_tokens",
+    "reward_model.placement",
+    "reward_model.timeout_s",
+    "reward_model.retries",
+    "reward_model.node_resource",
     "trainer.seed",
     "trainer.max_kl",
     "trainer.group_log_dir",
@@ -513,7 +517,8 @@ OTHER_VALUES: dict[type, Any] = {bool: lambda old: not old, int: lambda old: (ol
 @pytest.mark.parametrize("key", FOR_VERL)
 def test_the_local_engine_refuses_what_only_verl_does(key: str) -> None:
     default = value_of(Recipe(), key)
-    other = {str: "fsdp" if key.endswith("strategy") else "x", float: 0.25}.get(kind_of(key))
+    names = {"actor_rollout_ref.actor.strategy": "fsdp", "reward_model.placement": "own"}
+    other = {str: names.get(key, "x"), float: 0.25}.get(kind_of(key))
     other = OTHER_VALUES[kind_of(key)](default) if other is None else other
     message = failure("quickstart", f"{key}={other}")
     assert message.startswith(f"{key}={other}: only the verl engine does that")

@@ -12,7 +12,7 @@ import yaml
 from ups_rm.distributed import rewards
 from ups_rm.distributed.translate import COMPUTED, OURS, REFUSED, SAME, hydra_value, verl_config, verl_overrides
 from ups_rm.errors import RecipeError
-from ups_rm.recipe import Recipe, known_keys, load_recipe
+from ups_rm.recipe import Recipe, RewardModelModel, known_keys, load_recipe
 from ups_rm.recipe_checks import ARR, ONE_OF, check_recipe, value_of
 
 pytest.importorskip("verl", reason="verl is an extra")
@@ -56,6 +56,7 @@ def changed(key: str) -> tuple[Recipe, Any]:
         "trainer.test_freq": 7,
         "trainer.total_training_steps": 30,
         "ray_kwargs.ray_init.num_cpus": 3,
+        "reward_model.models": [RewardModelModel(path="one"), RewardModelModel(path="two")],
     }
     if key in special:
         new = special[key]
