@@ -187,7 +187,10 @@ def test_every_metric_of_a_run_is_documented_and_finite(tmp_path: Path, policy_f
     import re
 
     recipe = tiny_recipe(
-        tmp_path, policy_folder, "trainer.test_freq=1", f"{ACTOR}use_kl_loss=true", f"{ACTOR}entropy_coeff=0.01"
+        tmp_path,
+        policy_folder,
+        *("trainer.test_freq=1", "trainer.val_before_train=true"),
+        *(f"{ACTOR}use_kl_loss=true", f"{ACTOR}entropy_coeff=0.01"),
     )
     _, rows = fit(recipe, prefers("e"))
     patterns = [re.compile(re.escape(name).replace(r"\{\}", "[^/]+?")) for name in documented()]
