@@ -165,8 +165,6 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
     _check_reward_models(recipe)
     if engine == "local":
         _check_local(recipe)
-    if engine == "verl":
-        _check_verl_rewards(recipe)
 
 
 def _range(key: str, value: float, least: float, most: float) -> str:
@@ -263,25 +261,6 @@ def _check_reward_models(recipe: Recipe) -> None:
                 f"{key}={n}: a pairwise RM has nothing to compare a single reply with\n"
                 "  fix: 2 or more, or reference_replies of the model"
             )
-
-
-def _check_verl_rewards(recipe: Recipe) -> None:
-    """verl's reward workers get one RM folder, and rewards are sigmoid(-logit) there."""
-    settings, one = recipe.reward_model, recipe.reward_model.model
-    given = {
-        "reward_model.models": len(settings.models) or None,
-        "reward_model.transform": settings.transform if settings.transform != "sigmoid" else None,
-        "reward_model.model.url": one.url or None,
-        "reward_model.model.callable": one.callable or None,
-        "reward_model.model.kind": one.kind if one.kind not in ("auto", "myrm") else None,
-        "reward_model.model.output": one.output if one.output != "unsafety" else None,
-        "reward_model.model.normalize": one.normalize if one.normalize not in ("auto", "none") else None,
-    }
-    if told := [f"{key}={value}" for key, value in given.items() if value is not None]:
-        raise RecipeError(
-            f"{', '.join(told)}: the verl engine scores with one RM folder of ours and the sigmoid\n"
-            "  fix: ENGINE=local, or one RM folder under reward_model.model.path"
-        )
 
 
 def _check_entry(entry: RewardModelModel, where: str) -> None:
