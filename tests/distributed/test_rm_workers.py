@@ -6,6 +6,7 @@ verl itself is not run here, but its own hook loads the manager, with verl's own
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import signal
@@ -20,10 +21,11 @@ import pytest
 from faulty_rms import nan_rm, slow_rm, some_conversations
 from ups_rm.distributed.failures import as_error, as_failure, failure_board, read_failure, write_failure
 from ups_rm.distributed.rewards import check_placement, verl_overrides
-from ups_rm.distributed.rm_workers import PoolSettings, RMPool, check_capacity, worker_options
+from ups_rm.distributed.rm_workers import PoolSettings, RMPool, check_capacity, open_worker_scorer, worker_options
 from ups_rm.distributed.translate import hydra_value
 from ups_rm.errors import DataError, RecipeError, RMError, RunError
-from ups_rm.recipe import RewardModel, RewardModelModel, load_recipe
+from ups_rm.recipe import Recipe, RewardModel, RewardModelModel, load_recipe
+from ups_rm.reward.open import open_scorer
 from ups_rm.reward.scorer import RewardScorer
 from ups_rm.types import Conversation
 
@@ -96,11 +98,15 @@ def test_logits_equal_those_of_one_process(fresh: None, rm_folder: Path) -> None
 
 def verl_config(folder: Path, *changes: str) -> Any:
     """verl's own configuration with our overrides, composed by Hydra."""
+    common = [f"reward_model.model.path={folder}", "reward_model.model.dtype=float32", "reward_model.num_workers=2"]
+    return composed(load_recipe("quickstart", [*common, *changes], engine="verl"))
+
+
+def composed(recipe: Recipe) -> Any:
     import verl
     from hydra import compose, initialize_config_dir
 
-    common = [f"reward_model.model.path={folder}", "reward_model.model.dtype=float32", "reward_model.num_workers=2"]
-    overrides = verl_overrides(load_recipe("quickstart", [*common, *changes], engine="verl"))
+    overrides = verl_overrides(recipe)
     texts = [f"{key}={hydra_value(value)}" for key, value in overrides.items()]
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
         return compose("ppo_trainer", overrides=[*texts, "trainer.device=cpu"])
@@ -155,6 +161,21 @@ def test_the_manager_scores_by_sigmoid_of_minus_the_logit(fresh: None, rm_folder
         assert answer["reward_score"] == extra["safe_score"] == pytest.approx(1 / (1 + math.exp(logit)), abs=1e-5)
         assert (extra["benign"], extra["refusal"]) == (1.0, float(i == 3))
         assert extra["rm_tokens"] == ids.shape[1]
+
+
+def test_workers_open_whatever_the_recipe_combines(rm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several models, a function among them, and another transform, through verl's configuration and back."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "reward"))
+    models = [{"path": str(rm_folder), "dtype": "float32", "normalize": "none"}]
+    models += [{"callable": "scorers_for_tests:length", "weight": 2.0, "normalize": "fixed", "mean": 9.0, "std": 3.0}]
+    recipe = load_recipe(
+        "quickstart", [f"reward_model.models={json.dumps(models)}", "reward_model.transform=logsigmoid"], engine="verl"
+    )
+    opened = open_worker_scorer(PoolSettings.from_verl(composed(recipe)), 0)
+    conversations = some_conversations(5)
+    scores = opened.score(conversations)
+    assert scores == open_scorer(recipe.reward_model).score(conversations)
+    assert [len(score.model_logits) for score in scores] == [2] * 5
 
 
 def test_workers_killed_in_mid_call_come_back(fresh: None, rm_folder: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def check_machine(recipe: Recipe, *, rm_follows: bool = False) -> None:
     import torch
 
     check_for_verl(recipe)
-    if not recipe.reward_model.model.path and not rm_follows:
+    if not recipe.reward_model.entries() and not rm_follows:
         raise RecipeError(
             "reward_model.model.path is empty\n"
             "  fix: give an RM folder (REWARD_MODEL_PATH=FOLDER), or use `ups-rm run`, which makes one"
