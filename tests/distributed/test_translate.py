@@ -132,6 +132,8 @@ def test_keys_of_the_reward_side_change_what_verl_is_told() -> None:
         (["trainer.n_gpus_per_node=0"], "needs at least 1"),
         (["trainer.n_gpus_per_node=8", f"{ARR}.rollout.tensor_model_parallel_size=3"], "does not divide the 8 GPUs"),
         (["trainer.n_gpus_per_node=5"], "32 replies can't be divided evenly among 5 GPUs"),
+        (["trainer.n_gpus_per_node=8"], "log_prob_micro_batch_size_per_gpu=32 does not divide the 4 replies"),
+        (["trainer.n_gpus_per_node=8"], "fix: actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4"),
         (["verl.overrides=[trainer.critic_warmup]"], "is not key=value"),
         (["verl.overrides=[+trainer.nnodes=2]"], "trainer.nnodes is a key of the recipe"),
         (["ray_kwargs.ray_init.address=auto", "ray_kwargs.ray_init.num_cpus=4"], "cluster that runs already"),

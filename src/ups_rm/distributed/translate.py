@@ -8,6 +8,7 @@ default.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -153,11 +154,11 @@ def check_for_verl(recipe: Recipe) -> None:
             f"{ARR}.rollout.tensor_model_parallel_size={tensor_parallel} does not divide the {gpus} GPUs "
             "(trainer.nnodes * trainer.n_gpus_per_node)"
         )
-    replies = recipe.data.train_batch_size * recipe.actor_rollout_ref.rollout.n
-    if replies % gpus:
-        raise RecipeError(
-            f"data.train_batch_size * {ARR}.rollout.n = {replies} replies can't be divided evenly among {gpus} GPUs"
-        )
+    for key in ("data.train_batch_size", f"{ARR}.actor.ppo_mini_batch_size"):
+        replies = value_of(recipe, key) * recipe.actor_rollout_ref.rollout.n
+        if replies % gpus:
+            raise RecipeError(f"{key} * {ARR}.rollout.n = {replies} replies can't be divided evenly among {gpus} GPUs")
+    _check_micro_batches(recipe, gpus)
     ray = recipe.ray_kwargs.ray_init
     if ray.address and ray.num_cpus is not None:
         raise RecipeError(
@@ -166,6 +167,28 @@ def check_for_verl(recipe: Recipe) -> None:
         )
     rewards.check_placement(recipe.reward_model)
     _check_free_overrides(recipe)
+
+
+def _check_micro_batches(recipe: Recipe, gpus: int) -> None:
+    """verl cuts each GPU's replies into micro batches of exactly the given size, and stops at a rest."""
+    model, actor = recipe.actor_rollout_ref, recipe.actor_rollout_ref.actor
+    if actor.use_dynamic_bsz:
+        return
+    per_gpu = model.rollout.n * actor.ulysses_sequence_parallel_size / gpus
+    batch, mini = recipe.data.train_batch_size * per_gpu, actor.ppo_mini_batch_size * per_gpu
+    sizes = {
+        f"{ARR}.rollout.log_prob_micro_batch_size_per_gpu": (model.rollout.log_prob_micro_batch_size_per_gpu, batch),
+        f"{ARR}.actor.ppo_micro_batch_size_per_gpu": (actor.ppo_micro_batch_size_per_gpu, mini),
+    }
+    if recipe.algorithm.use_kl_in_reward or actor.use_kl_loss:
+        sizes[f"{ARR}.ref.log_prob_micro_batch_size_per_gpu"] = (model.ref.log_prob_micro_batch_size_per_gpu, batch)
+    for key, (size, replies) in sizes.items():
+        if replies % size:
+            fits = max(math.gcd(int(replies), divisor) for divisor in range(1, size + 1))
+            raise RecipeError(
+                f"{key}={size} does not divide the {replies:g} replies of each of {gpus} GPUs, as verl demands\n"
+                f"  fix: {key}={fits}, or {ARR}.actor.use_dynamic_bsz=true"
+            )
 
 
 def _check_free_overrides(recipe: Recipe) -> None:
