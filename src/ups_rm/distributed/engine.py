@@ -85,9 +85,9 @@ def train(recipe: Recipe) -> TrainResult:
         seen.update(step=step, metrics=metrics)
 
     finished = start >= run.prompts.total_steps
-    if not finished:
-        console.print(f"verl runs; all that it prints: {folder / 'verl' / 'console.log'}", soft_wrap=True)
-        with trackers, interruptible("ending verl (checkpoints are those of trainer.save_freq)") as stop:
+    with trackers, interruptible("ending verl (checkpoints are those of trainer.save_freq)") as stop:
+        if not finished:
+            console.print(f"verl runs; all that it prints: {folder / 'verl' / 'console.log'}", soft_wrap=True)
             finished = process_of(run, took).run(lambda: stop.requested)
     if not finished:
         console.print(f"interrupted after step {seen['step']}; the same command resumes from the last checkpoint")
@@ -103,7 +103,7 @@ def train(recipe: Recipe) -> TrainResult:
 
 def prepare(recipe: Recipe) -> VerlRun:
     """Lay the prompts out and write `recipe.yaml`, `verl/config.yaml` and `verl/command.sh`."""
-    model = recipe.actor_rollout_ref.model
+    asked, model = recipe_hash(recipe), recipe.actor_rollout_ref.model
     model = replace(model, path=str(_absolute(resolve_model(model.path))))
     recipe = replace(recipe, actor_rollout_ref=replace(recipe.actor_rollout_ref, model=model))
     folder = Path(recipe.trainer.default_local_dir)
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe) -> VerlRun:
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "verl" / "config.yaml").write_text(to_yaml(verl_config(overrides)), encoding="utf-8")
     (folder / "verl" / "command.sh").write_text(shlex.join(run.command) + "\n", encoding="utf-8")
-    (folder / "verl" / HASH).write_text(recipe_hash(recipe), encoding="utf-8")
+    (folder / "verl" / HASH).write_text(asked, encoding="utf-8")
     return run
 
 
@@ -146,9 +146,16 @@ DRIVER_ENV = {
 
 
 def forget_after(run: VerlRun, step: int) -> None:
-    """Remove group logs of steps that will come again."""
+    """Remove group logs and checkpoints of steps that will come again: a crash must not resume from another run's."""
+    from ups_rm.local.checkpoint import drop_checkpoints_after
     from ups_rm.tracking.group_log import GroupLog
 
+    drop_checkpoints_after(run.folder, step)
+    tracker = run.folder / LATEST
+    if (run.folder / f"global_step_{step}").is_dir():
+        tracker.write_text(str(step), encoding="utf-8")
+    else:
+        tracker.unlink(missing_ok=True)
     GroupLog(Path(run.recipe.trainer.group_log_dir)).drop_after(step)
 
 
