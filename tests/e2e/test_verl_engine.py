@@ -20,7 +20,7 @@ from tiny_training import base_overrides, recipe_yaml
 from ups_rm.data.batches import prompt_batches
 from ups_rm.data.prompts import read_prompts
 from ups_rm.local.rollout import encode_prompts
-from ups_rm.local.step_metrics import StepRecord
+from ups_rm.local.step_metrics import StepRecord, step_metrics
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import Recipe, load_recipe
 from ups_rm.tracking.group_log import read_group_log
@@ -109,6 +109,19 @@ def test_the_run_folder_is_the_local_engines(one_worker: VerlRun) -> None:
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
     assert json.loads((folder / "train_result.json").read_text())["steps"] == STEPS
     assert [file.name for file in sorted((folder / "groups").iterdir())] == ["step_000001.jsonl", "step_000002.jsonl"]
+
+
+def test_metrics_have_the_local_engines_names(one_worker: VerlRun, replays: dict[Path, Any]) -> None:
+    """And, where they say how the training goes, its values; verl measures two of them otherwise (docs/guides/verl.md),
+    and has no time of scoring alone, since it scores while others still generate."""
+    otherwise = {"prompt_length/clip_ratio", "response/aborted_ratio"}
+    records, _ = replayed(one_worker, replays)
+    for number, (record, theirs) in enumerate(zip(records, one_worker.metrics, strict=True), start=1):
+        ours = step_metrics(record, one_worker.recipe, number=number, epoch=0.0, kl_coef=0.05)
+        assert set(ours) - set(theirs) == {"timing_s/reward"}
+        for name in set(ours) - otherwise:
+            if name.startswith(("critic/", "reward/", "score/", "kl/", "group/", "text/", "response", "prompt")):
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5, nan_ok=True), name
 
 
 # ---- parity with the local engine
