@@ -185,6 +185,7 @@ class _Worker:
 class RMPool:
     """One process' access to the workers; created inside a running Ray job.
 
+    Keep it as long as anyone scores: Ray ends an actor when the process that created it lets go of its handle.
     `score` may be called any number of times at once: calls beyond the number of workers wait for an idle one.
     """
 

@@ -55,7 +55,9 @@ class SafetyTrainer(PPOTrainerSync):
         with self._leaves_reason():
             super().init()
             self.board: Any = failure_board()
-            for line in RMPool(PoolSettings.from_verl(self.config)).wait_ready():
+            # kept: Ray ends an actor when the process that happened to create it lets go of its handle
+            self.rm_pool = RMPool(PoolSettings.from_verl(self.config))
+            for line in self.rm_pool.wait_ready():
                 print(line)
 
     def fit(self, agent_loop_manager: Any) -> None:
