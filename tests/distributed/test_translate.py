@@ -95,7 +95,7 @@ def test_a_key_of_the_same_name_arrives_under_its_name() -> None:
         setattr(value_of(recipe, ".".join(sections)), leaf, changed(key)[1])
     recipe.trainer.n_gpus_per_node, recipe.trainer.nnodes = 8, 3
     recipe.actor_rollout_ref.rollout.tensor_model_parallel_size = 4
-    recipe.data.train_batch_size = 96
+    recipe.data.train_batch_size = recipe.actor_rollout_ref.actor.ppo_mini_batch_size = 96
     config = composed(recipe)
     for key in SAME:
         assert at(config, key) == value_of(recipe, key), key
