@@ -14,7 +14,7 @@ from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.recipe import Recipe
-from ups_rm.types import Conversation, Scorer
+from ups_rm.types import Conversation, Score, Scorer
 
 
 def held_out_prompts(rows: list[PromptRow], recipe: Recipe) -> list[PromptRow]:
@@ -52,7 +52,7 @@ def evaluate(
     texts_before, conversations_before, lengths_before = _joined(rollouts_before)
     texts_after, conversations_after, lengths_after = _joined(rollouts_after)
     # in one call, so that a judge of pairs compares the replies of both policies with each other
-    scores = scorer.score([*conversations_before, *conversations_after])
+    scores = _one_score_per_text(scorer, [*conversations_before, *conversations_after])
     return compare(
         [row for row in prompts for _ in range(settings.n)],
         texts_before,
@@ -89,6 +89,13 @@ def _joined(rollouts: list[Rollout]) -> tuple[list[str], list[Conversation], lis
         [conversation for rollout in rollouts for conversation in rollout.conversations],
         [length for rollout in rollouts for length in rollout.sequences.response_mask.sum(1).tolist()],
     )
+
+
+def _one_score_per_text(scorer: Scorer, conversations: list[Conversation]) -> list[Score]:
+    """Scores in order; a text that occurs twice keeps its first score, for in another batch its last bit may differ."""
+    first: dict[str, Score] = {}
+    scores = scorer.score(conversations)
+    return [first.setdefault(repr(text), score) for text, score in zip(conversations, scores, strict=True)]
 
 
 def _kl(trained: Policy, base: Policy, rollouts: list[Rollout], recipe: Recipe) -> float:
