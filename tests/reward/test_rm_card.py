@@ -74,7 +74,7 @@ def test_the_file_gives_the_card_back(rm):
         ({"format": 3}, "format is 3"),
         ({"format": 1}, "format is 1, but the card has digests"),
         ({"temperature": "warm"}, "temperature is a str"),
-        ({"golden": [{"messages": []}]}, "golden: KeyError"),
+        ({"golden": [{"messages": []}]}, r"golden\[0\].input_ids is missing"),
         ({"colour": "red"}, "colour is not a field"),
     ],
 )
@@ -230,14 +230,12 @@ def test_changing_any_one_field_fails_by_its_name(with_head, tmp_path):
         file.write_text(json.dumps(card))
         with pytest.raises(RMError) as error:
             load()
-        message = str(error.value)
-        named = path if path in message else str(last)
-        assert named in message, (path, message)
+        assert path in str(error.value), (path, str(error.value))
         del place[last]
         file.write_text(json.dumps(card))
         with pytest.raises(RMError) as error:
             load()
-        assert str(last) in str(error.value) or path in str(error.value) or "golden" in path, (path, str(error.value))
+        assert path in str(error.value), (path, str(error.value))
 
 
 def test_loading_an_rm_finds_a_changed_label(rm):

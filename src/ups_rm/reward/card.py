@@ -356,13 +356,21 @@ def _parse(values: Any, path: Path) -> RMCard:
             raise RMError(f"{path}: {name} is a {type(values[name]).__name__}{WAY_OUT}")
     try:
         policy = RenderPolicy(**{name: values.pop(name) for name in policy_names})
-        golden = tuple(
-            Golden(list(g["messages"]), [int(i) for i in g["input_ids"]], float(g["logit"])) for g in values["golden"]
-        )
     except RMError as error:
         raise RMError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise RMError(f"{path}: golden: {type(error).__name__}: {error}{WAY_OUT}") from error
+    golden = tuple(_golden(entry, f"{path}: golden[{i}]") for i, entry in enumerate(values["golden"]))
     if not all(math.isfinite(g.logit) for g in golden):
         raise RMError(f"{path}: golden has a logit that is not finite{WAY_OUT}")
     return replace(RMCard(render=policy, **values), golden=golden)
+
+
+def _golden(entry: Any, where: str) -> Golden:
+    names = [f.name for f in fields(Golden)]
+    if not isinstance(entry, dict):
+        raise RMError(f"{where} is a {type(entry).__name__}, expected an object{WAY_OUT}")
+    if missing := [name for name in names if name not in entry]:
+        raise RMError(f"{where}.{missing[0]} is missing{WAY_OUT}")
+    try:
+        return Golden(list(entry["messages"]), [int(i) for i in entry["input_ids"]], float(entry["logit"]))
+    except (TypeError, ValueError) as error:
+        raise RMError(f"{where}: {error}{WAY_OUT}") from error

@@ -46,7 +46,7 @@ def verify_digests(values: dict[str, Any], digests: dict[str, str], where: str) 
     found = digests_of(values)
     for path in [*found, *digests]:
         if path not in digests:
-            raise RMError(f"{where}: {path} was added after the card was written{WAY_OUT}")
+            raise RMError(f"{where}: {path} was added after the card was written (there is no digests.{path}){WAY_OUT}")
         if path not in found:
             raise RMError(f"{where}: {path} is gone since the card was written (digests.{path} has no field){WAY_OUT}")
         if found[path] != digests[path]:

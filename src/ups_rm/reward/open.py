@@ -166,7 +166,8 @@ def probe(scorer: Scorer, name: str) -> list[float]:
     Raises:
         RMError: a number that is not finite, the same number for everything, or other numbers in another order.
     """
-    from ups_rm.reward.check import BATTERY, MIN_SPREAD
+    from ups_rm.reward.doctor.battery import BATTERY
+    from ups_rm.reward.doctor.reading import MIN_SPREAD
 
     # each conversation twice, so that a judge of pairs has something to compare: the second one's reply is repeated
     conversations = [[*m[:-1], Message(role="assistant", content=f"{m[-1]['content']}{more}")]
