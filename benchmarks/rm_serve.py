@@ -9,7 +9,6 @@ head, the smallest that anyone would train with.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import statistics
@@ -29,7 +28,6 @@ from ups_rm.reward.scorer import RewardScorer
 from ups_rm.types import Conversation
 
 CLIENTS = 64
-ROUNDS = 3
 TEXT = "the a one of in to bread water garden piano because never always please explain slowly safe lock"
 WORDS = TEXT.split()
 
@@ -99,7 +97,7 @@ def load(url: str, work: Sequence[Conversation], clients: int = CLIENTS) -> Load
     return Load(perf_counter() - begun, latencies, logits)
 
 
-def measure(name: str, folder: Path, work: list[Conversation], floor: float | None) -> list[Result]:
+def measure(name: str, folder: Path, work: list[Conversation], required: float | None, pairs: int) -> list[Result]:
     """Throughput against the in-process scorer, and the latencies of the last round."""
     scorer = RewardScorer.load(folder)
     expected = scorer.score(work)
@@ -107,7 +105,7 @@ def measure(name: str, folder: Path, work: list[Conversation], floor: float | No
     ours, peer = [], []
     with serving(folder) as url:
         load(url, work[:CLIENTS])  # warm
-        for _ in range(ROUNDS):
+        for _ in range(pairs):
             begun = perf_counter()
             scorer.score(work)
             peer.append(tokens / (perf_counter() - begun))
@@ -125,8 +123,8 @@ def measure(name: str, folder: Path, work: list[Conversation], floor: float | No
             statistics.median(peer),
             "tokens/s",
             "RewardScorer in process",
-            floor,
-            used,
+            versions=used,
+            required=required,
         ),
         Result(f"rm serve latency p50, {what}", p50, None, "s", versions=used),
         Result(f"rm serve latency p99, {what}", p99, None, "s", versions=used),
@@ -134,9 +132,8 @@ def measure(name: str, folder: Path, work: list[Conversation], floor: float | No
     ]
 
 
-def run() -> list[Result]:
+def run(pairs: int = 3) -> list[Result]:
     """The tiny RM and the one of SmolLM2-135M."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from tiny import tiny_head, tiny_rm
     from ups_rm.models import fetch
@@ -145,5 +142,5 @@ def run() -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         merge(fetch(), tiny_head(home / "head", hidden_size=576, hidden_dims=(64, 16)), home / "SmolLM2-135M")
-        results = measure("SmolLM2-135M", home / "SmolLM2-135M", conversations(96, 80), 0.9)
-        return results + measure("tiny RM of 2 layers", tiny_rm(home / "tiny"), conversations(512, 80), None)
+        results = measure("SmolLM2-135M", home / "SmolLM2-135M", conversations(96, 80), 0.9, pairs)
+        return results + measure("tiny RM of 2 layers", tiny_rm(home / "tiny"), conversations(512, 80), None, pairs)

@@ -24,6 +24,9 @@ def test_sixty_four_clients_get_the_scorers_logits_through_a_queue_too_short_for
     assert CLIENTS == 64
 
 
-def test_a_ratio_is_ours_by_the_peers():
-    assert Result("x", 9.0, 10.0, "tokens/s").ratio == pytest.approx(0.9)
+def test_a_ratio_above_one_is_in_our_favour():
+    assert Result("x", 9.0, 10.0, "tokens/s", floor=18.0).ratio == pytest.approx(0.9)
+    assert Result("x", 9.0, 10.0, "tokens/s", floor=18.0).floor_share == pytest.approx(0.5)
+    assert Result("x", 5.0, 20.0, "s", floor=4.0).ratio == pytest.approx(4.0)
+    assert Result("x", 5.0, 20.0, "s", floor=4.0).floor_share == pytest.approx(0.8)
     assert Result("x", 9.0, None, "s").ratio is None
