@@ -152,6 +152,22 @@ def test_files_that_the_user_put_beside_the_results_stay(work: Work, again: str)
     assert (work.out / "notes.txt").read_text() == "mine"
 
 
+def test_files_of_the_user_stay_however_often_a_stage_begins_anew(work: Work) -> None:
+    """Also where one of these times was interrupted."""
+    work.run()
+    (work.out / "notes.txt").write_text("mine")
+    work.run(fresh=True)
+    work.action = partial(work)
+    with pytest.raises(Stop):
+        work.run(fresh=True)
+    work.action = work.copy
+    work.run(fresh=True)
+    work.run(fresh=True)
+    assert work.count == 4
+    assert sorted(path.name for path in work.out.iterdir()) == ["made.txt", "notes.txt"]
+    assert (work.out / "notes.txt").read_text() == "mine"
+
+
 def test_an_empty_folder_may_be_used(work: Work) -> None:
     work.out.mkdir()
     work.run()

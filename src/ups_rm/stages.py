@@ -2,7 +2,8 @@
 
 Beside its output folder `X` a stage leaves a stamp `.X.ups_rm_stage.json`: the hash of all inputs and settings, and of
 what it made. It is skipped while both still fit. A folder that holds something without a stamp is refused, even with
-FRESH=1, and of a stamped one only what the stage made is removed: nothing of the user's is overwritten.
+FRESH=1, and of a stamped one only what the stage made is removed: nothing of the user's is overwritten. What stood in
+the folder when the stage began anew is the user's for good; the stamp carries those names on.
 """
 
 from __future__ import annotations
@@ -66,20 +67,22 @@ def run_stage(stage: Stage, *, fresh: bool = False) -> float:
     _clear(stage, stamp, wanted, fresh)
     console.rule(f"[bold]{stage.name}")
     started = perf_counter()
-    before = float(stamp.get("seconds", 0.0)) if stamp.get("hash") == wanted and not fresh else 0.0
-    if not stage.keeps_partial or "made" in stamp:
-        before = 0.0  # begins anew
-    _write_stamp(stage, {"hash": wanted, "seconds": before})
+    goes_on = stage.keeps_partial and stamp.get("hash") == wanted and not fresh
+    before = float(stamp.get("seconds", 0.0)) if goes_on and "made" not in stamp else 0.0
+    half_done = goes_on and "entries" not in stamp
+    theirs = set(stamp.get("theirs", ())) if half_done else _names(stage) - set(stamp.get("entries", ()))
+    note = {"hash": wanted, "theirs": sorted(theirs)}
+    _write_stamp(stage, {**note, "seconds": before})
     try:
         stage.action()
     finally:  # an interrupted stage remembers the time it took so far
         seconds = before + perf_counter() - started
-        _write_stamp(stage, {"hash": wanted, "seconds": seconds})
+        _write_stamp(stage, {**note, "seconds": seconds})
     missing = [str(output) for output in stage.outputs if not output.exists()]
     if missing:
         raise RunError(f"stage {stage.name} ended without making {', '.join(missing)}")
-    entries = sorted(entry.name for entry in stage.out.iterdir())
-    _write_stamp(stage, {"hash": wanted, "seconds": seconds, "made": _made(stage), "entries": entries})
+    entries = sorted(_names(stage) - theirs)
+    _write_stamp(stage, {**note, "seconds": seconds, "made": _made(stage), "entries": entries})
     console.print(f"[green]✓[/green] {stage.name}: {seconds:.0f} s", soft_wrap=True)
     return seconds
 
@@ -100,11 +103,16 @@ def _clear(stage: Stage, stamp: dict[str, Any], wanted: str, fresh: bool) -> Non
             f"{stage.out} holds a run with other settings or inputs: nothing is overwritten\n"
             "  fix: OUTPUT_DIR=another/folder for a new run, or FRESH=1 to replace this one"
         )
-    ours = stamp.get("entries")  # None: it never finished, so all that is there is its own
+    ours = stamp.get("entries")  # None: it never finished, so all that was not there before is its own
     for entry in stage.out.iterdir():
-        if ours is not None and entry.name not in ours:
+        if entry.name in stamp.get("theirs", ()) or (ours is not None and entry.name not in ours):
             continue
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _names(stage: Stage) -> set[str]:
+    """What stands in the stage's folder."""
+    return {entry.name for entry in stage.out.iterdir()} if stage.out.is_dir() else set()
 
 
 def _made(stage: Stage) -> dict[str, str] | None:
