@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from ups_rm.cli import app
+from ups_rm.cli import app, main
 
 RUNNER = CliRunner()
 
@@ -51,6 +53,18 @@ def test_the_example_uses_options_that_exist(path):
         command = re.sub(r"^[A-Z][\w ]*: ", "", example)
         words = [word.partition("=")[0] for word in shlex.split(command) if word.startswith("--")]
         assert set(words) <= known, f"{command}: {set(words) - known}"
+
+
+@pytest.mark.parametrize("mine", [None, "ACTIVE"])
+def test_idle_threads_sleep_unless_told_otherwise(mine: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README says of every command; torch reads it when it is imported."""
+    monkeypatch.setattr(sys, "argv", ["ups-rm", "data", "--help"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if mine:
+        monkeypatch.setenv("OMP_WAIT_POLICY", mine)
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == (mine or "PASSIVE")
 
 
 def test_help_of_groups_and_the_whole_shows_one():

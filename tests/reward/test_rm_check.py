@@ -198,9 +198,9 @@ LINES = [
 def test_cli_score_adds_fields_to_every_form_of_line(rm, tmp_path):
     file = tmp_path / "lines.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in LINES[:3]) + "\n\n" + "\n".join(map(json.dumps, LINES[3:])))
-    done = run("score", rm, file, "--out", tmp_path / "scored.jsonl", "--dtype", "float32")
+    done = run("score", rm, file, "--out", tmp_path / "new" / "scored.jsonl", "--dtype", "float32")
     assert done.exit_code == 0, done.output
-    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    scored = [json.loads(line) for line in (tmp_path / "new" / "scored.jsonl").read_text().splitlines()]
     assert [{k: line[k] for k in given} for line, given in zip(scored, LINES, strict=True)] == LINES
     hello, empty, both, pair = scored[0], scored[2], scored[3], scored[4]
     assert hello["logit"] == pytest.approx(scored[1]["logit"], abs=2e-5)

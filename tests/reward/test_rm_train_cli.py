@@ -79,7 +79,7 @@ def test_mistakes_are_told(backbone: Path, pairs: Path, tmp_path: Path) -> None:
         run("features", "--backbone", backbone, "--split", "val", "--out", tmp_path / "f.safetensors")
     bad = tmp_path / "bad.jsonl"
     bad.write_text(pairs.read_text() + "not json\n")
-    with pytest.raises(DataError, match="more than --max-bad"):
+    with pytest.raises(DataError, match=r"more than --max-bad(.|\n)*fix: `ups-rm data prepare` lists them all"):
         run("features", "--backbone", backbone, "--data", bad, "--out", tmp_path / "f.safetensors")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -31,6 +32,8 @@ def main() -> None:
     from ups_rm.console import err_console
     from ups_rm.errors import UpsRmError
 
+    # before torch is imported: idle OpenMP threads that spin stall whatever else runs on these cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except SystemExit as stop:

@@ -160,6 +160,7 @@ def score(
         for line in score_lines(scorer, lines):
             typer.echo(json.dumps(line, ensure_ascii=False))
         return
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         for line in score_lines(scorer, lines, progress=True):

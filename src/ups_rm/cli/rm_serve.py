@@ -41,7 +41,6 @@ def serve(
     ] = None,
 ) -> None:
     """Answer /score, OpenRLHF's /get_reward and vLLM's /classify until SIGTERM or Ctrl-C, losing nothing accepted."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to the web server
     from ups_rm.console import console
     from ups_rm.reward.client import TOKEN_VARIABLE
     from ups_rm.reward.native import load_tokenizer

@@ -56,12 +56,12 @@ def trim(
     from ups_rm.console import console
     from ups_rm.errors import RMError
     from ups_rm.models import resolve_model
+    from ups_rm.reward.render import read_chat_template
     from ups_rm.reward.trim import JUDGE_TEMPLATE, trim_backbone
 
     if keep_template and chat_template is not None:
         raise RMError("--keep-template and --chat-template exclude each other")
-    given = _rendering(chat_template, None, None, None)["chat_template"]
-    template = None if keep_template else given or JUDGE_TEMPLATE
+    template = None if keep_template else read_chat_template(chat_template) or JUDGE_TEMPLATE
     trim_backbone(resolve_model(backbone), out, layers=layers, chat_template=template, overwrite=force)
     console.print(f"{out}\nnext: ups-rm rm features --backbone {out} --data sample --out FILE", soft_wrap=True)
 
@@ -249,7 +249,7 @@ def _read(sources: list[str], split: str, max_bad: float) -> tuple[list[Row], li
     if rejects and len(rejects) > max_bad * (len(rows) + len(rejects)):
         raise DataError(
             f"{rejects[0]}\n  {len(rejects)} of {len(rows) + len(rejects)} rows rejected, more than --max-bad "
-            f"{max_bad:.2%} allows\n  fix: `ups-rm data check` lists them; or raise --max-bad"
+            f"{max_bad:.2%} allows\n  fix: `ups-rm data prepare` lists them all in rejected.jsonl; or raise --max-bad"
         )
     return rows, rejects
 
@@ -262,16 +262,10 @@ def _source_names(sources: list[str]) -> list[str]:
 def _rendering(
     chat_template: Path | None, end_token: str | None, truncation_side: str | None, max_length: int | None
 ) -> dict[str, Any]:
-    from ups_rm.errors import RMError
+    from ups_rm.reward.render import read_chat_template
 
-    template = None
-    if chat_template is not None:
-        try:
-            template = chat_template.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RMError(f"{chat_template}: the chat template can't be read: {error.strerror}") from error
     return {
-        "chat_template": template,
+        "chat_template": read_chat_template(chat_template),
         "end_token": end_token,
         "truncation_side": truncation_side,
         "max_length": max_length,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -105,8 +104,3 @@ def check_engine(engine: str) -> None:
 
     if engine not in ("local", "verl"):
         raise RunError(f"ENGINE={engine} is not known; use local or verl")
-
-
-def limit_threads() -> None:
-    """Let idle OpenMP threads sleep: spinning ones stall runs on cores that are shared. Before torch is imported."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
