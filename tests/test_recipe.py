@@ -19,7 +19,17 @@ from hypothesis import strategies as st
 
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import VERL_ONLY, Recipe, RewardModelModel, as_list, known_keys, load_recipe
-from ups_rm.recipe_checks import BETWEEN, FOR_VERL, KL_ESTIMATORS, LOSS_AGG_MODES, ONE_OF, TEXTS, check_recipe, value_of
+from ups_rm.recipe_checks import (
+    BETWEEN,
+    FOR_VERL,
+    INF,
+    KL_ESTIMATORS,
+    LOSS_AGG_MODES,
+    ONE_OF,
+    TEXTS,
+    check_recipe,
+    value_of,
+)
 
 KEYS = sorted(known_keys())
 LEAVES = [key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS)]
@@ -256,6 +266,16 @@ def test_numbers_are_within_their_range(key: str) -> None:
     inside = max(least, 1) if most > 1 else most
     if not key.endswith(("train_batch_size", "ppo_mini_batch_size")):  # these depend on each other
         assert checked(key, inside) == ""
+
+
+@pytest.mark.parametrize("key", [key for key, (least, most) in BETWEEN.items() if 0 < least < 1 and most == INF])
+def test_the_limit_that_is_told_is_the_one_that_holds(key: str) -> None:
+    """A value between 0 and the limit must not be told that it "must be more than 0"."""
+    least = BETWEEN[key][0]
+    message = checked(key, least / 2)
+    told = float(message.rsplit(" ", 1)[1])
+    assert message.startswith(f"{key}={least / 2} must be ")
+    assert told == (least if least > 1e-6 else 0)
 
 
 CONTRADICTIONS = {

@@ -174,7 +174,8 @@ def _range(key: str, value: float, least: float, most: float) -> str:
         return "has no effect, as in verl: set clip_ratio_low and clip_ratio_high"
     if most < INF:
         return f"must lie between {least:g} and {most:g}"
-    return f"must be at least {least:g}" if least == int(least) else f"must be more than {int(least)}"
+    nearly = round(least) if abs(least - round(least)) < 1e-6 else least
+    return f"must be at least {least:g}" if least == nearly else f"must be more than {nearly:g}"
 
 
 def _check_together(recipe: Recipe) -> None:
