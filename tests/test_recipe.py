@@ -30,6 +30,7 @@ from ups_rm.recipe_checks import (
     check_recipe,
     value_of,
 )
+from ups_rm.recipe_hash import recipe_hash
 
 KEYS = sorted(known_keys())
 LEAVES = [key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS)]
@@ -305,6 +306,19 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
 def test_contradictions_are_errors(overrides: list[str], message: str) -> None:
     assert message in failure("quickstart", *overrides)
+
+
+def test_what_verl_is_told_beside_the_recipe_makes_another_training() -> None:
+    """A run is not resumed, nor taken for done, with other overrides; with other time limits it is."""
+    plain, same, *others = (
+        recipe_hash(load_recipe("quickstart", [override], engine=None))
+        for override in (
+            "verl.time_limit=-1", "verl.time_limit=60", "verl.overrides=[algorithm.gamma=0.9]",
+            "verl.external_modules=[my_rollout]",
+        )
+    )  # fmt: skip
+    assert plain == same
+    assert len({plain, *others}) == 3
 
 
 @pytest.mark.parametrize("key", TEXTS)

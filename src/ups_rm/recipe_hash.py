@@ -8,6 +8,7 @@ import json
 from ups_rm.content import content_hash
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Recipe, as_list
+from ups_rm.reward.open import inputs_of
 
 # Settings that may differ between a run and its continuation.
 FREE_TO_CHANGE = ("logger", "total_training_steps", "total_epochs", "test_freq", "save_freq", "val_before_train",
@@ -15,6 +16,8 @@ FREE_TO_CHANGE = ("logger", "total_training_steps", "total_epochs", "test_freq",
                   "group_log_freq", "group_log_max_groups", "group_log_max_samples_per_group")  # fmt: skip
 BESIDE_TRAINING = ("prepare", "reward_training", "evaluation", "ray_kwargs", "verl")
 """Sections that decide nothing in the training; what the first two made is named by its path."""
+OF_VERL = ("overrides", "external_modules")
+"""What of `verl` decides all the same: an override may be of any key."""
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -22,14 +25,15 @@ def recipe_hash(recipe: Recipe) -> str:
     settings = recipe.as_dict()
     for section in BESIDE_TRAINING:
         settings.pop(section)
+    settings |= {f"verl.{name}": value for name in OF_VERL if (value := getattr(recipe.verl, name))}
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in FREE_TO_CHANGE}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def input_hashes(recipe: Recipe) -> dict[str, str]:
-    """Content hashes of policy, RM and prompts, by recipe key: a path alone does not say what stands there."""
+    """Content hashes of policy, RMs and prompts, by recipe key: a path alone does not say what stands there."""
     policy, rm = recipe.actor_rollout_ref.model.path, recipe.reward_model.model.path
     hashes = {"actor_rollout_ref.model.path": content_hash(resolve_model(policy))}
-    if rm:
-        hashes["reward_model.model.path"] = content_hash(rm)
+    for file in inputs_of(recipe.reward_model):
+        hashes["reward_model.model.path" if file == rm else f"reward_model: {file}"] = content_hash(file)
     return hashes | {f"data.train_files: {file}": content_hash(file) for file in as_list(recipe.data.train_files)}

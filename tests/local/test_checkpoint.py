@@ -287,6 +287,27 @@ def test_other_contents_under_the_same_paths_are_refused(
     assert fit(two).steps == 2
 
 
+def test_other_contents_of_any_of_several_reward_models_are_refused(tmp_path: Path, policy_folder: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "head.bin").write_bytes(b"as it was")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    models = ",".join(f"{{path: {tmp_path / name}}}" for name in ("one", "two"))
+    settings = [f"reward_model.models=[{models}]", f"reward_model.reference_data={rows}", "trainer.save_freq=1"]
+    one, two = (tiny_recipe(tmp_path, policy_folder, *settings, f"trainer.total_training_steps={n}") for n in (1, 2))
+    fit(one)
+    shutil.rmtree(tmp_path / "run/policy")
+    for file in (tmp_path / "two/head.bin", rows):
+        before = file.read_bytes()
+        file.write_bytes(before + b"\n")
+        with pytest.raises(CheckpointError, match="other contents of reward_model: ") as error:
+            fit(two)
+        assert str(file.parent if file.name == "head.bin" else file) in str(error.value)
+        file.write_bytes(before)
+    assert fit(two).steps == 2
+
+
 def test_what_does_not_change_the_training_may_change_on_resume(
     saved: Path, tmp_path: Path, policy_folder: Path
 ) -> None:

@@ -60,9 +60,9 @@ class Run:
     @property
     def reward_inputs(self) -> list[Path | str]:
         """Folders and files that decide a score: stages hash their content."""
-        from ups_rm.reward.open import files_of
+        from ups_rm.reward.open import inputs_of
 
-        return [file for entry in self.recipe.reward_model.entries() for file in files_of(entry)]
+        return inputs_of(self.recipe.reward_model)
 
     def do(self, stage: Stage) -> None:
         self.seconds[stage.name] = run_stage(stage, fresh=self.fresh)

@@ -19,6 +19,7 @@ from ups_rm.pipeline.context import Interrupted, Run, write_json
 from ups_rm.pipeline.prompts import make_prompts
 from ups_rm.pipeline.reward_model import make_rm
 from ups_rm.recipe import Recipe, as_list
+from ups_rm.recipe_hash import OF_VERL
 from ups_rm.stages import Stage
 
 COSMETIC = ("logger", "project_name", "experiment_name", "resume_mode", "resume_from_path", "default_local_dir",
@@ -149,7 +150,7 @@ def _train(this: Run) -> None:
         key: value for key, value in recipe.as_dict().items() if key in ("data", "actor_rollout_ref", "algorithm")
     }
     if this.engine != "local":
-        settings["engine"] = this.engine
+        settings |= {"engine": this.engine} | {f"verl.{name}": getattr(recipe.verl, name) for name in OF_VERL}
     settings["trainer"] = {key: value for key, value in recipe.as_dict()["trainer"].items() if key not in COSMETIC}
     result_file = this.folder / "train_result.json"
 

@@ -136,6 +136,18 @@ def files_of(entry: RewardModelModel) -> list[Path | str]:
     return files
 
 
+def inputs_of(settings: RewardModel) -> list[Path | str]:
+    """Files, folders and ids that decide what the reward models of a recipe answer; of normalised ones also the rows
+    that they are normalised on."""
+    from ups_rm.data.rows import resolve_source
+
+    entries = settings.entries()
+    files = [file for entry in entries for file in files_of(entry)]
+    if any(normalization(entry, len(entries)) == "reference" for entry in entries):
+        files.append(resolve_source(settings.reference_data))
+    return files
+
+
 def entry_names(entries: Sequence[RewardModelModel]) -> list[str]:
     """A name for each entry: its own, or the last part of what it points to; numbered where two would be alike."""
     names: list[str] = []
