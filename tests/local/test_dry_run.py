@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config
 
 from tiny_training import prefers, tiny_recipe
 from ups_rm.local.dry_run import MemoryEstimate, estimate_memory, print_dry_run
@@ -120,6 +120,21 @@ def test_nothing_is_written_or_loaded(
     out = capsys.readouterr().out
     for part in ("ppo_mini_batch_size: 4", "reads", "writes", "memory", "nowhere", "on Ctrl-C only", "total"):
         assert part in out
+
+
+def test_any_architecture_under_the_home_folder_is_estimated(
+    tmp_path: Path, policy_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's configuration as published has no intermediate_size: its MLP is 4 hidden sizes wide."""
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=256)
+    assert not hasattr(config, "intermediate_size")
+    config.save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tiny_recipe(tmp_path, policy_folder, "actor_rollout_ref.model.path=~/gpt2", f"{DTYPE}float32")
+    print_dry_run(recipe)
+    assert "activations of a micro batch" in capsys.readouterr().out
+    by_hand = 2 * (8 * (128 + 8)) * 2 * (6 * 16 + 3 * 64) * 4  # layers, tokens, numbers per layer and token, bytes
+    assert estimate_memory(recipe, config, 0).parts["activations of a micro batch"] == by_hand
 
 
 def test_a_policy_that_is_not_here_is_said_to_be(

@@ -56,7 +56,8 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad)
     own = {id(parameter) for parameter in weights}
     fused = [] if decoder is None else [t for layer in decoder.layers for t in vars(layer).values() if t is not None]
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden  # GPT-2's name
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     length = recipe.data.max_prompt_length + recipe.data.max_response_length
@@ -119,7 +120,7 @@ def print_dry_run(recipe: Recipe) -> None:
 def _local_config(path: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    folder = cache_folder() / "models" / DEFAULT_MODEL if path == DEFAULT_MODEL else Path(path)
+    folder = cache_folder() / "models" / DEFAULT_MODEL if path == DEFAULT_MODEL else Path(path).expanduser()
     if not (folder / "config.json").is_file():
         return None
     try:

@@ -39,10 +39,10 @@ def safe_scores(scores: list[Score], device: torch.device) -> Tensor:
         RMError: one of them is not a number.
     """
     safe_score = torch.tensor([score.safe_score for score in scores], device=device)
-    if not bool(torch.isfinite(safe_score).all()):
-        bad = int((~torch.isfinite(safe_score)).sum())
+    broken = [score.logit for score, finite in zip(scores, safe_score.isfinite().tolist(), strict=True) if not finite]
+    if broken:
         raise RMError(
-            f"the RM gave {bad} of {len(scores)} replies a score that is not a number (logit {scores[0].logit})\n"
+            f"the RM gave {len(broken)} of {len(scores)} replies a score that is not a number (logit {broken[0]})\n"
             "  fix: reward_model.model.dtype=float32, then ups-rm rm check FOLDER"
         )
     return safe_score

@@ -65,8 +65,8 @@ class Trainer:
         self.val_rows = fitting_prompts(held_out, self.policy.tokenizer, recipe.data)
         if recipe.data.val_max_samples >= 0:
             self.val_rows = self.val_rows[: recipe.data.val_max_samples]
-        per_epoch = steps_per_epoch(len(self.train_rows), recipe.data)
-        self.total_steps = per_epoch * recipe.trainer.total_epochs
+        self.steps_per_epoch = steps_per_epoch(len(self.train_rows), recipe.data)
+        self.total_steps = self.steps_per_epoch * recipe.trainer.total_epochs
         if recipe.trainer.total_training_steps is not None:
             self.total_steps = min(self.total_steps, recipe.trainer.total_training_steps)
         self.actor = Actor(self.policy, recipe, self.total_steps)
@@ -185,7 +185,7 @@ class Trainer:
 
     def metrics(self, record: StepRecord, number: int) -> dict[str, float]:
         """See `step_metrics`."""
-        epoch = float((number - 1) * self.recipe.data.train_batch_size // max(1, len(self.train_rows)))
+        epoch = float((number - 1) // self.steps_per_epoch)
         kl_coef = self.kl_control.value if self.recipe.algorithm.use_kl_in_reward else 0.0
         return step_metrics(record, self.recipe, number=number, epoch=epoch, kl_coef=kl_coef)
 
