@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_training import BENIGN, UNSAFE, command, prompt_file
+from ups_rm.data.check import check_parquet
 from ups_rm.data.prompts import read_prompts
 from ups_rm.errors import RunError
 from ups_rm.pipeline.reward_model import held_out_texts, labelled_rows
@@ -259,6 +260,7 @@ def test_own_pairs_with_the_samples_harmless_prompts(place: Place, pairs: Path) 
     assert not train & val
     benign = read_prompts(place.folder / "Data/benign_verl/train.parquet")
     assert {row.kind for row in benign} == {"benign"}
+    assert not check_parquet([place.folder / "Data/benign_verl/train.parquet"]).problems
     kinds = [group.kind for file in (place.folder / RUN / "groups").iterdir() for group in read_group_log(file).groups]
     assert {"benign", "unsafe"} == set(kinds)
     assert place.run("--data", str(pairs)) == 0
@@ -296,6 +298,9 @@ def test_half_of_the_own_prompts_is_an_error(place: Place, only: str) -> None:
 def test_wrong_inputs_are_said_before_any_work(place: Place) -> None:
     for arguments, environment, message in (
         (["--data", "nowhere.jsonl"], {}, "nowhere.jsonl"),
+        (["prepare.benign_source=nowhere.jsonl"], {}, "nowhere.jsonl"),
+        (["reward_training.benign_source=nowhere.jsonl"], {}, "nowhere.jsonl"),
+        ([], {"TRAIN_DATA": "train.parquet", "VAL_DATA": "val.parquet"}, "train.parquet: no such file"),
         ([], {"REWARD_MODEL_PATH": "nowhere"}, "nowhere is not an RM folder"),
         ([], {"POLICY_MODEL_PATH": "./nowhere"}, "no model at ./nowhere"),
         ([], {"ENGINE": "verl"}, "zero_indexed_step=False: verl heeds it"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
-from ups_rm.errors import RMError, RunError
+from ups_rm.errors import DataError, RMError, RunError
 from ups_rm.locks import beside, only_one
 from ups_rm.models import resolve_model
 from ups_rm.pipeline.context import Interrupted, Run, write_json
@@ -79,11 +79,16 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
         from ups_rm.distributed.engine import check_machine
 
         check_machine(recipe, rm_follows=True)
-    if not own_prompts:
-        source_parts(recipe.prepare.source, split=None)
     entries = recipe.reward_model.entries()
-    if recipe.reward_training.source and not entries:
-        source_parts(recipe.reward_training.source, split=None)
+    if own_prompts:
+        for file in [*as_list(recipe.data.train_files), *as_list(recipe.data.val_files)]:
+            if not Path(file).is_file():
+                raise DataError(f"{file}: no such file (TRAIN_DATA, VAL_DATA: prompt parquet)")
+    sources = [] if own_prompts else [recipe.prepare.source, recipe.prepare.benign_source]
+    sources += [] if entries else [recipe.reward_training.source, recipe.reward_training.benign_source]
+    for source in dict.fromkeys(sources):
+        if source not in ("", "none"):
+            source_parts(source, split=None)
     for entry in entries:
         if entry.path and not (Path(entry.path).expanduser() / "config.json").is_file():
             raise RMError(

@@ -70,13 +70,17 @@ def make_prompts(this: Run) -> None:
 
 
 def prepare_kind(source: str, out: Path, kind: Kind) -> None:
-    """`prepare`, but only the prompts of one kind (by `extra_info.prompt_source`) are kept."""
+    """`prepare`, but only the prompts of one kind (by `extra_info.prompt_source`) are kept.
+
+    The report.json that `prepare` leaves beside them speaks of all rows, so it goes.
+    """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from ups_rm.data.prepare import prepare
+    from ups_rm.data.prepare import REPORT, prepare
 
     prepare(source, out)
+    (out / REPORT).unlink()
     for name in ("train.parquet", "val.parquet"):
         table = pq.read_table(out / name)
         info = table["extra_info"].combine_chunks()
