@@ -1,7 +1,8 @@
 """python -m benchmarks NAME [--pairs N] [--json FILE] [--profile FILE]: ours beside a peer's in the same run.
 
 NAME is a module of this folder with `run(pairs) -> list[Result]` (`grpo_step` also takes where its trace goes), or
-`all`. The table goes to the terminal, the figures to FILE.
+`all`. The table goes to the terminal, the figures to FILE. `rm_quality` has a command line of its own, and needs data:
+`python -m benchmarks rm_quality --help`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import argparse
 import importlib
 import json
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.result import Result
 
 BENCHMARKS = ("rm_serve",)
+COMMANDS = ("rm_quality",)
+"""Modules with `main(arguments) -> int` instead: other questions than how fast we are."""
 
 
 def show(one: Result) -> str:
@@ -27,16 +32,19 @@ def show(one: Result) -> str:
     return f"{one.name}: {one.ours:.4g} {one.unit}{peer}{ratio}{required}{floor}"
 
 
-def main() -> None:
-    """Run one or all and show them."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one or all and show them; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in COMMANDS:
+        return int(importlib.import_module(f"benchmarks.{given[0]}").main(given[1:]))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=(*BENCHMARKS, "all"))
+    parser.add_argument("name", choices=(*BENCHMARKS, *COMMANDS, "all"))
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs after warm-up")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument(
         "--profile", type=Path, help="grpo_step only: a trace of one of our steps, for chrome://tracing"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on shared cores both sides stall without it
     results: list[Result] = []
     for name in BENCHMARKS if options.name == "all" else (options.name,):
@@ -47,7 +55,8 @@ def main() -> None:
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -48,11 +48,15 @@ AT_ONCE = 256
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """Pooled states by layer: `states[pooling]` has shape (N, L, H), float16; layer l is at index l - 1."""
+    """Pooled states by layer: `states[pooling]` has shape (N, L, H), float16; layer l is at index l - 1.
+
+    `unpooled`: of each text the states of every token after layer `keep_layer`, before the norm, (T, H) in bfloat16.
+    """
 
     texts: Texts
     states: dict[str, Tensor]
     tokens: Tensor
+    unpooled: tuple[Tensor, ...] = ()
 
     def of(self, layer: int, *poolings: str) -> Tensor:
         """States of one layer, several poolings side by side, float32. Shape (N, H * len(poolings))."""
@@ -67,11 +71,13 @@ def layer_features(
     chat_template: str | None = None,
     max_seconds: float = 1e9,
     max_layer: int | None = None,
+    keep_layer: int | None = None,
 ) -> LayerFeatures | None:
     """The features of `rows`, from `folder` as far as they are there; None if `max_seconds` were not enough.
 
     Args:
         max_layer: compute only the first so many layers (cheaper).
+        keep_layer: keep every token's state after this layer too (2 H bytes a token), for what begins there.
     """
     texts = collect_texts(rows)
     tokenizer = load_backbone_tokenizer(backbone, chat_template)
@@ -80,7 +86,8 @@ def layer_features(
     ids, _ = render_texts(tokenizer, texts, policy)
     empty, _ = render_texts(tokenizer, Texts(texts.prompts, [""] * len(texts.prompts)), policy)
     starts = torch.tensor([_common_prefix(a, b) for a, b in zip(ids, empty, strict=True)])
-    digest = hashlib.sha256(f"{backbone_identity(backbone, config)} {template_sha256(tokenizer)} {max_layer}".encode())
+    what = f"{backbone_identity(backbone, config)} {template_sha256(tokenizer)} {max_layer} {keep_layer}"
+    digest = hashlib.sha256(what.encode())
     for row in ids:
         digest.update(row.numpy().tobytes() + b"/")
     manifest = folder / "manifest.json"
@@ -93,12 +100,18 @@ def layer_features(
     for part in parts:
         done[load_file(part)["index"]] = True
     todo = (~done).nonzero()[:, 0].tolist()
-    if todo and not _fill(backbone, ids, starts, todo, folder, len(parts), max_seconds, max_layer):
+    if todo and not _fill(backbone, ids, starts, todo, folder, len(parts), max_seconds, max_layer, keep_layer):
         return None
     loaded = [load_file(part) for part in sorted(folder.glob("*.safetensors"))]
     order = torch.cat([part["index"] for part in loaded]).argsort()
     states = {pooling: torch.cat([part[pooling] for part in loaded])[order] for pooling in POOLINGS}
-    return LayerFeatures(texts, states, torch.tensor([len(row) for row in ids]))
+    lengths = [len(row) for row in ids]
+    unpooled: list[Tensor] = [torch.empty(0)] * len(ids)
+    for part in loaded if keep_layer else ():
+        index = part["index"].tolist()
+        for i, rows_of in zip(index, part["unpooled"].split([lengths[i] for i in index]), strict=True):
+            unpooled[i] = rows_of
+    return LayerFeatures(texts, states, torch.tensor(lengths), tuple(unpooled) if keep_layer else ())
 
 
 def _fill(
@@ -110,6 +123,7 @@ def _fill(
     next_part: int,
     max_seconds: float,
     max_layer: int | None,
+    keep_layer: int | None,
 ) -> bool:
     """Writes the parts that are missing; False when time was over before the end."""
     start = saved = perf_counter()
@@ -121,7 +135,7 @@ def _fill(
     def save() -> None:
         nonlocal next_part
         index = torch.cat([batch for batch, _ in waiting])
-        states = {pooling: torch.cat([one[pooling] for _, one in waiting]) for pooling in POOLINGS}
+        states = {name: torch.cat([one[name] for _, one in waiting]) for name in waiting[0][1]}
         temporary = folder / "part.tmp"
         save_file({"index": index, **states}, temporary)
         temporary.replace(folder / f"{next_part:05d}.safetensors")
@@ -130,7 +144,8 @@ def _fill(
 
     with progress_bar("layers", len(todo), unit="texts") as advance:
         for index in _order(ids, todo):
-            waiting.append((index, pooled_layers(model, [ids[i] for i in index.tolist()], starts[index], dtype)))
+            rows = [ids[i] for i in index.tolist()]
+            waiting.append((index, pooled_layers(model, rows, starts[index], dtype, keep_layer)))
             advance(len(index))
             over = perf_counter() - start > max_seconds
             if over or perf_counter() - saved > SAVE_SECONDS:
@@ -152,8 +167,13 @@ def _order(ids: Sequence[Tensor], todo: Sequence[int]) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def pooled_layers(model: Any, rows: Sequence[Tensor], starts: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every layer's normed states under every pooling, float16. Shape of each (B, L, H)."""
+def pooled_layers(
+    model: Any, rows: Sequence[Tensor], starts: Tensor, dtype: torch.dtype, keep_layer: int | None = None
+) -> dict[str, Tensor]:
+    """Every layer's normed states under every pooling, float16. Shape of each (B, L, H).
+
+    With `keep_layer` also `unpooled`: that layer's states of all tokens, one text after the other. Shape (sum T, H).
+    """
     input_ids, mask = pad_batch(rows)
     with compute_context(dtype, "cpu"):
         output = model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
@@ -170,6 +190,8 @@ def pooled_layers(model: Any, rows: Sequence[Tensor], starts: Tensor, dtype: tor
     for name, chosen in masks.items():
         weights = chosen.float() / chosen.sum(1, keepdim=True)  # (B, T)
         pooled[name] = torch.stack([(weights[:, None] @ state.float())[:, 0] for state in layers], dim=1).half()
+    if keep_layer:
+        pooled["unpooled"] = output.hidden_states[keep_layer][mask.bool()].bfloat16()
     return pooled
 
 

@@ -104,7 +104,7 @@ def test_every_head_is_measured_on_prompts_it_did_not_see(tmp_path: Path) -> Non
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
-    from benchmarks import rm_quality
+    from benchmarks.__main__ import main
 
     pairs = [
         {"prompt": row.prompt, "safe_response": row.responses[a], "unsafe_response": row.responses[1 - a]}
@@ -116,7 +116,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     file.write_text("\n".join(json.dumps(pair) for pair in pairs) + "\n")
     out = tmp_path / "results.json"
     given = ["--pairs", str(file), "--cache", str(tmp_path), "--out", str(out), "--parts", "layers,curve"]
-    assert rm_quality.main([*given, "--backbone", str(tiny_backbone(tmp_path / "backbone")), "--layer", "2"]) == 0
+    assert main(["rm_quality", *given, "--backbone", str(tiny_backbone(tmp_path / "backbone")), "--layer", "2"]) == 0
     results = json.loads(out.read_text())
     assert [row["linear head on"] for row in results["layers"]] == ["last, layer 2", "mean, layer 2", "reply, layer 2"]
     assert [row["share of training prompts"] for row in results["curve"]] == [0.125, 0.25, 0.5, 1.0]
