@@ -1,6 +1,6 @@
-"""python -m benchmarks NAME [--pairs N] [--json FILE] [--profile FILE]: ours beside a peer's in the same run.
+"""python -m benchmarks NAME [--pairs N] [--json FILE]: ours beside a peer's in the same run.
 
-NAME is a module of this folder with `run(pairs) -> list[Result]` (`grpo_step` also takes where its trace goes), or
+NAME is a module of this folder with `run(pairs) -> list[Result]` (`grpo_step` has cases and a trace, see --help), or
 `all`. The table goes to the terminal, the figures to FILE. `rm_quality` has a command line of its own, and needs data:
 `python -m benchmarks rm_quality --help`.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.result import Result
 
-BENCHMARKS = ("rm_serve",)
+BENCHMARKS = ("grpo_step", "rm_serve")
 COMMANDS = ("rm_quality",)
 """Modules with `main(arguments) -> int` instead: other questions than how fast we are."""
 
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=(*BENCHMARKS, *COMMANDS, "all"))
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs after warm-up")
     parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument(
-        "--profile", type=Path, help="grpo_step only: a trace of one of our steps, for chrome://tracing"
-    )
+    step = parser.add_argument_group("grpo_step")
+    step.add_argument("--only", default="", help="cases whose name has this text")
+    step.add_argument("--profile", type=Path, help="a trace of one of our steps, for chrome://tracing")
     options = parser.parse_args(given)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on shared cores both sides stall without it
     results: list[Result] = []
     for name in BENCHMARKS if options.name == "all" else (options.name,):
-        extra = {"profile": options.profile} if name == "grpo_step" and options.profile else {}
+        extra = {"only": options.only, "profile": options.profile} if name == "grpo_step" else {}
         found = importlib.import_module(f"benchmarks.{name}").run(options.pairs, **extra)
         print("\n".join(show(one) for one in found), flush=True)
         results += found

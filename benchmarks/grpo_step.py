@@ -1,0 +1,250 @@
+"""One GRPO step of the local engine and one of TRL's GRPOTrainer, in turn, in one process, on the same work.
+
+SmolLM2-135M, 8 prompts x 4 replies, KL to the frozen reference in the loss with coefficient 0.001, AdamW. TRL runs in
+its best sound setting (fp32 weights, bf16 autocast, all 32 replies in one micro batch) and, as a case of its own, with
+bf16 weights, where updates of 1e-6 round away. A step is everything from prompts to changed weights; both sides count
+the reply tokens that they made.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+from benchmarks.result import Result, versions
+from ups_rm.local.trainer import Trainer
+from ups_rm.recipe import load_recipe
+from ups_rm.types import Conversation, Score
+
+FLOOR = 3.9
+"""Seconds of the base case on 2 Zen 5 cores: bf16 GEMM 800 GFLOP/s, 40 GB/s, each prompt computed once."""
+SUBJECTS = ("bread", "a small garden", "old bicycles", "the night sky", "a school trip", "cold coffee", "paper boats",
+            "winter coats", "piano lessons", "house plants", "a mountain hike", "lost keys")  # fmt: skip
+QUESTIONS = (
+    "What should I know about {} before I begin, and which mistakes do most people make at first?",
+    "Write a short and polite letter to my neighbour in which I ask for some advice about {} please.",
+    "Explain {} to a child of ten years in a few simple sentences, with one example from daily life.",
+)
+FILLER = "For context, here is what I have tried so far and what came of it on each of the last days. "
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of the step. `words`: least and most words that a prompt is filled up with."""
+
+    name: str
+    prompts: int = 8
+    n: int = 4
+    new_tokens: int = 64
+    words: tuple[int, int] = (0, 0)
+    lora_rank: int = 0
+    peer_dtype: str = "float32"
+    with_rm: bool = False
+    floor: float | None = None
+
+
+BASE = Case("8 prompts x 4 replies x 64 tokens", floor=FLOOR)
+CASES = (
+    BASE,
+    replace(BASE, name="the same, TRL with bf16 weights", peer_dtype="bfloat16"),
+    replace(BASE, name="256 new tokens, early ends", new_tokens=256, floor=None),
+    replace(BASE, name="prompts of 20-600 tokens", words=(0, 420), floor=None),
+    replace(BASE, name="n = 8", n=8, floor=None),
+    replace(BASE, name="LoRA of rank 16", lora_rank=16, floor=None),
+    replace(BASE, name="with RM scoring", with_rm=True, floor=None),
+)
+
+
+class LengthScorer:
+    """Prefers replies of about 150 characters: costs nothing, so the step alone is measured."""
+
+    def score(self, conversations: list[Conversation]) -> list[Score]:
+        logits = [abs(len(conversation[-1]["content"]) - 150) / 100 for conversation in conversations]
+        return [Score(logit, -logit, 0, False) for logit in logits]
+
+
+def chats(case: Case) -> list[Conversation]:
+    """Distinct harmless prompts, the same for both sides."""
+    draw, filler = random.Random(0), FILLER.split()
+    questions = [question.format(subject) for subject in SUBJECTS for question in QUESTIONS]
+    draw.shuffle(questions)
+    lengths = [draw.randint(*case.words) for _ in questions]
+    extra = [" ".join(filler[i % len(filler)] for i in range(length)) for length in lengths]
+    return [
+        [{"role": "user", "content": f"{more} {question}".strip()}]
+        for more, question in zip(extra, questions, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step."""
+
+    wall: float
+    cpu: float
+    tokens: int
+
+
+def our_step(case: Case, folder: Path, scorer: Any) -> Callable[[], Cost]:
+    """The local engine, ready to take one step per call."""
+    from ups_rm.data.prompts import PromptRow
+
+    rows = [PromptRow(i, messages, "benign", {}) for i, messages in enumerate(chats(case))]
+    overrides = {
+        "data.train_files": _parquet(folder / "prompts.parquet", case),
+        "data.train_batch_size": case.prompts,
+        "data.max_prompt_length": 1024,
+        "data.max_response_length": case.new_tokens,
+        "data.benign_share": -1,
+        "data.unique_prompts": "false",
+        "actor_rollout_ref.model.lora_rank": case.lora_rank,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": case.prompts,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 32,
+        "actor_rollout_ref.actor.optim.lr": 1e-6,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
+        "actor_rollout_ref.actor.use_kl_loss": "true",
+        "actor_rollout_ref.actor.kl_loss_coef": 0.001,
+        "actor_rollout_ref.rollout.n": case.n,
+        "actor_rollout_ref.rollout.temperature": 1.0,
+        "algorithm.use_kl_in_reward": "false",
+        "trainer.test_freq": -1,
+        "trainer.default_local_dir": str(folder / "run"),
+    }
+    trainer = Trainer(load_recipe("quickstart", [f"{key}={value}" for key, value in overrides.items()]), scorer)
+    draw, count = random.Random(1), 0
+
+    def step() -> Cost:
+        nonlocal count
+        count += 1
+        prompts = draw.sample(rows, case.prompts)
+        wall, cpu = perf_counter(), process_time()
+        record = trainer.step(prompts, count)
+        cost = Cost(perf_counter() - wall, process_time() - cpu, int(record.rollout.sequences.response_mask.sum()))
+        print("  ours", {name: round(value, 2) for name, value in record.seconds.items()}, flush=True)
+        return cost
+
+    return step
+
+
+def _parquet(file: Path, case: Case) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "data_source": "PKU-SafeRLHF",
+            "prompt": messages,
+            "ability": "safety",
+            "reward_model": {"style": "model", "ground_truth": None},
+            "extra_info": {"split": "train", "index": i, "prompt_source": "benign"},
+        }
+        for i, messages in enumerate(chats(case))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callable[[], None]) -> list[Cost]:
+    """TRL's steps after one of warm-up; `between` runs after each of them."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from ups_rm.models import fetch
+
+    costs: list[Cost] = []
+    tokens = 0
+
+    def reward(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        nonlocal tokens
+        tokens = sum(map(len, completion_ids))
+        talks = [[*prompt, *reply] for prompt, reply in zip(prompts, completions, strict=True)]
+        return [score.safe_score for score in scorer.score(talks)]
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = perf_counter(), process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wall, cpu = self.started
+            costs.append(Cost(perf_counter() - wall, process_time() - cpu, tokens))
+            print("  TRL", costs[-1], flush=True)
+            between()
+
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=case.prompts * case.n, num_generations=case.n,
+        max_completion_length=case.new_tokens, beta=0.001, learning_rate=1e-6, bf16=case.peer_dtype == "float32",
+        gradient_checkpointing=False, max_steps=pairs + 1, save_strategy="no", report_to=[], disable_tqdm=True,
+        use_cpu=True, seed=0, temperature=1.0,
+        model_init_kwargs={"dtype": case.peer_dtype, "attn_implementation": "sdpa"},
+    )  # fmt: skip
+    lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if case.lora_rank else None
+    data = Dataset.from_list([{"prompt": messages} for messages in chats(case)] * (pairs + 1))
+    trainer = GRPOTrainer(
+        model=str(fetch()),
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=data,
+        peft_config=lora,
+        callbacks=[Timer()],
+    )
+    trainer.train()
+    return costs[1:]
+
+
+def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
+    """Medians over the pairs: wall and CPU seconds of a step, and reply tokens made in it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        scorer = _reward_model(folder) if case.with_rm else LengthScorer()
+        step, ours = our_step(case, folder, scorer), []
+        theirs = trl_steps(case, folder, scorer, pairs, lambda: ours.append(step()))
+        ours = ours[1:]
+        if profile is not None:
+            _trace(step, profile)
+    used, name = versions("torch", "transformers", "trl", "peft"), f"GRPO step, {case.name}"
+    peer = "TRL GRPOTrainer, " + ("fp32 weights, bf16 autocast" if case.peer_dtype == "float32" else "bf16 weights")
+
+    def middle(costs: list[Cost], what: str) -> float:
+        return statistics.median(getattr(cost, what) for cost in costs)
+
+    return [
+        Result(f"{name}, wall", middle(ours, "wall"), middle(theirs, "wall"), "s", peer, case.floor, used),
+        Result(f"{name}, CPU", middle(ours, "cpu"), middle(theirs, "cpu"), "CPU s", peer, None, used),
+        Result(f"{name}, reply tokens", middle(ours, "tokens"), middle(theirs, "tokens"), "tokens", peer, None, used),
+    ]
+
+
+def _reward_model(folder: Path) -> Any:
+    from ups_rm.models import fetch
+    from ups_rm.reward.merge import merge
+    from ups_rm.reward.scorer import RewardScorer
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from tiny import tiny_head
+
+    merge(fetch(), tiny_head(folder / "head", hidden_size=576, hidden_dims=(64, 16)), folder / "rm")
+    return RewardScorer.load(folder / "rm")
+
+
+def _trace(step: Callable[[], Cost], file: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        step()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(file))
+    print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=15), flush=True)
+
+
+def run(pairs: int = 5, only: str = "", profile: Path | None = None) -> list[Result]:
+    """Every case whose name contains `only`."""
+    return [one for case in CASES if only in case.name for one in measure(case, pairs, profile)]
