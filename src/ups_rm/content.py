@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+from ups_rm.data.files import file_sha256
 from ups_rm.models import cache_folder
 
 
@@ -42,13 +43,10 @@ class _Digests:
         stat = file.stat()
         key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in self.known:
-            digest = hashlib.sha256()
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+            digest = file_sha256(file)
             if stat.st_size < 1 << 20:
-                return digest.hexdigest()  # quick to read again: not worth remembering
-            self.known[key], self.changed = digest.hexdigest(), True
+                return digest  # quick to read again: not worth remembering
+            self.known[key], self.changed = digest, True
         return self.known[key]
 
     def save(self) -> None:

