@@ -297,6 +297,10 @@ CONTRADICTIONS = {
         ["evaluation.max_unsafe_prompts=0", "evaluation.max_benign_prompts=0"],
         "nothing to compare on",
     ),
+    "adapters that do not compare": (
+        ["reward_training.lora=true", "reward_training.helpful=0.3"],
+        "adapters do not learn from that comparison",
+    ),
     "one beta": (["actor_rollout_ref.actor.optim.betas=[0.9]"], "must be two numbers"),
     "beta of 1": (["actor_rollout_ref.actor.optim.betas=[0.9,1.0]"], "must be two numbers"),
     "a key of the verl engine": (["reward_model.strategy=fsdp"], "is verl's and has no effect here"),

@@ -408,7 +408,7 @@ class RewardModel:
     """Padded tokens of one RM batch."""
     placement: str = "shared"
     """verl engine: where the RM runs: `shared` with the training GPUs, on GPUs of its `own`, on another `node`, or
-    `http`: the service at `model.path`; what each costs is in docs/guides/verl-rewards.md."""
+    `http`: the service at `model.url`; what each costs is in docs/guides/verl-rewards.md."""
     num_workers: int = 1
     """verl engine: copies of the RM, each on a device of its own (`http`: requests at the same time)."""
     timeout_s: float = 600.0

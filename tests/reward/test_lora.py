@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,5 +166,7 @@ def test_what_stands_in_the_way_is_named(backbone: Path, tmp_path: Path) -> None
         train_lora(backbone, make_rows(4), tmp_path, HEAD, overwrite=True)
     with pytest.raises(RMError, match="LoRA can't be put"):
         module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(target_modules="c_attn"), 0)
+    with pytest.raises(RMError, match="adapters do not learn from that comparison"):
+        train_lora(backbone, make_rows(4), tmp_path / "new", replace(HEAD, helpful=0.3))
     with pytest.raises(RMError, match="rank"):
         LoraSettings(rank=0)

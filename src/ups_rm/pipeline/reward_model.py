@@ -171,7 +171,8 @@ def _train_lora(this: Run, backbone: str, sources: dict[str, str]) -> None:
             for row in labelled_rows(this.recipe, source, held_out=held_out, benign_only=name == "benign")
         ]
         limits: dict[str, Any] = {"max_length": settings.max_length, "pooling": settings.pooling}
-        train_lora(backbone, rows, out, head, lora, **limits, overwrite=True)
+        names = [Path(source).name for source in sources.values()]
+        train_lora(backbone, rows, out, head, lora, **limits, sources=names, overwrite=True)
 
     this.do(
         Stage(

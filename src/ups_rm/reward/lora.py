@@ -139,10 +139,15 @@ def train_lora(
         overwrite: replace what is in `out`. Other arguments as in `extract_features`.
 
     Raises:
-        RMError: as `extract_features` and `train_head`; `out/backbone` exists.
+        RMError: as `extract_features` and `train_head`; `out/backbone` exists; `helpful` of the head's settings.
     """
     start, out = perf_counter(), Path(out)
     head_settings, settings = head_settings or HeadSettings(), settings or LoraSettings()
+    if head_settings.helpful > 0:
+        raise RMError(
+            f"helpful is {head_settings.helpful:g}, but adapters do not learn from that comparison, only a head on a "
+            "frozen backbone does\n  fix: leave helpful out, or train without --lora"
+        )
     merged = out / "backbone"
     check_replaceable(merged, overwrite=overwrite)
     place = best_device() if device == "auto" else device
