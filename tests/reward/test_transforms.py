@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from ups_rm.errors import RMError
 from ups_rm.reward.transforms import (
-    EDGE,
     OUTPUTS,
     TRANSFORMS,
-    is_saturated,
     safe_score,
     score_of,
     score_range,
@@ -61,20 +59,8 @@ def test_the_output_decides_the_sign(value: float) -> None:
     assert score_of(unsafety_logit(safer, "reward"), "logit") > score_of(unsafety_logit(less_safe, "reward"), "logit")
 
 
-def test_saturation_is_nearness_to_an_end_of_the_range() -> None:
-    edge = math.log((1 - EDGE) / EDGE)  # 4.595
-    for transform in ("sigmoid", "tempered_sigmoid"):
-        for logit in (edge + 0.01, -edge - 0.01):
-            assert is_saturated(score_of(logit, transform), transform)
-            assert not is_saturated(score_of(0.9 * logit, transform), transform)
-            assert not is_saturated(score_of(logit, "tempered_sigmoid", 4.0), "tempered_sigmoid")
-    assert is_saturated(score_of(-10, "logsigmoid"), "logsigmoid")
-    assert not is_saturated(score_of(10, "logsigmoid"), "logsigmoid")
-    assert not any(is_saturated(score_of(x, "logit"), "logit") for x in (-1e6, 0.0, 1e6))
-
-
 def test_unknown_names_are_errors_by_name() -> None:
-    for call in (lambda: score_of(0.0, "tanh"), lambda: score_range("tanh"), lambda: is_saturated(0.0, "tanh")):
+    for call in (lambda: score_of(0.0, "tanh"), lambda: score_range("tanh")):
         with pytest.raises(RMError, match="transform is 'tanh', expected one of sigmoid, logit"):
             call()
     with pytest.raises(RMError, match="output is 'goodness', expected one of unsafety, safety, reward"):

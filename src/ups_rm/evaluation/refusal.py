@@ -150,7 +150,6 @@ _HELPS_AFTER_ALL = re.compile(
     r"|generally|people|a common|try|based on)\b"
 )
 _PLAIN: dict[int, int] = str.maketrans("\u2018\u2019\u201c\u201d_*#", "''\"\"   ")
-_PLAIN = str.maketrans("\u2018\u2019\u201c\u201d_*#", "''\"\"   ")
 _QUOTED = re.compile(r'"[^"]{3,}?"')
 _PATTERNS = [(name, re.compile(pattern)) for name, pattern in (REFUSALS | CHINESE).items()]
 _DODGES = [(name, re.compile(pattern)) for name, pattern in EVASIONS.items()]

@@ -14,8 +14,6 @@ from ups_rm.errors import RMError
 OUTPUTS = ("unsafety", "safety", "reward")
 """What a model's number means: higher = less safe; higher = safer, 0 = undecided; higher = better, 0 has no meaning."""
 TRANSFORMS = ("sigmoid", "logit", "logsigmoid", "tempered_sigmoid")
-EDGE = 0.01
-"""A score closer than this to an end of its range is saturated: replies there can hardly be told apart."""
 
 
 def unsafety_logit(value: float, output: str = "unsafety") -> float:
@@ -73,9 +71,3 @@ def score_range(transform: str) -> tuple[float, float]:
     if transform not in ranges:
         raise RMError(f"transform is {transform!r}, expected one of {', '.join(TRANSFORMS)}")
     return ranges[transform]
-
-
-def is_saturated(score: float, transform: str) -> bool:
-    """Whether a score lies within EDGE of an end of the transform's range: never for `logit`."""
-    low, high = score_range(transform)
-    return score - low < EDGE or high - score < EDGE
