@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ups_rm.data import sources
-from ups_rm.data.rows import Reject, Row, read_rows, text_hash
+from ups_rm.data.rows import Reject, Row, good_rows, read_rows, text_hash
 from ups_rm.data.sources import Part, parse_line
 from ups_rm.errors import DataError
 
@@ -305,3 +305,18 @@ def test_real_rows_are_all_read(shared_data: Path) -> None:
 def test_part_names_say_where_a_row_is_from() -> None:
     assert Part("Alpaca-7B", "train", path=Path("a/b.jsonl")).name == "a/b.jsonl"
     assert Part("Alpaca-7B", "train", hub_id="o/n", config="alpaca-7b").name == "hub:o/n/alpaca-7b/train"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_readers_that_go_on_say_how_many_rows_they_left_out(tmp_path, whole):
+    good = {"prompt": "How?", "safe_response": "Like this.", "unsafe_response": "Like that."}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (good, {"prompt": ""}, {"prompt": 3}, good)))
+    with pytest.warns(UserWarning, match=rf"2 rows of .*pairs\.jsonl are left out, the first is {file}:2: "):
+        rows = list(good_rows(file)) if whole else [row for row, _ in zip(good_rows(file), range(2), strict=False)]
+    assert [row.prompt for row in rows] == ["How?"] * 2
+
+
+def test_readers_that_go_on_are_silent_where_all_rows_are_good(recwarn):
+    assert sum(1 for _ in good_rows("sample")) > 1000
+    assert not recwarn.list

@@ -238,6 +238,19 @@ def test_changing_any_one_field_fails_by_its_name(with_head, tmp_path):
         assert path in str(error.value), (path, str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("input_ids", [1.0, 2]), ("input_ids", [True]), ("input_ids", "12"), ("logit", "0.5"), ("logit", True),
+     ("logit", None), ("messages", {}), ("mood", "good")],
+)  # fmt: skip
+def test_a_golden_answer_of_another_type_is_named_and_not_converted(rm, name, value):
+    golden = json.loads((rm / "rm_card.json").read_text())["golden"]
+    golden[1][name] = value
+    edit(rm, golden=golden)
+    with pytest.raises(RMError, match=rf"golden\[1\]\.{name} is "):
+        RewardScorer.load(rm, dtype="float32")
+
+
 def test_loading_an_rm_finds_a_changed_label(rm):
     edit(rm, labels="something else")
     with pytest.raises(RMError, match=r"labels is 'something else', but the card was written with another value"):

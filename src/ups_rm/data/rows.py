@@ -8,6 +8,7 @@ absent stays None. Nothing is stripped or repaired: text comes out as it went in
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,20 @@ def text_hash(*texts: str) -> int:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return int.from_bytes(digest.digest(), "little")
+
+
+def good_rows(source: str | Path) -> Iterator[Row]:
+    """As `read_rows`, for readers that go on without bad rows: one warning says how many were left out, and the first.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    rejects: list[Reject] = []
+    try:
+        yield from read_rows(source, on_reject=rejects.append)
+    finally:
+        if rejects:
+            warnings.warn(f"{len(rejects)} rows of {source} are left out, the first is {rejects[0]}", stacklevel=2)
 
 
 def read_rows(

@@ -370,7 +370,13 @@ def _golden(entry: Any, where: str) -> Golden:
         raise RMError(f"{where} is a {type(entry).__name__}, expected an object{WAY_OUT}")
     if missing := [name for name in names if name not in entry]:
         raise RMError(f"{where}.{missing[0]} is missing{WAY_OUT}")
-    try:
-        return Golden(list(entry["messages"]), [int(i) for i in entry["input_ids"]], float(entry["logit"]))
-    except (TypeError, ValueError) as error:
-        raise RMError(f"{where}: {error}{WAY_OUT}") from error
+    if unknown := sorted(set(entry) - set(names)):
+        raise RMError(f"{where}.{unknown[0]} is not a field of a golden answer{WAY_OUT}")
+    messages, ids, logit = (entry[name] for name in names)
+    if not isinstance(messages, list):
+        raise RMError(f"{where}.messages is a {type(messages).__name__}{WAY_OUT}")
+    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+        raise RMError(f"{where}.input_ids is not a list of integers{WAY_OUT}")
+    if type(logit) not in (int, float):
+        raise RMError(f"{where}.logit is a {type(logit).__name__}{WAY_OUT}")
+    return Golden(messages, ids, logit)

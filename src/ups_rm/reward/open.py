@@ -206,10 +206,10 @@ def reference_conversations(source: str) -> list[Conversation]:
     Raises:
         DataError: a source that can't be read. RMError: it has no rows.
     """
-    from ups_rm.data.rows import read_rows
+    from ups_rm.data.rows import good_rows
 
     pairs: dict[str, list[Conversation]] = {}
-    for row in read_rows(source, on_reject=lambda reject: None):
+    for row in good_rows(source):
         if len(pairs) == REFERENCE_PROMPTS:
             break
         if row.prompt not in pairs:

@@ -147,9 +147,9 @@ def _unsafe(line: dict[str, Any], i: int) -> bool | None:
 
 
 def _from_rows(source: Path | str) -> Iterator[Pair]:
-    from ups_rm.data.rows import read_rows
+    from ups_rm.data.rows import good_rows
 
-    for row in read_rows(source, on_reject=lambda _reject: None):
+    for row in good_rows(source):
         talks = [
             [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": reply}]
             for reply in row.responses
