@@ -219,7 +219,8 @@ def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
     return [
         Result(f"{name}, wall", middle(ours, "wall"), middle(theirs, "wall"), "s", peer, case.floor, used),
         Result(f"{name}, CPU", middle(ours, "cpu"), middle(theirs, "cpu"), "CPU s", peer, None, used),
-        Result(f"{name}, reply tokens", middle(ours, "tokens"), middle(theirs, "tokens"), "tokens", peer, None, used),
+        Result(f"{name}, our reply tokens", middle(ours, "tokens"), None, "tokens", versions=used),
+        Result(f"{name}, TRL's reply tokens", middle(theirs, "tokens"), None, "tokens", versions=used),
     ]
 
 

@@ -29,10 +29,11 @@ def test_our_half_makes_the_replies_of_the_case(tmp_path: Path, policy: Path, lo
 def test_trl_and_we_take_turns_on_the_same_work(policy: Path) -> None:
     pytest.importorskip("trl", reason="needs the extra trl")
     case = Case("tiny", prompts=2, n=3, new_tokens=5)
-    wall, cpu, tokens = measure(case, 1, None)
+    wall, cpu, ours, theirs = measure(case, 1, None)
     assert wall.ratio == pytest.approx(wall.peer / wall.ours)
+    assert cpu.peer is not None
     assert min(cpu.ours, cpu.peer) > 0
-    assert all(2 * 3 <= count <= 2 * 3 * 5 for count in (tokens.ours, tokens.peer))
+    assert all(2 * 3 <= count.ours <= 2 * 3 * 5 and count.ratio is None for count in (ours, theirs))
 
 
 def test_prompts_are_distinct_and_enough_for_every_case() -> None:
