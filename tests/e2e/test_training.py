@@ -418,6 +418,17 @@ def test_a_score_that_is_not_a_number_stops_the_run_with_a_reason(tmp_path: Path
         safe_scores(scores, torch.device("cpu"))
 
 
+def test_an_update_that_is_left_out_is_said(
+    tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    trainer = Trainer(tiny_recipe(tmp_path, policy_folder, "trainer.total_training_steps=1"), prefers("e"))
+    before = [master.clone() for _, master in trainer.policy.masters]
+    trainer.fit()
+    assert "step 1: the gradient is not finite, the update is left out" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, trainer.policy.masters, strict=True))
+
+
 def test_epochs_are_counted_in_full_batches(tmp_path: Path, policy_folder: Path) -> None:
     """12 prompts are 2 batches of 5: the third step is in the next epoch, as in verl, and 2 prompts are left out."""
     recipe = tiny_recipe(

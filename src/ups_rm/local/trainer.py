@@ -11,6 +11,7 @@ is by default taken off the reward instead of added to the loss (verl's `algorit
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -156,6 +157,8 @@ class Trainer:
                     break
                 record = self.step(prompts, number)
                 metrics = self.metrics(record, number)
+                if not math.isfinite(metrics["actor/grad_norm"]):
+                    console.print(f"step {number}: the gradient is not finite, the update is left out (as in verl)")
                 self.kl_control.update(metrics["actor/reward_kl_penalty"], len(record.scores))
                 if group_log.wants(number):
                     kl_coef = metrics["actor/reward_kl_penalty_coeff"]

@@ -87,9 +87,10 @@ class HttpScorer:
     Args:
         url: of the server, such as "http://127.0.0.1:8500"; https works too.
         token: sent as bearer token. None: environment variable UPS_RM_TOKEN, if there is one.
-        timeout: seconds that one attempt may take, from connecting to the last byte of the answer.
-        retries: how often a block is tried again after a lost connection, a timeout or a 5xx answer. A 429 is not
-            counted: the server is well, only busy.
+        timeout: seconds that one attempt may wait for the server: to connect, to take the request, to send the next
+            piece of its answer.
+        retries: how often a block is tried again after a lost connection, a timeout or a 408, 502, 503 or 504. A 429 is
+            not counted: the server is well, only busy. A 500 is the model's failure and an error at once.
         max_wait: seconds after which a block is given up, whatever it was waiting for.
         block: conversations per request. All conversations of one request may share batches, as in the in-process
             scorer; a lost connection repeats at most one request.
