@@ -280,12 +280,14 @@ def test_the_cache_is_where_it_is_asked_to_be(monkeypatch: pytest.MonkeyPatch, t
     assert subject.cache_folder() == Path.home() / ".cache/ups-rm"
 
 
-def test_names_of_models(tmp_path: Path, policy_folder: Path) -> None:
+def test_names_of_models(tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     assert subject.resolve_model(policy_folder) == str(policy_folder)
     assert subject.resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     with pytest.raises(PolicyError, match=r"has no config\.json"):
         subject.resolve_model(tmp_path)
-    for missing in (tmp_path / "none", "./none", "~/none", "none", "a/b/c"):
+    for missing in (tmp_path / "none", "./none", "~/none", "none", "a/b/c", "runs/mine"):
         with pytest.raises(PolicyError, match="no model at"):
             subject.resolve_model(missing)
 

@@ -24,7 +24,7 @@ DTYPES = {
 
 
 def compute_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """The torch dtype that `name` means on `device`.
+    """The torch dtype that `name` means on `device` (see `torch_device`).
 
     "auto" is bfloat16 where the hardware computes in it (CPU with avx512_bf16 or amx_bf16, CUDA from Ampere on), else
     float32. Other names: float32/fp32, bfloat16/bf16, float16/fp16.
@@ -44,11 +44,22 @@ def compute_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
-def best_device() -> str:
-    """ "cuda" if a GPU is there, else "cpu"."""
+def torch_device(name: str | torch.device) -> torch.device:
+    """The device of that name; `auto` is cuda where there is one, else cpu.
+
+    Raises:
+        RunError: no such device here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    text = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else str(name)
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise RunError(f"device {text!r} is not known; choose auto, cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise RunError(f"device is {text}, but torch sees {count or 'no'} CUDA devices\n  fix: cpu, or auto")
+    return device
 
 
 def _has_fast_bf16(kind: str) -> bool:

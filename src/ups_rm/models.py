@@ -54,7 +54,8 @@ def resolve_model(name: str | Path) -> str:
         if not (folder / "config.json").is_file():
             raise PolicyError(f"{folder} has no config.json: it is not a Hugging Face model folder")
         return str(folder)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+    # `runs/mine` with a folder `runs` here is a path that was mistyped; asking a hub for it would take a minute
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir():
         raise PolicyError(
             f"no model at {text}\n  fix: give a folder with config.json, a hub id (owner/name), or {DEFAULT_MODEL}"
         )

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import head_tensors, tiny_rm
-from ups_rm.device import compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError, RunError
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS
+from ups_rm.reward.doctor import check_rm
 from ups_rm.reward.render import render
 from ups_rm.reward.scorer import RewardScorer, pad_batch, safe_score
 
@@ -171,3 +172,15 @@ def test_dtype_names():
         compute_dtype("int4")
     with pytest.raises(RunError, match="float16"):
         compute_dtype("float16", "cpu")
+
+
+def test_a_device_that_is_not_here_is_said(rm_folder):
+    count = torch.cuda.device_count()
+    with pytest.raises(RunError, match=f"torch sees {count or 'no'} CUDA devices\n  fix: cpu, or auto"):
+        RewardScorer.load(rm_folder, device=f"cuda:{count}")
+    with pytest.raises(RunError, match="device 'gpu' is not known; choose auto, cpu"):
+        torch_device("gpu")
+    assert torch_device("auto") == torch_device("cuda" if count else "cpu")
+    assert RewardScorer.load(rm_folder, device="auto").device == str(torch_device("auto"))
+    with pytest.raises(RunError, match="torch sees"):
+        check_rm(rm_folder, device=f"cuda:{count}")

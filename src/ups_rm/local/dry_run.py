@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ups_rm.console import console
-from ups_rm.device import compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
 from ups_rm.local.decode import FastDecoder
-from ups_rm.local.policy import needs_reference, pick_device, with_lora
+from ups_rm.local.policy import needs_reference, with_lora
 from ups_rm.models import DEFAULT_MODEL, cache_folder
 from ups_rm.recipe import Recipe, as_list
 
@@ -44,7 +44,7 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     from transformers import AutoModelForCausalLM
 
     settings, rollout = recipe.actor_rollout_ref, recipe.actor_rollout_ref.rollout
-    dtype = compute_dtype(settings.actor.fsdp_config.dtype, pick_device(recipe.trainer.device))
+    dtype = compute_dtype(settings.actor.fsdp_config.dtype, torch_device(recipe.trainer.device))
     width, lora = dtype.itemsize, settings.model.lora_rank > 0
     with torch.device("meta"):
         model = base = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -16,21 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.device import compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.shared_prefix import SharedPrefixForward
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Model, Recipe
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise PolicyError(f"trainer.device={name}, but torch sees no CUDA device; use trainer.device=cpu")
-    return torch.device(name)
 
 
 class Policy:
@@ -58,7 +49,7 @@ class Policy:
             PolicyError: no such model, not a causal LM, no chat template, no end token.
         """
         settings = recipe.actor_rollout_ref.model
-        device = pick_device(recipe.trainer.device)
+        device = torch_device(recipe.trainer.device)
         dtype = compute_dtype(recipe.actor_rollout_ref.actor.fsdp_config.dtype, device)
         source = resolve_model(path or settings.path)
         lora = trainable and settings.lora_rank > 0

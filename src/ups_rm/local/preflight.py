@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ups_rm.console import console
+from ups_rm.device import torch_device
 from ups_rm.errors import RMError, RunError
 from ups_rm.local.checkpoint import find_checkpoint
-from ups_rm.local.policy import pick_device
 from ups_rm.recipe import Recipe
 
 
@@ -32,7 +32,7 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
         names = ", ".join(entry.path or entry.url or entry.callable for entry in entries)
         (folder / "rm_check_skipped.txt").write_text(f"{names}: not checked (--skip-rm-check)\n", encoding="utf-8")
         return
-    device = str(pick_device(recipe.trainer.device))
+    device = str(torch_device(recipe.trainer.device))
     for name, entry in zip(entry_names(entries), entries, strict=True):  # none: `load_scorer` says what is missing
         if kind_of(entry) != "myrm":
             probe(open_entry(entry, device, recipe.reward_model.max_batch_tokens), name)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ups_rm.device import torch_device
 from ups_rm.errors import RMError
-from ups_rm.local.policy import pick_device
 from ups_rm.recipe import Recipe
 from ups_rm.types import Score, Scorer
 
@@ -21,7 +21,7 @@ def load_scorer(recipe: Recipe) -> Scorer:
     """
     from ups_rm.reward.open import open_scorer
 
-    return open_scorer(recipe.reward_model, str(pick_device(recipe.trainer.device)))
+    return open_scorer(recipe.reward_model, str(torch_device(recipe.trainer.device)))
 
 
 def evaluation_scorer(recipe: Recipe) -> Scorer:
@@ -29,7 +29,7 @@ def evaluation_scorer(recipe: Recipe) -> Scorer:
     from ups_rm.reward.open import open_scorer
 
     settings = replace(recipe.reward_model, transform="sigmoid", transform_temperature=1.0)
-    return open_scorer(settings, str(pick_device(recipe.trainer.device)))
+    return open_scorer(settings, str(torch_device(recipe.trainer.device)))
 
 
 def safe_scores(scores: list[Score], device: torch.device) -> Tensor:

@@ -32,9 +32,9 @@ class Run:
 
     @property
     def device(self) -> str:
-        from ups_rm.local.policy import pick_device
+        from ups_rm.device import torch_device
 
-        return str(pick_device(self.recipe.trainer.device))
+        return str(torch_device(self.recipe.trainer.device))
 
     @property
     def number_formats(self) -> dict[str, Any]:

@@ -200,10 +200,11 @@ def write_card(
     Raises:
         RMError: the folder can't be loaded, or has no chat template.
     """
-    from ups_rm.device import compute_dtype
+    from ups_rm.device import compute_dtype, torch_device
     from ups_rm.reward.native import load_model, load_tokenizer
     from ups_rm.reward.scorer import RewardScorer, default_max_length
 
+    device = str(torch_device(device))
     number_format = compute_dtype(dtype, device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if chat_template is not None:

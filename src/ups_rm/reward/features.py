@@ -25,7 +25,7 @@ from torch import Tensor
 from ups_rm.console import console, progress_bar
 from ups_rm.data.rows import Reject, Row, text_hash
 from ups_rm.data.schema import HARM_CATEGORIES
-from ups_rm.device import best_device, compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
 from ups_rm.reward.feature_set import UNKNOWN, FeatureInfo, FeatureSet, read_info
@@ -188,7 +188,7 @@ def extract_features(
         raise RMError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
     start, out = perf_counter(), Path(out)
     texts = collect_texts(rows)
-    place = best_device() if device == "auto" else device
+    place = str(torch_device(device))
     number_format = compute_dtype(dtype, place)
     tokenizer = load_backbone_tokenizer(backbone, chat_template)
     config = backbone_config(backbone)

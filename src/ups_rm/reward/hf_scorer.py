@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ups_rm.device import compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.merge import DROPPABLE
 from ups_rm.reward.native import load_tokenizer, quiet_transformers, read_config, rm_folder
@@ -159,7 +159,8 @@ def load_hf_scorer(
     Raises:
         RMError: see `load_hf_model`; more than one label; no chat template.
     """
-    path, number_format = rm_folder(folder), compute_dtype(dtype, device)
+    path, device = rm_folder(folder), str(torch_device(device))
+    number_format = compute_dtype(dtype, device)
     config = read_config(path)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     if chat_template is not None:

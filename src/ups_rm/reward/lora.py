@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ups_rm.console import progress_bar
 from ups_rm.data.rows import Reject, Row
-from ups_rm.device import best_device, compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.batching import token_batches
 from ups_rm.reward.feature_set import FeatureSet
@@ -150,7 +150,7 @@ def train_lora(
         )
     merged = out / "backbone"
     check_replaceable(merged, overwrite=overwrite)
-    place = best_device() if device == "auto" else device
+    place = str(torch_device(device))
     how: dict[str, Any] = {"device": place, "dtype": dtype, "chat_template": chat_template, "progress": progress}
     limits: dict[str, Any] = {"end_token": end_token, "truncation_side": truncation_side, "max_length": max_length}
     limits["pooling"] = pooling

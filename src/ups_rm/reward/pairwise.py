@@ -206,9 +206,10 @@ class ModelJudge:
         Raises:
             RMError: neither a sequence classifier with one or two labels nor a causal LM; see `load_hf_model`.
         """
-        from ups_rm.device import compute_dtype
+        from ups_rm.device import compute_dtype, torch_device
 
-        path, number_format = rm_folder(folder), compute_dtype(dtype, device)
+        path, device = rm_folder(folder), str(torch_device(device))
+        number_format = compute_dtype(dtype, device)
         config = read_config(path)
         architecture = str((config.get("architectures") or [""])[0])
         kinds = {"ForSequenceClassification": "sequence", "ForCausalLM": "causal"}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ups_rm.console import progress_bar
-from ups_rm.device import compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
 from ups_rm.reward.card import RMCard, verify_folder, verify_logits
@@ -87,6 +87,7 @@ class RewardScorer:
             RMError: weights missing or unexpected; no chat template; the card does not match, by field.
         """
         path = rm_folder(folder)
+        device = str(torch_device(device))
         number_format = compute_dtype(dtype, device)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         if chat_template is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ups_rm.device import compute_dtype
+from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.card import RMCard
 from ups_rm.reward.doctor import direction, loading, plan, reading, scale, speed, template, tricks, truncation
@@ -120,6 +120,7 @@ def check_rm(
     from ups_rm.reward.doctor.labelled import pairs_of, read_labelled
 
     path, tell, labelled = Path(folder).expanduser(), say or (lambda _text: None), None
+    device = str(torch_device(device))
     steps = [*FAST, *([PLAIN] if plain else [])]
     if full or pairs or data is not None:
         labelled = pairs_of(pairs) if pairs else read_labelled(data or "sample", max_rows=max_pairs)
