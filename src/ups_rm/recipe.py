@@ -15,6 +15,7 @@ import difflib
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -554,7 +555,7 @@ def load_recipe(
     config = OmegaConf.structured(Recipe)
     config = _merge_file(config, file)
     for text in overrides:
-        config = _merge_override(config, text)
+        _merge_override(config, text)
     try:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -592,7 +593,7 @@ def _merge_file(config: DictConfig, file: Path) -> DictConfig:
         raise RecipeError(f"{error.full_key}: {_first_line(error)}\n  in {file}, line {where}") from error
 
 
-def _merge_override(config: DictConfig, text: str) -> DictConfig:
+def _merge_override(config: DictConfig, text: str) -> None:
     key, equals, value = text.partition("=")
     key = key.strip().lstrip("+")
     if not equals or not key:
@@ -602,13 +603,12 @@ def _merge_override(config: DictConfig, text: str) -> DictConfig:
     if dataclasses.is_dataclass(_field_type(key)):
         raise RecipeError(f"{key} is a section, not a key; give one of its keys\n  in the override {text!r}")
     try:
-        merged, new = config.copy(), _override_value(key, value.strip())
+        new = _override_value(key, value.strip())
         for i, entry in enumerate(new if isinstance(new, list) else []):
             for name in entry if isinstance(entry, dict) else []:
                 if unknown := _unknown_in_entry(key, i, str(name)):
                     raise RecipeError(f"{unknown}\n  in the override {text!r}")
-        OmegaConf.update(merged, key, new, merge=True)
-        return merged
+        OmegaConf.update(config, key, new, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError(f"{key}: {_first_line(error)}\n  in the override {text!r}") from error
 
@@ -642,13 +642,19 @@ def _field_type(key: str) -> Any:
     for part in key.split("."):
         if not dataclasses.is_dataclass(kind):
             return None
-        kind = typing.get_type_hints(kind).get(part)
+        kind = _hints(typing.cast(type, kind)).get(part)
     return kind
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of a section's fields; to evaluate the annotations takes as long as the rest of reading a recipe."""
+    return typing.get_type_hints(kind)
 
 
 def known_keys(kind: type = Recipe, prefix: str = "") -> Iterable[str]:
     """Every key of the recipe, sections included, dotted."""
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         key = f"{prefix}{name}"
         yield key
         if dataclasses.is_dataclass(hint):
