@@ -18,7 +18,7 @@ from ups_rm.reward.trim import trim_backbone
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 LAYERS = 22  # of 30; see docs/design.md
-PAIRS_PER_PROMPT = 2  # of up to 15: more pairs of one prompt cost time and say little
+PAIRS_PER_PROMPT = 1  # of up to 15: more pairs of one prompt cost time and say little
 
 
 def few_pairs(rows: list[Row]) -> list[Row]:
@@ -48,7 +48,7 @@ def test_a_head_from_the_sample_carries_over_to_real_pairs(shared_data: Path, tm
     )
     real, held_out = report.extra["real"], report.extra["held_out"]
     print(f"real pairs: {real.as_dict()}")
-    assert real.pairs > 900
+    assert real.pairs > 500
     assert real.pairwise_ci95[0] > 0.5  # over prompts; 0.61 when this was written
     assert held_out.auc > 0.85
     assert held_out.pairwise_accuracy > 0.85
