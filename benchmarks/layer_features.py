@@ -86,15 +86,18 @@ def layer_features(
     ids, _ = render_texts(tokenizer, texts, policy)
     empty, _ = render_texts(tokenizer, Texts(texts.prompts, [""] * len(texts.prompts)), policy)
     starts = torch.tensor([_common_prefix(a, b) for a, b in zip(ids, empty, strict=True)])
-    what = f"{backbone_identity(backbone, config)} {template_sha256(tokenizer)} {max_layer} {keep_layer}"
-    digest = hashlib.sha256(what.encode())
+    digest = hashlib.sha256(f"{backbone_identity(backbone, config)} {template_sha256(tokenizer)} {max_layer}".encode())
     for row in ids:
         digest.update(row.numpy().tobytes() + b"/")
-    manifest = folder / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["fingerprint"] != digest.hexdigest():
+    manifest, wanted = folder / "manifest.json", {"fingerprint": digest.hexdigest(), "texts": len(ids)}
+    told = json.loads(manifest.read_text()) if manifest.is_file() else wanted | {"keep_layer": keep_layer}
+    if told["fingerprint"] != wanted["fingerprint"]:
         raise ValueError(f"{folder} holds features of other texts or another backbone: remove it or give another")
+    if keep_layer is not None and told.get("keep_layer") != keep_layer:
+        raise ValueError(f"{folder} was made without the tokens' states after layer {keep_layer}: remove it")
+    keep_layer = told.get("keep_layer")
     folder.mkdir(parents=True, exist_ok=True)
-    manifest.write_text(json.dumps({"fingerprint": digest.hexdigest(), "texts": len(ids)}))
+    manifest.write_text(json.dumps(told))
     done = torch.zeros(len(ids), dtype=torch.bool)
     parts = sorted(folder.glob("*.safetensors"))
     for part in parts:

@@ -1,4 +1,4 @@
-"""How well a small backbone judges real pairs: layer, pooling, template, loss, label noise, LoRA, the packaged sample.
+"""How well a small backbone judges real pairs: layer, pooling, loss, noise, ensembles, LoRA, the packaged sample.
 
     python -m benchmarks.rm_quality --pairs pairs.jsonl --cache cache --out results.json --parts layers,heads
 
@@ -14,80 +14,33 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
-from benchmarks.layer_features import POOLINGS, LayerFeatures, layer_features
+from benchmarks.layer_features import POOLINGS
 from benchmarks.rm_heads import (
     feature_set,
-    figures,
-    folds_of,
     gce_head,
     linear_head,
     out_of_fold,
     plain_head,
     trimmed_head,
 )
+from benchmarks.rm_ideas import ideas_part
+from benchmarks.rm_inputs import TEMPLATES, Finding, Inputs, shown
+from benchmarks.rm_lora import lora_part
 from ups_rm.console import console
 from ups_rm.data.rows import Row, read_rows
 from ups_rm.models import resolve_model
 from ups_rm.reward.feature_set import FeatureSet
-from ups_rm.reward.features import extract_features
 from ups_rm.reward.head import calibrate, head_logits, split_prompts
-from ups_rm.reward.head_files import read_head
 from ups_rm.reward.head_objective import HeadSettings, part_of
-from ups_rm.reward.lora import LoraSettings, train_lora
-from ups_rm.reward.trim import JUDGE_TEMPLATE, trim_backbone
 from ups_rm.types import Message
 
-TEMPLATES = {"chat": None, "judge": JUDGE_TEMPLATE}
 PROMPTS, REPLIES = 32, 4
-
-
-@dataclass
-class Inputs:
-    """Where features come from; the cache fills as parts ask for them."""
-
-    pairs: str
-    cache: Path
-    backbone: str
-    max_seconds: float
-    layer: int
-    seeds: int
-    sample_layers: int | None
-    template: str = "chat"
-
-    def layers(self, source: str, texts: Sequence[Row] | None = None) -> LayerFeatures:
-        """All layers' features of the pairs ("real"), of the packaged sample ("sample"), or of given rows.
-
-        Raises:
-            SystemExit: `max_seconds` were not enough; the next call goes on.
-        """
-        named = {"real": self.pairs, "sample": "sample"}
-        rows = (
-            texts
-            if texts is not None
-            else list(read_rows(named[source], split="train" if source == "sample" else None))
-        )
-        found = layer_features(
-            self.backbone,
-            rows,
-            self.cache / f"{source}-{self.template}",
-            chat_template=TEMPLATES[self.template],
-            max_seconds=self.max_seconds,
-            max_layer=None if source == "real" else self.sample_layers,
-        )
-        if found is None:
-            raise SystemExit(f"{source}-{self.template}: not finished in {self.max_seconds:.0f} s; call again to go on")
-        return found
-
-
-Finding = dict[str, Any]
 PROBE = HeadSettings(hidden_dims=(64,))
 """A smaller head, four times faster, where ways of training are compared with each other only."""
 
@@ -234,51 +187,6 @@ def policy_replies(inputs: Inputs) -> list[Row]:
     return list(read_rows(str(file)))
 
 
-def lora_part(inputs: Inputs) -> Iterator[Finding]:
-    """What `rm train --lora` gains: one split, the first fold, on the backbone trimmed to the layer, mean-pooled.
-
-    Call it again if it was stopped before training began; training itself does not resume.
-    """
-    layers = inputs.layers("real")
-    features = feature_set(layers, inputs.layer, "mean")
-    test = torch.isin(features.prompt_id, folds_of(features)[0][2])
-    rows = list(read_rows(inputs.pairs))
-    held_out = {layers.texts.prompts[i] for i in test.nonzero()[:, 0].tolist()}
-    parts = [[row for row in rows if (row.prompt in held_out) == wanted] for wanted in (False, True)]
-    folder = inputs.cache / "lora"
-    if not (folder / "head" / "head.json").is_file():
-        trimmed = trim_backbone(
-            inputs.backbone, folder / "trimmed", layers=inputs.layer, chat_template=None, overwrite=True
-        )
-        settings = LoraSettings(from_layer=inputs.layer // 4, epochs=2, lr=3e-4, max_batch_tokens=2048)
-        head = HeadSettings(validation_share=0.1, test_share=0)
-        train_lora(trimmed, parts[0], folder, head, settings, pooling="mean", overwrite=True)
-    extract_features(folder / "backbone", parts[1], folder / "test.safetensors", pooling="mean", overwrite=True)
-    adapted, head_weights = FeatureSet.read(folder / "test.safetensors"), read_head(folder / "head")
-    with_lora = head_logits(head_weights.tensors, adapted.hidden, temperature=head_weights.temperature)
-    frozen = out_of_fold(features, HeadSettings(), folds=[0])[test]  # the same texts in the same order
-    yield {"backbone": f"frozen, mean, layer {inputs.layer}", **shown(adapted, frozen)}
-    yield {"backbone": f"LoRA, mean, layer {inputs.layer}", **shown(adapted, with_lora, frozen)}
-
-
-def shown(features: FeatureSet, logits: Tensor, baseline: Tensor | None = None) -> Finding:
-    """Figures as they are printed and written."""
-
-    def span(ci95: tuple[float, float]) -> str:
-        return f"[{ci95[0]:+.3f}, {ci95[1]:+.3f}]" if min(ci95) < 0 else f"[{ci95[0]:.3f}, {ci95[1]:.3f}]"
-
-    one = figures(features, logits, baseline)
-    row: Finding = {
-        "AUC": round(one.auc, 4),
-        "AUC 95%": span(one.auc_ci95),
-        "pairwise": round(one.pairwise, 4),
-        "pairwise 95%": span(one.pairwise_ci95),
-    }
-    if one.auc_gain_ci95 and one.pairwise_gain_ci95:
-        row |= {"AUC gain 95%": span(one.auc_gain_ci95), "pairwise gain 95%": span(one.pairwise_gain_ci95)}
-    return row
-
-
 def over_seeds(rows: list[Finding]) -> Finding:
     """Numbers as their mean over seeds; of intervals the first seed's."""
     return {
@@ -294,6 +202,7 @@ PARTS: dict[str, Callable[[Inputs], Iterator[Finding]]] = {
     "noise": noise_part,
     "curve": curve_part,
     "sample": sample_part,
+    "ideas": ideas_part,
     "lora": lora_part,
 }
 
@@ -308,8 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", default="smollm2-135m-instruct")
     parser.add_argument("--template", default="chat", choices=TEMPLATES, help="judge: a question follows the reply")
     parser.add_argument("--layer", type=int, default=16, help="the earlier layer that is looked at more closely")
-    parser.add_argument("--seeds", type=int, default=3, help="heads per row of the part `sample`")
-    parser.add_argument("--sample-layers", type=int, help="compute only so many layers of the sample (cheaper)")
+    parser.add_argument("--seeds", type=int, default=3, help="heads per row of the part `sample`, of an ensemble")
+    parser.add_argument("--max-layer", type=int, help="compute only the first so many layers (cheaper)")
+    parser.add_argument("--folds", default="0", help="of 0 to 4, those that the part `lora` trains on")
     parser.add_argument("--max-seconds", type=float, default=1e9, help="stop computing hidden states after this long")
     given = parser.parse_args(arguments)
     inputs = Inputs(
@@ -319,8 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.max_seconds,
         given.layer,
         given.seeds,
-        given.sample_layers,
+        given.max_layer,
         given.template,
+        tuple(int(fold) for fold in given.folds.split(",")),
     )
     for name in given.parts.split(","):
         if name not in PARTS:

@@ -57,6 +57,26 @@ def test_the_reply_begins_where_an_empty_one_would_end_the_turn() -> None:
     assert pooled["last"][:, :, 0].tolist() == [[10.0, 9.0], [8.0, 7.0]]
 
 
+def test_the_upper_layers_go_on_from_the_states_that_were_kept(tmp_path: Path) -> None:
+    from benchmarks.layer_features import layer_features
+    from benchmarks.rm_lora import SETTINGS, LoraRun, states_of, upper_decoder
+
+    from ups_rm.reward.head_objective import HeadSettings
+
+    backbone = str(tiny_backbone(tmp_path / "backbone"))
+    layers = layer_features(backbone, make_rows(6), tmp_path / "cache", keep_layer=1)
+    assert layers is not None
+    assert [len(one) for one in layers.unpooled] == layers.tokens.tolist()
+    decoder, ids = upper_decoder(backbone, layers, 1, 2, torch.float32)
+    decoder.get_base_model = lambda: decoder
+    run = LoraRun(decoder, torch.nn.Identity(), ids, "cpu", torch.float32, HeadSettings(), SETTINGS, "mean")
+    found = states_of(run, torch.arange(len(ids)))
+    torch.testing.assert_close(found, layers.of(2, "mean"), atol=3e-2, rtol=3e-2)  # kept in bf16 and fp16
+    assert found.std(0).mean() > 0.05, "nothing that could be told apart"
+    with pytest.raises(ValueError, match="without the tokens' states after layer 2"):
+        layer_features(backbone, make_rows(6), tmp_path / "cache", keep_layer=2)
+
+
 def test_goes_on_after_the_time_is_over(tmp_path: Path) -> None:
     from benchmarks.layer_features import layer_features
 
@@ -115,9 +135,11 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(json.dumps(pair) for pair in pairs) + "\n")
     out = tmp_path / "results.json"
-    given = ["--pairs", str(file), "--cache", str(tmp_path), "--out", str(out), "--parts", "layers,curve"]
+    given = ["--pairs", str(file), "--cache", str(tmp_path), "--out", str(out), "--parts", "lora,layers,curve"]
     assert main(["rm_quality", *given, "--backbone", str(tiny_backbone(tmp_path / "backbone")), "--layer", "2"]) == 0
     results = json.loads(out.read_text())
     assert [row["linear head on"] for row in results["layers"]] == ["last, layer 2", "mean, layer 2", "reply, layer 2"]
     assert [row["share of training prompts"] for row in results["curve"]] == [0.125, 0.25, 0.5, 1.0]
+    assert results["lora"][1]["steps"] > 0
+    assert results["lora"][1]["AUC"] > 0.6, "adapters on rows that a frozen backbone tells apart"
     assert all(0 <= row["AUC"] <= 1 for rows in results.values() for row in rows)

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +163,45 @@ def test_the_manager_scores_by_sigmoid_of_minus_the_logit(fresh: None, rm_folder
         assert answer["reward_score"] == extra["safe_score"] == pytest.approx(1 / (1 + math.exp(logit)), abs=1e-5)
         assert (extra["benign"], extra["refusal"]) == (1.0, float(i == 3))
         assert extra["rm_tokens"] == ids.shape[1]
+
+
+def test_a_served_rm_gives_client_and_manager_the_logits_of_one_process(
+    fresh: None, rm_folder: Path, policy_folder: Path
+) -> None:
+    """The real `ups-rm rm serve` in a process of its own, over a real socket: the same numbers three ways."""
+    from transformers import AutoTokenizer
+    from verl.trainer.ppo.reward import load_reward_manager
+
+    from ups_rm.reward.client import HttpScorer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    conversations = some_conversations(24, seed=5)
+    expected = [score.logit for score in RewardScorer.load(rm_folder, dtype="float32").score(conversations)]
+    assert max(expected) - min(expected) > 0.1
+
+    async def managed(url: str) -> list[dict[str, Any]]:
+        common = ["reward_model.placement=http", "reward_model.num_workers=2"]
+        recipe = load_recipe("quickstart", [f"reward_model.model.url={url}", *common], engine="verl")
+        manager = load_reward_manager(composed(recipe), tokenizer)
+        items = [as_verl_gives_it(tokenizer, conversation) for conversation in conversations]
+        return list(await asyncio.gather(*(manager.run_single(item) for item in items)))
+
+    command = [sys.executable, "-m", "ups_rm", "rm", "serve", str(rm_folder), "--port", "0", "--dtype", "float32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            line = next((line for line in server.stdout if "answers at " in line), None)
+            assert line is not None, f"the server ended with exit code {server.wait()}"
+            url = line.partition("answers at ")[2].split()[0]
+            with HttpScorer(url) as client:
+                served = [score.logit for score in client.score(conversations)]
+            answers = asyncio.run(managed(url))
+        finally:
+            server.kill()
+    assert served == pytest.approx(expected, abs=1e-6)
+    assert [answer["reward_extra_info"]["logit"] for answer in answers] == pytest.approx(expected, abs=1e-6)
+    safe = [1 / (1 + math.exp(logit)) for logit in expected]
+    assert [answer["reward_score"] for answer in answers] == pytest.approx(safe, abs=1e-6)
 
 
 def test_workers_open_whatever_the_recipe_combines(rm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,12 +80,12 @@ def test_gradient_does_not_hang_on_the_size_of_the_pieces(backbone: Path, tmp_pa
     for max_batch_tokens in (1, 150, 100_000):
         torch.manual_seed(0)
         settings = LoraSettings(rank=2, dropout=0.0, max_batch_tokens=max_batch_tokens)
-        model = module._with_adapters(load_decoder(backbone, torch.float32), settings, seed=0)
+        model = module.with_adapters(load_decoder(backbone, torch.float32), settings, seed=0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         head = TrainableHead(features.hidden.mean(0), features.hidden.std(0), (8,), dropout=0.0)
-        run = module._Run(model, head, ids, "cpu", torch.float32, head_settings, settings)
+        run = module.LoraRun(model, head, ids, "cpu", torch.float32, head_settings, settings)
         module._gradient(run, part, module._units(part, torch.arange(len(part))))
         trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
         gradients.append(torch.cat([p.grad.flatten() for p in trained]))
@@ -128,9 +128,9 @@ def test_contrast_moves_the_replies_of_one_prompt_apart(backbone: Path, tmp_path
     head_settings = HeadSettings(hidden_dims=(8,), dropout=0.0, contrast=0.3)
     part = part_of(features, features.prompt_id.unique(), head_settings)
     head = TrainableHead(features.hidden.mean(0), features.hidden.std(0), (8,), dropout=0.0)
-    model = module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(rank=2), seed=0)
+    model = module.with_adapters(load_decoder(backbone, torch.float32), LoraSettings(rank=2), seed=0)
     ids, _ = render_texts(load_backbone_tokenizer(backbone, None), collect_texts(rows), features.info.render)
-    run = module._Run(model, head, ids, "cpu", torch.float32, head_settings, LoraSettings())
+    run = module.LoraRun(model, head, ids, "cpu", torch.float32, head_settings, LoraSettings())
     units = module._units(part, torch.arange(len(part)))
     logits = head(features.hidden)[part.items]
     plain = F.binary_cross_entropy_with_logits(logits, part.targets, weight=part.weights)
@@ -139,11 +139,11 @@ def test_contrast_moves_the_replies_of_one_prompt_apart(backbone: Path, tmp_path
 
 
 def test_adapters_only_from_a_layer_on(backbone: Path) -> None:
-    model = module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(from_layer=1), seed=0)
+    model = module.with_adapters(load_decoder(backbone, torch.float32), LoraSettings(from_layer=1), seed=0)
     trained = {name.split("layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"1"}
     with pytest.raises(RMError, match="from_layer is 2, but the backbone has 2 layers"):
-        module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(from_layer=2), seed=0)
+        module.with_adapters(load_decoder(backbone, torch.float32), LoraSettings(from_layer=2), seed=0)
 
 
 def test_same_seed_same_merged_weights(backbone: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_what_stands_in_the_way_is_named(backbone: Path, tmp_path: Path) -> None
     with pytest.raises(RMError, match="not even with --force"):
         train_lora(backbone, make_rows(4), tmp_path, HEAD, overwrite=True)
     with pytest.raises(RMError, match="LoRA can't be put"):
-        module._with_adapters(load_decoder(backbone, torch.float32), LoraSettings(target_modules="c_attn"), 0)
+        module.with_adapters(load_decoder(backbone, torch.float32), LoraSettings(target_modules="c_attn"), 0)
     with pytest.raises(RMError, match="adapters do not learn from that comparison"):
         train_lora(backbone, make_rows(4), tmp_path / "new", replace(HEAD, helpful=0.3))
     with pytest.raises(RMError, match="rank"):

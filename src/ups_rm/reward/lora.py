@@ -97,8 +97,8 @@ class LoraReport:
 
 
 @dataclass
-class _Run:
-    """What the training loop works on."""
+class LoraRun:
+    """What the training loop works on: a decoder with adapters, a head, and the token ids of each text."""
 
     model: Any
     head: TrainableHead
@@ -169,9 +169,9 @@ def train_lora(
     tokenizer = load_backbone_tokenizer(backbone, chat_template)
     ids, _ = render_texts(tokenizer, collect_texts(rows), frozen.info.render)
     number_format = compute_dtype(dtype, place)
-    model = _with_adapters(load_decoder(backbone, number_format, place), settings, head_settings.seed)
-    run = _Run(model, head.to(place), ids, place, number_format, head_settings, settings, pooling)
-    steps, best_loss = _train(run, train_part, validation_part, progress)
+    model = with_adapters(load_decoder(backbone, number_format, place), settings, head_settings.seed)
+    run = LoraRun(model, head.to(place), ids, place, number_format, head_settings, settings, pooling)
+    steps, best_loss = train_adapters(run, train_part, validation_part, progress)
     adapter = out / "adapter"
     shutil.rmtree(adapter, ignore_errors=True)
     model.save_pretrained(adapter)
@@ -205,7 +205,12 @@ def train_lora(
     return LoraReport(merged, report, before, steps, perf_counter() - start)
 
 
-def _with_adapters(model: Any, settings: LoraSettings, seed: int) -> Any:
+def with_adapters(model: Any, settings: LoraSettings, seed: int) -> Any:
+    """The decoder as a peft model with fresh adapters; those below `from_layer` are not trained.
+
+    Raises:
+        RMError: no such layer, or no module of the names given.
+    """
     from peft import LoraConfig, get_peft_model
 
     there = model.config.get_text_config().num_hidden_layers
@@ -232,7 +237,7 @@ def _with_adapters(model: Any, settings: LoraSettings, seed: int) -> Any:
     return adapted
 
 
-def _train(run: _Run, train: Part, validation: Part, progress: bool) -> tuple[int, float]:
+def train_adapters(run: LoraRun, train: Part, validation: Part, progress: bool) -> tuple[int, float]:
     """AdamW with linear warm-up and decay; leaves the best adapters and head in place. Returns steps, best loss."""
     settings = run.settings
     adapters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
@@ -296,7 +301,7 @@ def _units(part: Part, order: Tensor) -> list[Unit]:
     return units
 
 
-def _gradient(run: _Run, part: Part, units: Sequence[Unit]) -> None:
+def _gradient(run: LoraRun, part: Part, units: Sequence[Unit]) -> None:
     """Adds the gradient of the loss over `units`, in pieces that fit the token limit."""
     run.model.train()
     run.head.train()
@@ -305,14 +310,14 @@ def _gradient(run: _Run, part: Part, units: Sequence[Unit]) -> None:
 
 
 @torch.no_grad()
-def _check(run: _Run, part: Part) -> float:
+def _check(run: LoraRun, part: Part) -> float:
     """The loss over a whole part."""
     run.model.eval()
     run.head.eval()
     return sum(loss.item() for loss in _losses(run, part, _units(part, torch.arange(len(part)))))
 
 
-def _losses(run: _Run, part: Part, units: Sequence[Unit]) -> Iterator[Tensor]:
+def _losses(run: LoraRun, part: Part, units: Sequence[Unit]) -> Iterator[Tensor]:
     """What each piece adds to (1 - contrast) * mean loss of the items + contrast * mean comparison of the pairs.
 
     A piece are units of like length and of one kind, whose texts, padded, stay within max_batch_tokens.
@@ -332,7 +337,7 @@ def _losses(run: _Run, part: Part, units: Sequence[Unit]) -> Iterator[Tensor]:
             yield (1 - share) * plain * (piece.numel() / items) + share * compared * (len(piece) / max(1, pairs))
 
 
-def _piece_loss(run: _Run, part: Part, piece: Tensor) -> tuple[Tensor, Tensor]:
+def _piece_loss(run: LoraRun, part: Part, piece: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of head.py on hidden states computed just now, and that of comparing (unsafe, safe) if size is 2."""
     from ups_rm.reward.myrm.modeling_myrm import pooled_hidden
 
@@ -354,12 +359,12 @@ def _warmup_then_decay(total: int, warmup_share: float) -> Callable[[int], float
     return lambda step: min((step + 1) / warmup, max(0.0, (total - step) / max(1, total - warmup)))
 
 
-def _state(run: _Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _state(run: LoraRun) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     adapters = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
     return adapters, copy.deepcopy(run.head.state_dict())
 
 
-def _restore(run: _Run, state: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+def _restore(run: LoraRun, state: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
     adapters, head = state
     parameters: dict[str, nn.Parameter] = dict(run.model.named_parameters())
     with torch.no_grad():
