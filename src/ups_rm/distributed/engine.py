@@ -5,28 +5,34 @@ prompts laid out -> recipe translated -> verl run -> metrics.jsonl, group log ->
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ups_rm.checkpoints import LATEST, drop_checkpoints_after, step_of
 from ups_rm.console import console
 from ups_rm.data.batches import select_prompts, steps_per_epoch
 from ups_rm.data.prompts import read_prompts
 from ups_rm.distributed.launch import VerlProcess, python_command
 from ups_rm.distributed.prompts import PromptFiles, lay_out_prompts
+from ups_rm.distributed.rewards import check_reachable
 from ups_rm.distributed.translate import check_for_verl, run_environment, to_yaml, verl_config, verl_overrides
 from ups_rm.errors import CheckpointError, PolicyError, RecipeError, RunError
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Recipe, as_list
-from ups_rm.recipe_hash import recipe_hash
+from ups_rm.recipe_hash import MadeWith
 from ups_rm.types import TrainResult
 
 VERL_VERSION = "0.9.1"
-LATEST = "latest_checkpointed_iteration.txt"
-HASH = "recipe_hash.txt"
-"""In `<run>/verl`: what the run was started with."""
+CLUSTER_S = 30.0
+"""Within which a Ray cluster must say what it has."""
+STARTED_WITH = "started_with.json"
+"""In `<run>/verl`: recipe and content of what it names, as the run was started."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ def train(recipe: Recipe) -> TrainResult:
     from ups_rm.tracking.trackers import Trackers
 
     check_machine(recipe)
-    start = steps_done(recipe)
+    made_with = MadeWith.of(recipe)
+    start = steps_done(recipe, made_with)
     folder = Path(recipe.trainer.default_local_dir)
     if start == 0 and (folder / "policy").exists() and recipe.trainer.resume_mode != "disable":
         raise RunError(
@@ -67,7 +74,7 @@ def train(recipe: Recipe) -> TrainResult:
             "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), or move this one away"
         )
     run = prepare(recipe)
-    forget_after(run, start)
+    begin_at(run, start, made_with)
     seen: dict[str, Any] = {"step": start, "metrics": {}}
     trainer = recipe.trainer
     trackers = Trackers(
@@ -90,7 +97,9 @@ def train(recipe: Recipe) -> TrainResult:
             console.print(f"verl runs; all that it prints: {folder / 'verl' / 'console.log'}", soft_wrap=True)
             finished = process_of(run, took).run(lambda: stop.requested)
     if not finished:
-        console.print(f"interrupted after step {seen['step']}; the same command resumes from the last checkpoint")
+        saved = newest_checkpoint(folder)
+        goes_on = f"goes on from {saved}" if saved else "begins anew: no checkpoint was written (trainer.save_freq)"
+        console.print(f"interrupted after step {seen['step']}; the same command {goes_on}", soft_wrap=True)
         return TrainResult(folder, None, seen["step"], True, seen["metrics"])
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
@@ -103,7 +112,7 @@ def train(recipe: Recipe) -> TrainResult:
 
 def prepare(recipe: Recipe) -> VerlRun:
     """Lay the prompts out and write `recipe.yaml`, `verl/config.yaml` and `verl/command.sh`."""
-    asked, model = recipe_hash(recipe), recipe.actor_rollout_ref.model
+    model = recipe.actor_rollout_ref.model
     model = replace(model, path=str(_absolute(resolve_model(model.path))))
     recipe = replace(recipe, actor_rollout_ref=replace(recipe.actor_rollout_ref, model=model))
     folder = Path(recipe.trainer.default_local_dir)
@@ -115,7 +124,6 @@ def prepare(recipe: Recipe) -> VerlRun:
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "verl" / "config.yaml").write_text(to_yaml(verl_config(overrides)), encoding="utf-8")
     (folder / "verl" / "command.sh").write_text(shlex.join(run.command) + "\n", encoding="utf-8")
-    (folder / "verl" / HASH).write_text(asked, encoding="utf-8")
     return run
 
 
@@ -145,9 +153,8 @@ DRIVER_ENV = {
 }
 
 
-def forget_after(run: VerlRun, step: int) -> None:
-    """Remove group logs and checkpoints of steps that will come again: a crash must not resume from another run's."""
-    from ups_rm.local.checkpoint import drop_checkpoints_after
+def begin_at(run: VerlRun, step: int, made_with: MadeWith) -> None:
+    """Remove what later steps left, and note what the run starts with: a crash must not resume from another run's."""
     from ups_rm.tracking.group_log import GroupLog
 
     drop_checkpoints_after(run.folder, step)
@@ -157,6 +164,7 @@ def forget_after(run: VerlRun, step: int) -> None:
     else:
         tracker.unlink(missing_ok=True)
     GroupLog(Path(run.recipe.trainer.group_log_dir)).drop_after(step)
+    (run.folder / "verl" / STARTED_WITH).write_text(json.dumps(asdict(made_with), indent=1), encoding="utf-8")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -167,11 +175,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return folder / f"global_step_{tracker.read_text(encoding='utf-8').strip()}"
 
 
-def steps_done(recipe: Recipe) -> int:
+def steps_done(recipe: Recipe, made_with: MadeWith) -> int:
     """The step that verl will go on from; 0 for a new training.
 
+    Args:
+        made_with: the recipe, and what it names, at present.
+
     Raises:
-        CheckpointError: no checkpoint of verl's, or one of another recipe.
+        CheckpointError: no checkpoint of verl's, or one of another recipe, policy, reward model or prompts.
     """
     trainer, folder = recipe.trainer, Path(recipe.trainer.default_local_dir)
     if trainer.resume_mode == "disable":
@@ -181,20 +192,20 @@ def steps_done(recipe: Recipe) -> int:
         return 0
     if not (path / "actor").is_dir() or not path.name.startswith("global_step_"):
         raise CheckpointError(f"{path} is no checkpoint of the verl engine: it has no folder `actor`")
-    started_with = path.parent / "verl" / HASH
-    if started_with.is_file() and started_with.read_text(encoding="utf-8") != recipe_hash(recipe):
-        raise CheckpointError(
-            f"{path} was made with another recipe\n  fix: use the same settings, another trainer.default_local_dir, "
-            "or trainer.resume_mode=disable to start anew"
-        )
-    return int(path.name.removeprefix("global_step_"))
+    started_with = path.parent / "verl" / STARTED_WITH
+    if started_with.is_file():
+        MadeWith(**json.loads(started_with.read_text(encoding="utf-8"))).check(made_with, path)
+    else:
+        console.print(f"{path}: there is no {started_with} to say what made it, so that is not checked", soft_wrap=True)
+    return step_of(path)
 
 
 def check_machine(recipe: Recipe, *, rm_follows: bool = False) -> None:
     """What verl would fail on after a minute is said at once.
 
     Raises:
-        RunError: verl, its rollout or GPUs are missing. RecipeError: a key that verl can't honour.
+        RunError: verl, its rollout, GPUs or the Ray cluster are missing. RecipeError: a key that verl can't honour.
+        RMError, RMServerError: see `check_reachable`.
     """
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
@@ -215,7 +226,9 @@ def check_machine(recipe: Recipe, *, rm_follows: bool = False) -> None:
         raise RunError(
             f"verl {found} is installed, the verl engine needs {VERL_VERSION}\n  fix: pip install verl==0.9.1"
         )
+    check_reachable(recipe.reward_model)
     if recipe.ray_kwargs.ray_init.address:
+        _check_cluster(recipe.ray_kwargs.ray_init.address)
         return  # another machine's devices and packages
     device, wanted = recipe.trainer.device, recipe.trainer.n_gpus_per_node
     if device == "cpu":
@@ -234,6 +247,26 @@ def check_machine(recipe: Recipe, *, rm_follows: bool = False) -> None:
     rollout = recipe.actor_rollout_ref.rollout.name
     if rollout in ("vllm", "sglang") and find_spec(rollout) is None:
         raise RunError(f'rollout.name={rollout} is not installed\n  fix: pip install "verl[{rollout}]==0.9.1"')
+
+
+def _check_cluster(address: str) -> None:
+    """Ray itself tries for minutes, and then says little, where nothing or something else is at the address.
+
+    Raises:
+        RunError: no Ray cluster answers there.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status"]
+    command += [] if address == "auto" else ["--address", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CLUSTER_S)
+        why = "" if done.returncode == 0 else (done.stderr or done.stdout).strip().rpartition("\n")[2]
+    except subprocess.TimeoutExpired:
+        why = f"no answer within {CLUSTER_S:g} s: nothing is there, or another program has the port"
+    if why:
+        raise RunError(
+            f"ray_kwargs.ray_init.address={address} is no Ray cluster: {why}\n"
+            "  fix: start one (docs/gpu.md#several-nodes); `ray status --address HEAD:PORT` shows it"
+        )
 
 
 def dry_run(recipe: Recipe) -> None:

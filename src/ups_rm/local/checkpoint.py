@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
+from ups_rm.checkpoints import LATEST, checkpoints
 from ups_rm.errors import CheckpointError, RunError
 from ups_rm.local.actor import Actor
 from ups_rm.recipe import Recipe
-from ups_rm.recipe_hash import recipe_hash
-
-LATEST = "latest_checkpointed_iteration.txt"
+from ups_rm.recipe_hash import MadeWith
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,9 @@ def save_checkpoint(folder: Path, actor: Actor, state: TrainingState, *, keep: i
             f"checkpoint {final} can't be written: {error}\n  fix: free space or set trainer.save_freq=-1"
         ) from error
     if keep:
-        for old in _checkpoints(folder)[:-keep]:
+        for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("global_step_*") if path.name.rsplit("_", 1)[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("_", 1)[1]))
-
-
-def drop_checkpoints_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: training goes on from `step` on another branch."""
-    for path in _checkpoints(folder):
-        if int(path.name.rsplit("_", 1)[1]) > step:
-            shutil.rmtree(path)
 
 
 def find_checkpoint(recipe: Recipe) -> Path | None:
@@ -96,15 +83,15 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
         if not (path / "state.json").is_file() and not (path / "actor").is_dir():
             raise CheckpointError(f"{path} is not a checkpoint: it has no state.json")
         return path
-    found = _checkpoints(Path(trainer.default_local_dir))
+    found = checkpoints(Path(trainer.default_local_dir))
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path, actor: Actor, recipe: Recipe, inputs: dict[str, str]) -> TrainingState:
+def load_checkpoint(path: Path, actor: Actor, now: MadeWith) -> TrainingState:
     """Put a checkpoint's weights, optimizer state and schedule into the actor.
 
     Args:
-        inputs: what the recipe names now (`input_hashes`).
+        now: the recipe, and what it names, at present.
 
     Raises:
         CheckpointError: truncated or foreign files, other shapes, another recipe, or other contents under its paths.
@@ -120,18 +107,7 @@ def load_checkpoint(path: Path, actor: Actor, recipe: Recipe, inputs: dict[str, 
         raise CheckpointError(
             f"{path} can't be read: {type(error).__name__} {reason}\n  fix: delete it to resume from the one before"
         ) from error
-    if state.recipe_hash != recipe_hash(recipe):
-        raise CheckpointError(
-            f"{path} was made with another recipe\n  fix: use the same settings, another trainer.default_local_dir, "
-            "or trainer.resume_mode=disable to start anew"
-        )
-    changed = [key for key, value in inputs.items() if state.inputs.get(key, value) != value]
-    if changed:
-        raise CheckpointError(
-            f"{path} was made with other contents of {', '.join(changed)}: what stood there was replaced or edited\n"
-            "  fix: put it back; or another trainer.default_local_dir (--out) or trainer.resume_mode=disable (--resume "
-            "never) to start anew"
-        )
+    MadeWith(state.recipe_hash, state.inputs).check(now, path)
     masters = [master for _, master in actor.policy.masters]
     if [tuple(m.shape) for m in masters] != [tuple(s.shape) for s in saved]:
         raise CheckpointError(f"{path} holds {len(saved)} tensors that do not fit the policy's {len(masters)}")

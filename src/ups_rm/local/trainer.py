@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ups_rm.checkpoints import drop_checkpoints_after
 from ups_rm.console import console, progress_bar
 from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, read_prompts
@@ -23,13 +24,7 @@ from ups_rm.errors import RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL, estimate_advantages, kl_penalty, penalize, place_on_last_token
 from ups_rm.interrupt import interruptible
 from ups_rm.local.actor import Actor, response_logprobs
-from ups_rm.local.checkpoint import (
-    TrainingState,
-    drop_checkpoints_after,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from ups_rm.local.checkpoint import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
 from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy, needs_reference
 from ups_rm.local.rollout import Rollout, RolloutEngine
@@ -38,7 +33,7 @@ from ups_rm.local.step_groups import log_groups, open_group_log
 from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics
 from ups_rm.local.validation import validate
 from ups_rm.recipe import Recipe, as_list
-from ups_rm.recipe_hash import input_hashes, recipe_hash
+from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.trackers import Trackers
 from ups_rm.types import Scorer, TrainResult
 
@@ -59,7 +54,7 @@ class Trainer:
         self.recipe = recipe
         self.folder = Path(recipe.trainer.default_local_dir)
         rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
-        self.inputs = input_hashes(recipe)
+        self.made_with = MadeWith.of(recipe)
         self.policy = Policy.load(recipe)
         self.train_rows = fitting_prompts(rows, self.policy.tokenizer, recipe.data)
         held_out = read_prompts(as_list(recipe.data.val_files)) if self._validates() else []
@@ -239,14 +234,14 @@ class Trainer:
         return self.recipe.trainer.test_freq > 0
 
     def _save(self, step: int) -> Path:
-        state = TrainingState(step, self.kl_control.value, recipe_hash(self.recipe), self.inputs)
+        state = TrainingState(step, self.kl_control.value, self.made_with.recipe_hash, self.made_with.inputs)
         return save_checkpoint(self.folder, self.actor, state, keep=self.recipe.trainer.max_actor_ckpt_to_keep)
 
     def _resume(self) -> int:
         path = find_checkpoint(self.recipe)
         if path is None:
             return 0
-        state = load_checkpoint(path, self.actor, self.recipe, self.inputs)
+        state = load_checkpoint(path, self.actor, self.made_with)
         self.kl_control.value = state.kl_coef
         self.engine.refresh()
         console.print(f"resumed from {path} after step {state.step}", soft_wrap=True)

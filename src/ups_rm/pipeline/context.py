@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.recipe import Recipe, RewardModel
+from ups_rm.recipe_hash import SERVICE
 from ups_rm.stages import Stage, run_stage
 
 
@@ -51,7 +52,7 @@ class Run:
     def reward_settings(self) -> dict[str, Any]:
         """What of `reward_model` differs from one `myrm` folder as it is; {} for that."""
         ours, plain = asdict(self.recipe.reward_model), asdict(RewardModel())
-        del ours["max_batch_tokens"]  # no score depends on it
+        ours = {name: value for name, value in ours.items() if name not in SERVICE}
         for name in ("path", "dtype", "trust_remote_code"):  # inputs and number formats of their own
             ours["model"].pop(name)
             plain["model"].pop(name)

@@ -77,7 +77,7 @@ def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int) -> S
     if kind == "http":
         from ups_rm.reward.client import HttpScorer
 
-        return HttpScorer(entry.url, token=_token(entry))
+        return HttpScorer(entry.url, token=token_of(entry))
     if kind == "pairwise":
         return _open_pairwise(entry, device, max_batch_tokens)
     how = {
@@ -249,7 +249,12 @@ def _template(entry: RewardModelModel) -> str | None:
         raise RMError(f"template {entry.template} can't be read: {error}") from error
 
 
-def _token(entry: RewardModelModel) -> str | None:
+def token_of(entry: RewardModelModel) -> str | None:
+    """The service's token, from the environment variable that the entry names.
+
+    Raises:
+        RMError: it is not set.
+    """
     if not entry.token_env:
         return None
     token = os.environ.get(entry.token_env)
