@@ -259,7 +259,8 @@ def _check_cluster(address: str) -> None:
     command += [] if address == "auto" else ["--address", address]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CLUSTER_S)
-        why = "" if done.returncode == 0 else (done.stderr or done.stdout).strip().rpartition("\n")[2]
+        said = (done.stderr or done.stdout).strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        why = said if done.returncode else ""
     except subprocess.TimeoutExpired:
         why = f"no answer within {CLUSTER_S:g} s: nothing is there, or another program has the port"
     if why:
