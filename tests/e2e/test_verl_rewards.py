@@ -1,7 +1,8 @@
 """The reward model inside the real `verl.trainer.main_ppo` (unmodified, CPU), started by `ups-rm train --engine verl`.
 
-One sound run of two steps, whose files are compared with a reward model run by hand; and one with an RM that answers
-nan, which must end in our error and leave no process behind.
+One run of two steps, in which an RM worker is killed while it scores, and whose files are compared with a reward model
+run by hand; and two at the same time that must end in our error and leave no process behind: one whose RM answers nan,
+one whose RM takes too long.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from time import sleep, time
 from typing import Any
 
 import psutil
@@ -20,9 +25,9 @@ import pytest
 import torch
 import yaml
 
-from faulty_rms import nan_rm
+from faulty_rms import nan_rm, slow_rm
 from tiny import tiny_policy, tiny_rm
-from ups_rm.distributed.failures import read_failure
+from ups_rm.distributed.failures import FAILURE_FILE, read_failure
 from ups_rm.tracking.group_log import GroupLogFile, read_group_log
 from ups_rm.tracking.jsonl import read_metrics
 from verl_cpu import command
@@ -31,6 +36,8 @@ pytest.importorskip("verl")
 pytestmark = pytest.mark.verl
 
 PROMPTS, N, LIMIT = 4, 4, 8
+OWN_CODE = "reward_model.model.trust_remote_code=true"
+LATE = ["reward_model.timeout_s=20", "reward_model.retries=0", "reward_model.num_workers=1"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(models: Path, rm: Path, out: Path, *changes: str) -> Any:
+def train(models: Path, rm: Path, out: Path, *changes: str, meanwhile: Any = None) -> Any:
     recipe = {
         "data": {
             "train_files": str(models / "prompts.parquet"),
@@ -94,15 +101,29 @@ def train(models: Path, rm: Path, out: Path, *changes: str) -> Any:
     settings = [
         re.sub(r"\]$", more, text) if text.startswith("verl.overrides=") else text for text in command.settings()
     ]
-    return command.ups_rm("train", "--engine", "verl", "--recipe", file, *settings, *changes)
+    arguments = ["train", "--engine", "verl", "--recipe", file, *settings, *changes]
+    return command.ups_rm(*arguments, "--skip-rm-check", meanwhile=meanwhile)
 
 
 @pytest.fixture(scope="module")
 def run(models: Path) -> Path:
-    """The run folder of two steps, validated after the last."""
+    """The run folder of two steps, validated after the last; the first RM worker that scores is killed in mid-call."""
     out = models / "run"
-    done = train(models, models / "rm", out, "trainer.test_freq=2")
+    killed = []
+
+    def kill_one(process: Any) -> None:
+        while not killed and process.poll() is None:
+            for worker in command.processes_of(out):
+                with suppress(psutil.Error):
+                    if worker.name().startswith("ray::RMWorker.score") and not killed:
+                        worker.kill()
+                        killed.append(worker.pid)
+            sleep(0.05)
+
+    slow = slow_rm(models / "slow", models / "rm", 0.5)  # long enough to be caught scoring
+    done = train(models, slow, out, OWN_CODE, "trainer.test_freq=2", meanwhile=kill_one)
     assert done.returncode == 0, done.stdout
+    assert killed
     return out
 
 
@@ -184,24 +205,56 @@ def test_verls_tracker_has_our_metrics_beside_its_own(run: Path) -> None:
     assert {"val-aux/benign/reward/mean@1", "val-aux/unsafe/refusal_rate"} <= metrics[-1].keys()
 
 
-def test_an_rm_that_answers_nan_ends_the_run_with_its_error(models: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    done = train(models, nan_rm(tmp_path / "nan", models / "rm"), out, "--skip-rm-check")
-    assert done.returncode == 2, done.stdout
-    assert "the reward model failed on a batch of" in done.stdout
-    assert "the RM's logit is nan" in done.stdout
-    assert "the RM's logit is nan" in str(read_failure(out))
-    assert not list(out.glob("groups/*"))  # nothing was trained on
-    assert processes_of(out) == []
+def test_a_worker_that_was_killed_is_replaced_and_that_is_said(run: Path) -> None:
+    console = (run / "verl" / "console.log").read_text(encoding="utf-8")
+    assert re.search(r"RM worker \d is started again, its batch goes to an idle one: ActorDiedError|"
+                     r"RM worker \d is started again, its batch goes to an idle one: ActorUnavailableError", console)  # fmt: skip
+    assert read_failure(run) is None
 
 
-def processes_of(out: Path) -> list[str]:
-    """Command lines of processes that were started for the run."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("VERL_FILE_LOGGER_PATH", "").startswith(str(out)):
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue  # gone meanwhile, or another user's
-    return found
+@dataclass(frozen=True)
+class Failed:
+    """How a run with a faulty RM ended."""
+
+    out: Path
+    printed: str
+    code: int
+    seconds: float
+    """From the moment when the failure was noted to the end of the command."""
+    left: list[str]
+
+
+@pytest.fixture(scope="module")
+def failed(models: Path) -> dict[str, Failed]:
+    """Two runs at the same time on one machine, each with a Ray of its own."""
+    runs = {
+        "nan": (nan_rm(models / "nan", models / "rm"), []),
+        "late": (slow_rm(models / "late", models / "rm", 600.0), [OWN_CODE, *LATE]),
+    }
+
+    def end(name: str) -> Failed:
+        out, (rm, changes) = models / f"run-{name}", runs[name]
+        done = train(models, rm, out, *changes)
+        noted = (out / FAILURE_FILE).stat().st_mtime
+        left = [process.name() for process in command.processes_of(out)]
+        return Failed(out, done.stdout, done.returncode, time() - noted, left)
+
+    with ThreadPoolExecutor(len(runs)) as threads:
+        return dict(zip(runs, threads.map(end, runs), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "lasts"),
+    [("nan", "the RM's logit is nan", 0.0), ("late", "no answer within reward_model.timeout_s=20 s", 20.0)],
+)
+def test_a_faulty_rm_ends_the_run_with_its_error(
+    name: str, message: str, lasts: float, failed: dict[str, Failed]
+) -> None:
+    run = failed[name]
+    assert run.code == 2, run.printed
+    assert "the reward model failed on a batch of" in run.printed
+    assert message in run.printed
+    assert message in str(read_failure(run.out))
+    assert not list(run.out.glob("groups/*"))  # nothing was trained on
+    assert run.left == []
+    assert run.seconds + lasts < 60

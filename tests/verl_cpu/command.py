@@ -6,7 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import psutil
 
 TESTS = Path(__file__).resolve().parents[1]
 TIMEOUT = 600.0
@@ -53,16 +57,38 @@ def environment(dump: Path | None = None) -> dict[str, str]:
     }
 
 
-def ups_rm(*arguments: str | Path, dump: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `ups-rm ARGUMENTS` in a process of its own; stdout and stderr together. On a timeout it may clean up."""
+def ups_rm(
+    *arguments: str | Path, dump: Path | None = None, meanwhile: Callable[[subprocess.Popen[str]], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `ups-rm ARGUMENTS` in a process of its own; stdout and stderr together. On a timeout it may clean up.
+
+    Args:
+        meanwhile: called with the running process, in a thread; to return when the process has ended.
+    """
     command = [sys.executable, "-m", "ups_rm", *map(str, arguments)]
     process = subprocess.Popen(
         command, env=environment(dump), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except BaseException:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        raise
+    with ThreadPoolExecutor(1) as thread:
+        beside = thread.submit(meanwhile, process) if meanwhile else None
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+            raise
+        if beside is not None:
+            beside.result()
     return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def processes_of(run_folder: Path) -> list[psutil.Process]:
+    """All that was started for a run, by what verl's processes have in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("VERL_FILE_LOGGER_PATH", "").startswith(f"{run_folder}/"):
+                found.append(process)
+        except psutil.Error:
+            continue  # gone meanwhile, or another user's
+    return found

@@ -205,6 +205,16 @@ class RMPool:
             self._idle.put_nowait(worker)
         self._repairs: set[asyncio.Task[None]] = set()
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether the workers sit on GPUs that the policy is trained on."""
+        return self.settings.reward_model.placement == "shared" and self.settings.device == "cuda"
+
+    def start_loading(self) -> None:
+        """Have every worker load the reward model, without waiting for it; `wait_ready` tells what came of it."""
+        for worker in self.workers:
+            worker.actor.load.remote()
+
     def wait_ready(self) -> list[str]:
         """Load the reward model in every worker; what each of them holds.
 
@@ -273,6 +283,7 @@ class RMPool:
         if isinstance(error, UpsRmError):
             self._idle.put_nowait(worker)
             return
+        print(f"RM worker {worker.index} is started again, its batch goes to an idle one: {self._describe(error)}")
         task = asyncio.create_task(self._bring_back(worker, kill=isinstance(error, asyncio.TimeoutError)))
         self._repairs.add(task)
         task.add_done_callback(self._repairs.discard)
@@ -296,6 +307,7 @@ class RMPool:
                 continue
             self._idle.put_nowait(worker)
             return
+        print(f"RM worker {worker.index} did not come back within {self.timeout_s:g} s and is left out")
 
 
 def reason(error: BaseException) -> str:

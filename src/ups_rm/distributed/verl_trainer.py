@@ -47,16 +47,18 @@ class SafetyTrainer(PPOTrainerSync):
         self.dump_extras: dict[str, dict[str, float]] = {}
 
     def init(self) -> None:
-        """verl's set-up; then the RM workers, which it created, must have their model.
+        """verl's set-up, while the RM workers load their model where they have a device of their own.
 
         Raises:
-            RMError: the RM can't be loaded.
+            RMError: the RM can't be loaded, or the cluster has no room for its workers.
         """
         with self._leaves_reason():
-            super().init()
             self.board: Any = failure_board()
-            # kept: Ray ends an actor when the process that happened to create it lets go of its handle
+            # kept: Ray ends an actor when the process that created it lets go of its handle
             self.rm_pool = RMPool(PoolSettings.from_verl(self.config))
+            if not self.rm_pool.shares_gpus:  # vLLM measures free memory while it starts
+                self.rm_pool.start_loading()
+            super().init()
             for line in self.rm_pool.wait_ready():
                 print(line)
 
