@@ -1,16 +1,19 @@
 """The recipe on stock verl: the real `verl.trainer.main_ppo`, through the project's own command, on the CPU.
 
-Three runs, shared by all tests: two steps on one worker by `ups-rm run`, two steps on two FSDP2 workers by `ups-rm
-train`, and the first one resumed after its first step. What verl sampled is replayed through the local engine.
+Two runs, shared by all tests: two steps on one worker by `ups-rm run`, interrupted in its second step and gone on with
+by the same command, and two steps on two FSDP2 workers by `ups-rm train`. What verl sampled is replayed through the
+local engine, which runs through.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import signal
+import subprocess
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -34,12 +37,13 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class VerlRun:
-    """A finished run: its folder, what was sampled, and the recipe settings without those of the shims."""
+    """A run: its folder, what each start of its command sampled, and the recipe settings without those of the shims."""
 
     folder: Path
-    dump: Path
+    dumps: list[Path]
     given: list[str]
     file: Path
+    arguments: list[str | Path]
 
     @property
     def recipe(self) -> Recipe:
@@ -50,7 +54,7 @@ class VerlRun:
         return read_metrics(self.folder / "metrics.jsonl")
 
 
-def start(folder: Path, policy: Path, rm: Path, *, verb: str, workers: int) -> VerlRun:
+def planned(folder: Path, policy: Path, rm: Path, *, verb: str, workers: int) -> VerlRun:
     given = [
         *base_overrides(folder, policy),
         f"reward_model.model.path={rm}",
@@ -63,37 +67,59 @@ def start(folder: Path, policy: Path, rm: Path, *, verb: str, workers: int) -> V
         "actor_rollout_ref.actor.optim.lr=1e-4",
         *(f"evaluation.{key}" for key in ("max_unsafe_prompts=2", "max_benign_prompts=2", "n=1", "max_new_tokens=4")),
     ]
-    run = VerlRun(folder / "run", folder / "dump.jsonl", given, recipe_yaml(folder))
-    data = ["--train-data", folder / "train.parquet", "--val-data", folder / "val.parquet"]
-    arguments = [verb, "--engine", "verl", "--recipe", run.file, *data, *given, *command.settings(workers)]
-    done = command.ups_rm(*arguments, "--skip-rm-check", dump=run.dump)
+    file, data = recipe_yaml(folder), ["--train-data", folder / "train.parquet", "--val-data", folder / "val.parquet"]
+    arguments = [verb, "--engine", "verl", "--recipe", file, *data, *given, *command.settings(workers)]
+    dumps = [folder / f"dump_{start}.jsonl" for start in range(2 if verb == "run" else 1)]
+    return VerlRun(folder / "run", dumps, given, file, [*arguments, "--skip-rm-check"])
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """How a start of the command ended that got a Ctrl-C."""
+
+    printed: str
+    code: int
+    seconds: float
+    """From the signal to the end of the command."""
+    left: list[str]
+    found: list[str]
+    """What stood in the run folder after it."""
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, rm_folder: Path
+) -> tuple[VerlRun, Interrupted]:
+    """The run on one worker, after a Ctrl-C while the replies of step 2 are sampled."""
+    run = planned(tmp_path_factory.mktemp("one"), policy_folder, rm_folder, verb="run", workers=1)
+    asked_at = 0.0
+
+    def ctrl_c(process: subprocess.Popen[str]) -> None:
+        nonlocal asked_at
+        while process.poll() is None and not replies_with(run.dumps[0], weights=1):
+            sleep(0.1)
+        asked_at = monotonic()
+        process.send_signal(signal.SIGINT)
+
+    done = command.ups_rm(*run.arguments, dump=run.dumps[0], hold=1, meanwhile=ctrl_c)
+    seconds, left = monotonic() - asked_at, [process.name() for process in command.processes_of(run.folder)]
+    found = sorted(entry.name for entry in run.folder.iterdir())
+    return run, Interrupted(done.stdout, done.returncode, seconds, left, found)
+
+
+@pytest.fixture(scope="module")
+def one_worker(interrupted: tuple[VerlRun, Interrupted]) -> VerlRun:
+    """The same command again."""
+    run, _ = interrupted
+    done = command.ups_rm(*run.arguments, dump=run.dumps[1])
     assert done.returncode == 0, done.stdout[-5000:]
     return run
 
 
 @pytest.fixture(scope="module")
-def one_worker(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, rm_folder: Path) -> VerlRun:
-    return start(tmp_path_factory.mktemp("one"), policy_folder, rm_folder, verb="run", workers=1)
-
-
-@pytest.fixture(scope="module")
 def two_workers(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, rm_folder: Path) -> VerlRun:
-    return start(tmp_path_factory.mktemp("two"), policy_folder, rm_folder, verb="train", workers=2)
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory, one_worker: VerlRun) -> VerlRun:
-    """The first run as it was after step 1, gone on with by the same command."""
-    folder = tmp_path_factory.mktemp("resumed")
-    shutil.copytree(one_worker.folder, folder / "run")
-    shutil.rmtree(folder / "run" / "policy")
-    shutil.rmtree(folder / "run" / f"global_step_{STEPS}")
-    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("1")
-    given = [text for text in one_worker.given if not text.startswith("trainer.default_local_dir")]
-    run = VerlRun(folder / "run", folder / "dump.jsonl", [*given, f"trainer.default_local_dir={folder / 'run'}"],
-                  one_worker.file)  # fmt: skip
-    arguments = ["train", "--engine", "verl", "--recipe", run.file, *run.given, *command.settings()]
-    done = command.ups_rm(*arguments, "--skip-rm-check", dump=run.dump)
+    run = planned(tmp_path_factory.mktemp("two"), policy_folder, rm_folder, verb="train", workers=2)
+    done = command.ups_rm(*run.arguments, dump=run.dumps[0])
     assert done.returncode == 0, done.stdout[-5000:]
     return run
 
@@ -127,14 +153,24 @@ def test_metrics_have_the_local_engines_names(one_worker: VerlRun, replays: dict
 # ---- parity with the local engine
 
 
-def sampled(run: VerlRun, step: int) -> dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The replies of a step by prompt: (tokens, log-probabilities as sampled)."""
-    replies = defaultdict(list)
-    for line in run.dump.read_text().splitlines():
+Replies = dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]]
+"""By prompt, in the order of sampling: (tokens, log-probabilities as sampled)."""
+
+
+def replies_with(dump: Path, *, weights: int) -> Replies:
+    """What was sampled with the weights of that step; the last line may still be on its way."""
+    replies: Replies = defaultdict(list)
+    text = dump.read_text() if dump.is_file() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():
         row = json.loads(line)
-        if row["weights"] == step - 1:
+        if row["weights"] == weights:
             replies[tuple(row["prompt"])].append((torch.tensor(row["tokens"]), torch.tensor(row["logprobs"])))
     return replies
+
+
+def sampled(run: VerlRun, step: int) -> Replies:
+    """The replies that a step was made of: those of the last start that came to it."""
+    return next(found for dump in reversed(run.dumps) if (found := replies_with(dump, weights=step - 1)))
 
 
 @pytest.fixture(scope="module")
@@ -251,17 +287,30 @@ def checkpoint_weights(actor: Path) -> dict[str, torch.Tensor]:
 # ---- resume and export
 
 
-def test_a_resumed_run_is_the_one_that_ran_through(one_worker: VerlRun, resumed: VerlRun) -> None:
-    """The right step, the right prompts, optimizer and schedule: so the same replies and the same weights."""
-    assert [row["step"] for row in resumed.metrics] == [1, 2]
-    assert sampled(resumed, 1) == {}, "step 1 was done again"
-    assert sampled(resumed, 2).keys() == sampled(one_worker, 2).keys()
-    through, after = one_worker.metrics[1], resumed.metrics[1]
-    for metric in ("critic/score/mean", "critic/rewards/mean", "actor/pg_loss", "actor/grad_norm", "actor/lr"):
-        assert after[metric] == pytest.approx(through[metric], rel=1e-5, abs=1e-7), metric
-    ours, theirs = (checkpoint_weights(run.folder / "global_step_2" / "actor") for run in (one_worker, resumed))
-    for key, value in ours.items():
-        torch.testing.assert_close(theirs[key], value, rtol=0, atol=1e-6)
+def test_ctrl_c_ends_verl_with_its_checkpoint_named_and_no_process_left(
+    interrupted: tuple[VerlRun, Interrupted],
+) -> None:
+    run, end = interrupted
+    assert end.code == 130, end.printed
+    assert f"the same command goes on from {run.folder / 'global_step_1'}" in end.printed
+    assert end.left == []
+    assert end.seconds < 60
+    assert {"global_step_1", "metrics.jsonl"} <= set(end.found)
+    assert not {"global_step_2", "policy", "eval", "summary.json"} & set(end.found)
+
+
+def test_the_same_command_goes_on_at_the_right_step_with_the_right_prompts(one_worker: VerlRun) -> None:
+    """That weights, optimizer and schedule are the right ones too is seen by the replay above, which ran through."""
+    assert [row["step"] for row in one_worker.metrics] == [1, 2]
+    first, second = one_worker.dumps
+    assert replies_with(second, weights=0) == {}, "step 1 was done again"
+    again = replies_with(second, weights=1)
+    cut_short = replies_with(first, weights=1)
+    assert cut_short, "the run was interrupted too early to see what step 2 began with"
+    assert not cut_short.keys() & replies_with(first, weights=0).keys()
+    for prompt, replies in cut_short.items():
+        for (tokens, _), (same, _) in zip(replies, again[prompt][: len(replies)], strict=True):
+            assert tokens.tolist() == same.tolist()
 
 
 @RUNS

@@ -44,13 +44,14 @@ def settings(workers: int = 1) -> list[str]:
     ]
 
 
-def environment(dump: Path | None = None) -> dict[str, str]:
-    """What the shims read; `dump`: where the sampled token ids go."""
+def environment(dump: Path | None, hold: int | None) -> dict[str, str]:
+    """What the shims read; `dump`: where sampled token ids go, `hold`: the weights with which a rollout stops."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
         "PYTHONPATH": path,
         "VERL_PLATFORM": "cpu",
         "VERL_CPU_DUMP": str(dump or os.devnull),
+        "VERL_CPU_HOLD": str(hold),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -58,7 +59,10 @@ def environment(dump: Path | None = None) -> dict[str, str]:
 
 
 def ups_rm(
-    *arguments: str | Path, dump: Path | None = None, meanwhile: Callable[[subprocess.Popen[str]], None] | None = None
+    *arguments: str | Path,
+    dump: Path | None = None,
+    hold: int | None = None,
+    meanwhile: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `ups-rm ARGUMENTS` in a process of its own; stdout and stderr together. On a timeout it may clean up.
 
@@ -67,7 +71,7 @@ def ups_rm(
     """
     command = [sys.executable, "-m", "ups_rm", *map(str, arguments)]
     process = subprocess.Popen(
-        command, env=environment(dump), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(dump, hold), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     with ThreadPoolExecutor(1) as thread:
         beside = thread.submit(meanwhile, process) if meanwhile else None

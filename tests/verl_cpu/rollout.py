@@ -2,7 +2,8 @@
 
 Each replica is a Ray actor with a copy of the policy; verl's checkpoint engine pushes the trained weights to it. What
 it samples is a function of seed, weights and prompt, so that a resumed run can be compared with one that ran through;
-and it is written to VERL_CPU_DUMP, since verl's own dumps hold no token ids.
+and it is written to VERL_CPU_DUMP, since verl's own dumps hold no token ids. With the weights of step VERL_CPU_HOLD it
+stops after its first reply.
 Loaded by `actor_rollout_ref.model.external_lib` in the workers, which is also where verl's FSDP engine has to learn
 that it runs on the device "cpu".
 """
@@ -72,6 +73,8 @@ class Server:
             row = {"weights": self.step, "prompt": prompt_ids, "tokens": tokens, "logprobs": logprobs}
             with Path(os.environ["VERL_CPU_DUMP"]).open("a", encoding="utf-8") as dump:
                 dump.write(json.dumps(row) + "\n")
+            if str(self.step) == os.environ["VERL_CPU_HOLD"]:  # in mid-step, for a test that interrupts the run
+                await asyncio.sleep(3600)
         return TokenOutput(
             token_ids=tokens,
             log_probs=logprobs if sampling_params.get("logprobs") else None,
