@@ -131,6 +131,34 @@ def test_several_nodes_without_rdma_are_a_warning_and_with_it_a_word_on_what_can
     assert "can't be seen from one of them" in with_rdma.seen
 
 
+PLACES = {
+    "shared": ("shared", 8, "ok", "8 on 8 training GPUs"),
+    "shared by too many": ("shared", 9, "fail", "9 on 8 training GPUs"),
+    "own, none left": ("own", 1, "fail", "1 GPUs of their own beside 8 that train; 8 are here"),
+    "another node": ("node", 2, "unknown", "2 GPUs of nodes with the Ray resource"),
+    "service": ("http", 1, "unknown", "the service at no address is not asked"),
+}
+
+
+@pytest.mark.parametrize(("placement", "workers", "verdict", "text"), PLACES.values(), ids=PLACES.keys())
+def test_gpus_of_the_rm_are_where_the_recipe_puts_it(recipe, placement, workers, verdict, text):
+    placed = replace(recipe, reward_model=replace(recipe.reward_model, placement=placement, num_workers=workers))
+    found = findings(GPU_NODE, with_gpus(placed, 8))["RM workers"]
+    assert (found.verdict, bool(found.fix)) == (verdict, verdict == "fail")
+    assert text in found.seen
+    if placement == "own":
+        assert findings(GPU_NODE, with_gpus(placed, 7))["RM workers"].verdict == "ok"
+
+
+def test_only_a_shared_rm_needs_memory_of_the_training_gpus(recipe):
+    """An 8B RM beside a 7B policy: 48 GB are enough only if it is elsewhere."""
+    small = replace(GPU_NODE, gpus=[replace(H200, memory=48 * 10**9)] * 8)
+    for placement, verdict in (("shared", "fail"), ("node", "ok")):
+        model = replace(recipe.reward_model.model, path="llama3-8b")
+        placed = replace(recipe, reward_model=replace(recipe.reward_model, model=model, placement=placement))
+        assert findings(small, with_gpus(placed, 8, policy="qwen2-7b-instruct"))["GPU memory"].verdict == verdict
+
+
 def test_gpu_memory_is_the_plan_s(recipe):
     big = with_gpus(recipe, 8, policy="qwen2-7b-instruct")
     assert findings(GPU_NODE, big)["GPU memory"].verdict == "ok"

@@ -128,13 +128,6 @@ def test_an_engine_that_keeps_its_memory_and_weights_that_stay_gathered_are_coun
     assert stays.phases["update"]["gathered weights"] > 2 * QWEN.parameters
 
 
-def test_an_rm_on_gpus_of_its_own_takes_no_memory_here():
-    shared, own = plan_of(), plan_of(replace(H200, rm_gpus=1))
-    assert [plan.rm_workers for plan in (shared, own)] == [8, 1]
-    assert "reward model" in shared.phases["rollout"]
-    assert "reward model" not in own.phases["rollout"]
-
-
 def test_the_command_prints_every_table():
     done = RUNNER.invoke(app, [*OPTIONS, *FULL_SCALE], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
@@ -202,3 +195,67 @@ def test_several_rms_are_refused_with_the_way_out():
     done = RUNNER.invoke(app, ["plan", "--gpu-mem", "140", several])
     assert isinstance(done.exception, PlanError)
     assert "--rm FOLDER" in str(done.exception)
+
+
+# ---- where the RM scores
+
+LLAMA = {"hidden": 4096, "inner": 14_336, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128}
+"""Llama-3-8B's published numbers."""
+PLACEMENTS = [("shared", 1), ("shared", 8), ("own", 2), ("node", 1), ("http", 3)]
+
+
+def placed(placement: str, workers: int, *overrides: str, machine: Machine = H200) -> Plan:
+    given = [f"reward_model.placement={placement}", f"reward_model.num_workers={workers}"]
+    return plan_of(machine, *given, *overrides)
+
+
+def scoring_seconds(plan: Plan, gpus: int) -> float:
+    """A forward over all conversations: 2 FLOPs per matrix weight and token, and causal attention; not the head."""
+    h, i, layers, query, key = LLAMA["hidden"], LLAMA["inner"], LLAMA["layers"], 32 * 128, 8 * 128
+    weights = layers * (2 * h * query + 2 * h * key + 3 * h * i)
+    tokens, length = 64 * plan.work.n * (64 + 300), 64 + 300
+    rate = 1 / (1 / (0.75 * 989e12) + 1 / (110 * plan.machine.gpu.memory_bandwidth))
+    return tokens * (2 * weights + 2 * layers * query * length) / (gpus * rate)
+
+
+@pytest.mark.parametrize(("placement", "workers"), PLACEMENTS)
+def test_the_rm_takes_memory_only_where_it_is_shared(placement, workers):
+    working_set = 16_384 * (2 * (3 * LLAMA["inner"] + 4 * LLAMA["hidden"]) + 4 * LLAMA["hidden"])
+    head = 4096 * 256 + 256 + 256 * 64 + 64 + 64 + 1
+    body = 8_030_261_248 - 128_256 * 4096  # without the LM head
+    for parts in placed(placement, workers).phases.values():
+        found = parts.get("reward model", 0)
+        assert found == (2 * body + 4 * head + working_set if placement == "shared" else 0)
+
+
+@pytest.mark.parametrize(("placement", "workers"), PLACEMENTS)
+@pytest.mark.parametrize("prompts", [64, 64 * 256])
+def test_scoring_takes_what_its_flops_take_beside_the_rollout_or_after_it(placement, workers, prompts):
+    plan = placed(placement, workers, f"data.train_batch_size={prompts}")
+    whole = prompts // 64 * scoring_seconds(plan, 1 if placement == "http" else workers)
+    expected = whole if placement == "shared" else max(0.0, whole - plan.time.rollout)
+    assert plan.time.rm == pytest.approx(expected, rel=2e-3)
+    assert (expected > 0) == (placement == "shared" or prompts > 64), "both cases are seen"
+
+
+def test_more_workers_than_gpus_to_share_are_refused():
+    with pytest.raises(PlanError, match="num_workers=9, but there are only 8 training GPUs"):
+        placed("shared", 9)
+    assert placed("own", 9).rm_workers == 9
+
+
+@pytest.mark.parametrize(("rm_gpus", "workers", "place"), [
+    (None, 2, "on GPUs of another node"), (3, 3, "on GPUs of another node"), (0, 8, "on GPUs that also train"),
+])  # fmt: skip
+def test_gpus_given_on_the_command_line_count_instead_of_the_recipe_s(rm_gpus, workers, place):
+    plan = placed("node", 2, machine=replace(H200, rm_gpus=rm_gpus))
+    assert (plan.rm_workers, plan.rm_place) == (workers, place)
+
+
+def test_gpus_of_the_rm_s_own_are_paid_for_and_shared_ones_grow_with_the_rest():
+    shared, own = placed("shared", 2), placed("own", 2)
+    assert [row.rm_workers for row in shared.growing if row.shard_group == 8] == [2, 16, 128, 1024]
+    assert [row.rm_workers for row in own.growing if row.shard_group == 8] == [2, 2, 2, 2]
+    for plan, paid in ((shared, 8), (own, 10)):
+        row = plan.growing[0]
+        assert row.gpu_hours_per_million_tokens == pytest.approx(paid * plan.time.total / 3600 / plan.work.tokens * 1e6)

@@ -10,8 +10,8 @@ from ups_rm.cli.run import Overrides, RecipeName
 
 EPILOG = (
     "Example: ups-rm plan --recipe pku_saferlhf_qwen2_7b_8gpu --gpus 8 --gpu-mem 140      "
-    "Two machines, an RM on GPUs of its own: ups-rm plan --recipe pku_saferlhf_qwen2_7b_2nodes --gpus 8 --nodes 2 "
-    "--gpu-mem 140 --rm-gpus 2"
+    "Two machines, the RM on a third: ups-rm plan --recipe pku_saferlhf_qwen2_7b_2nodes --gpu-mem 140 "
+    "reward_model.placement=node"
 )
 
 
@@ -43,8 +43,12 @@ def plan(
     link: Annotated[float | None, typer.Option(help="NVLink GB/s per GPU, one way.")] = None,
     network: Annotated[float | None, typer.Option(help="Network GB/s per GPU.")] = None,
     rm_gpus: Annotated[
-        int, typer.Option(help="GPUs of the RM's own, beside the others; 0: a worker on every training GPU.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="GPUs of the RM's own, beside the others, or of the service; 0: a worker on every training GPU. "
+            "reward_model.placement and num_workers if not given."
+        ),
+    ] = None,
     prompt_tokens: Annotated[float, typer.Option(help="Mean length of prompts.")] = 64,
     response_tokens: Annotated[float, typer.Option(help="Mean length of replies.")] = 300,
     json_out: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

@@ -65,6 +65,12 @@ class PoolSettings:
         per_node = int(config.trainer.n_gpus_per_node)
         return cls(reward_model, str(config.trainer.device), per_node * int(config.trainer.nnodes), max(1, per_node))
 
+    @property
+    def loads_beside_verl(self) -> bool:
+        """Whether the workers may load while verl starts. On GPUs that are shared vLLM then measures free memory, and
+        those of the RM's `own` are what verl leaves when it has placed its workers node by node."""
+        return self.device != "cuda" or self.reward_model.placement in ("node", "http")
+
 
 class RMWorker:
     """The Ray actor. The reward model is loaded by the first call, so that an error is that call's own exception."""
@@ -204,11 +210,6 @@ class RMPool:
         for worker in self.workers:
             self._idle.put_nowait(worker)
         self._repairs: set[asyncio.Task[None]] = set()
-
-    @property
-    def shares_gpus(self) -> bool:
-        """Whether the workers sit on GPUs that the policy is trained on."""
-        return self.settings.reward_model.placement == "shared" and self.settings.device == "cuda"
 
     def start_loading(self) -> None:
         """Have every worker load the reward model, without waiting for it; `wait_ready` tells what came of it."""

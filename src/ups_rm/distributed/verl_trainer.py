@@ -20,7 +20,7 @@ import transfer_queue as tq
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from ups_rm.distributed.failures import BOARD_LIMIT_S, as_error, failure_board, write_failure
-from ups_rm.distributed.rm_workers import PoolSettings, RMPool
+from ups_rm.distributed.rm_workers import PoolSettings, RMPool, check_capacity
 from ups_rm.distributed.step_record import FIELDS, StepRecord, read_step, step_groups, step_metrics, validation_metrics
 from ups_rm.errors import RunError
 from ups_rm.tracking.group_log import GroupLog
@@ -47,18 +47,21 @@ class SafetyTrainer(PPOTrainerSync):
         self.dump_extras: dict[str, dict[str, float]] = {}
 
     def init(self) -> None:
-        """verl's set-up, while the RM workers load their model where they have a device of their own.
+        """verl's set-up, while the RM workers load their model where that takes nothing from it.
 
         Raises:
             RMError: the RM can't be loaded, or the cluster has no room for its workers.
         """
         with self._leaves_reason():
             self.board: Any = failure_board()
-            # kept: Ray ends an actor when the process that created it lets go of its handle
-            self.rm_pool = RMPool(PoolSettings.from_verl(self.config))
-            if not self.rm_pool.shares_gpus:  # vLLM measures free memory while it starts
-                self.rm_pool.start_loading()
+            settings = PoolSettings.from_verl(self.config)
+            check_capacity(settings, ray.cluster_resources())
+            beside = RMPool(settings) if settings.loads_beside_verl else None
+            if beside is not None:
+                beside.start_loading()
             super().init()
+            # kept: Ray ends an actor when the process that created it lets go of its handle
+            self.rm_pool = beside or RMPool(settings)
             for line in self.rm_pool.wait_ready():
                 print(line)
 

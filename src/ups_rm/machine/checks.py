@@ -47,6 +47,8 @@ def check_machine(facts: Facts, recipe: Recipe, engine: str) -> list[Finding]:
     """
     found = [*_software(facts, recipe, engine), *_gpus(facts, recipe, engine)]
     plan = _plan(recipe, facts)
+    if engine == "verl":
+        found.append(_rm_place(facts, recipe))
     found += _memory(facts, recipe, engine, plan)
     found += _machine(facts, recipe, engine, plan)
     found += _models(recipe)
@@ -156,10 +158,35 @@ def _plan(recipe: Recipe, facts: Facts) -> Plan | str:
     nodes, per_node = max(1, recipe.trainer.nnodes), max(1, recipe.trainer.n_gpus_per_node)
     smallest = min((gpu.memory for gpu in facts.gpus or []), default=0)
     machine = Machine(gpus=nodes * per_node, nodes=nodes, memory_gb=smallest / 1e9, gpu=GPUS["h200"])
+    # a service takes no memory of these GPUs, so any RM will do in its place
+    rm = recipe.reward_training.backbone if recipe.reward_model.placement == "http" else None
     try:
-        return make_plan(recipe, *recipe_architectures(recipe, None, None), machine)
+        return make_plan(recipe, *recipe_architectures(recipe, None, rm), machine)
     except PlanError as error:
         return str(error).splitlines()[0]
+
+
+def _rm_place(facts: Facts, recipe: Recipe) -> Finding:
+    """Whether there are GPUs where `reward_model.placement` puts the RM workers."""
+    what, settings, nodes = "RM workers", recipe.reward_model, max(1, recipe.trainer.nnodes)
+    workers, training = settings.num_workers, nodes * max(1, recipe.trainer.n_gpus_per_node)
+    if settings.placement == "http":
+        urls = ", ".join(entry.url for entry in settings.entries() if entry.url)
+        return Finding(what, "unknown", f"the service at {urls or 'no address'} is not asked from here")
+    if settings.placement == "node":
+        seen = f"{workers} GPUs of nodes with the Ray resource {settings.node_resource!r} can't be seen from here"
+        return Finding(what, "unknown", seen)
+    if settings.placement == "shared":
+        fits = workers <= training
+        seen = f"{workers} on {training} training GPUs"
+        return Finding(what, "ok" if fits else "fail", seen, "" if fits else f"reward_model.num_workers={training}")
+    seen = f"{workers} GPUs of their own beside {training} that train"
+    if nodes > 1 or facts.gpus is None:
+        return Finding(what, "unknown", f"{seen}; not all can be seen from here")
+    spare = len(facts.gpus) - training
+    fix = f"trainer.n_gpus_per_node={max(1, len(facts.gpus) - workers)}, or reward_model.placement=shared"
+    return Finding(what, "ok" if spare >= workers else "fail", f"{seen}; {len(facts.gpus)} are here",
+                   "" if spare >= workers else fix)  # fmt: skip
 
 
 def _memory(facts: Facts, recipe: Recipe, engine: str, plan: Plan | str) -> Iterator[Finding]:

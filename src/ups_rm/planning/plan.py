@@ -25,13 +25,13 @@ class Machine:
     """The GPUs that the plan is for, and the lengths that no recipe knows."""
 
     gpus: int
-    """Those that train and roll out, over all nodes. An RM on GPUs of its own has them besides."""
+    """Those that train and roll out, over all nodes. An RM that is not shared with them has its GPUs besides."""
     nodes: int
     memory_gb: float
     """GB of 10^9 bytes per GPU. Makers' 80 and 141 GB are a few per cent more, so this errs on the safe side."""
     gpu: speed.Gpu
-    rm_gpus: int = 0
-    """GPUs of the RM's own, beside the others; 0: a worker on every training GPU."""
+    rm_gpus: int | None = None
+    """GPUs of the RM's own, beside the others; 0: a worker on every training GPU; None: `reward_model.placement`."""
     prompt_tokens: float = 64.0
     response_tokens: float = 300.0
     efficiency: speed.Efficiency = field(default_factory=speed.Efficiency)
@@ -89,6 +89,8 @@ class Plan:
     micro_batch: MicroBatch
     problems: list[str]
     rm_workers: int
+    rm_place: str
+    """Where they are, in words."""
     time: speed.StepTime
     tokens_per_second: float
     growing: list[Scale]
@@ -155,6 +157,7 @@ def make_plan(recipe: Recipe, policy: Architecture, rm: Architecture, machine: M
         micro_batch=micro,
         problems=_problems(policy, layout, phases, limit, micro),
         rm_workers=cluster.rm_gpus,
+        rm_place=_rm_place(recipe, machine),
         time=time,
         tokens_per_second=work.tokens / time.total,
         growing=_growth(policy, rm, work, cluster, machine, grow=True),
@@ -215,7 +218,7 @@ def _layout(recipe: Recipe, machine: Machine) -> memory.Layout:
         param_offload=fsdp.param_offload,
         optimizer_offload=fsdp.optimizer_offload,
         lora_rank=settings.model.lora_rank,
-        rm_shared=machine.rm_gpus == 0,
+        rm_shared=_rm_gpus(recipe, machine)[1],
         rm_batch_tokens=recipe.reward_model.max_batch_tokens,
     )
 
@@ -234,20 +237,52 @@ def _work(recipe: Recipe, machine: Machine) -> speed.Work:
 
 
 def _cluster(recipe: Recipe, machine: Machine, layout: memory.Layout) -> speed.Cluster:
-    settings = recipe.actor_rollout_ref
+    settings, (rm_gpus, rm_shared) = recipe.actor_rollout_ref, _rm_gpus(recipe, machine)
     return speed.Cluster(
         gpus=machine.gpus,
         gpus_per_node=layout.gpus_per_node,
         gpu=machine.gpu,
         tensor_parallel=layout.tensor_parallel,
         shard_group=layout.shard_group,
-        rm_gpus=machine.rm_gpus or machine.gpus,
-        rm_shared=layout.rm_shared,
+        rm_gpus=rm_gpus,
+        rm_shared=rm_shared,
         max_num_seqs=settings.rollout.max_num_seqs,
         micro_batch=layout.micro_batch,
         checkpointing=layout.checkpointing,
         use_reference=recipe.algorithm.use_kl_in_reward or settings.actor.use_kl_loss,
     )
+
+
+def _rm_gpus(recipe: Recipe, machine: Machine) -> tuple[int, bool]:
+    """GPUs with an RM worker, and whether they are training GPUs. Of a service one is assumed.
+
+    Raises:
+        PlanError: more workers than training GPUs to share.
+    """
+    placement, workers = recipe.reward_model.placement, recipe.reward_model.num_workers
+    if machine.rm_gpus is not None:
+        return machine.rm_gpus or machine.gpus, machine.rm_gpus == 0
+    if placement == "shared" and workers > machine.gpus:
+        raise PlanError(
+            f"reward_model.num_workers={workers}, but there are only {machine.gpus} training GPUs to share\n"
+            f"  fix: reward_model.num_workers={machine.gpus}, or reward_model.placement=own"
+        )
+    return 1 if placement == "http" else workers, placement == "shared"
+
+
+PLACES = {
+    "shared": "on GPUs that also train",
+    "own": "on GPUs of its own beside them",
+    "node": "on GPUs of another node",
+    "http": "behind a service",
+}
+
+
+def _rm_place(recipe: Recipe, machine: Machine) -> str:
+    given, placement = machine.rm_gpus, recipe.reward_model.placement
+    if given is None or (given and placement != "shared"):
+        return PLACES[placement]
+    return PLACES["own" if given else "shared"]
 
 
 def _largest(
@@ -297,13 +332,16 @@ def _problems(
 def _growth(
     policy: Architecture, rm: Architecture, work: speed.Work, cluster: speed.Cluster, machine: Machine, *, grow: bool
 ) -> list[Scale]:
-    """The plan's GPUs and SCALES, sharded over all of them and over one node. GPUs of the RM's own stay as many."""
+    """The plan's GPUs and SCALES, sharded over all of them and over one node.
+
+    The same share of the training GPUs has an RM worker; GPUs of the RM's own stay as many.
+    """
     rows = []
     for gpus in (machine.gpus, *(size for size in SCALES if size > machine.gpus)):
         prompts = work.prompts * gpus // machine.gpus if grow else work.prompts
         groups = {gpus} | ({cluster.gpus_per_node} if gpus % cluster.gpus_per_node == 0 else set())
         for group in sorted(groups, reverse=True):
-            workers = gpus if cluster.rm_shared else cluster.rm_gpus
+            workers = cluster.rm_gpus * gpus // machine.gpus if cluster.rm_shared else cluster.rm_gpus
             grown = replace(cluster, gpus=gpus, shard_group=group, rm_gpus=workers)
             step = replace(work, prompts=prompts)
             time = speed.step_time(policy, rm, step, grown, machine.efficiency)

@@ -17,7 +17,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"policy {plan.policy.name}: {plan.policy.parameters:,} parameters; RM {plan.rm.name}: {plan.rm.parameters:,}; "
         f"{layout.gpus} x {machine.gpu.name} with {machine.memory_gb:g} GB on {machine.nodes} node(s), "
-        f"{plan.rm_workers} RM worker(s) {'on them' if layout.rm_shared else 'elsewhere'}",
+        f"{plan.rm_workers} GPU(s) with an RM worker, {plan.rm_place}",
         soft_wrap=True,
     )
     console.print(_memory(plan))
