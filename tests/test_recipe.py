@@ -301,6 +301,10 @@ CONTRADICTIONS = {
         ["reward_training.lora=true", "reward_training.helpful=0.3"],
         "adapters do not learn from that comparison",
     ),
+    "spoiled replies with adapters": (
+        ["reward_training.lora=true", "reward_training.degenerate=0.1"],
+        "adapters do not learn from that comparison",
+    ),
     "one beta": (["actor_rollout_ref.actor.optim.betas=[0.9]"], "must be two numbers"),
     "beta of 1": (["actor_rollout_ref.actor.optim.betas=[0.9,1.0]"], "must be two numbers"),
     "a key of the verl engine": (["reward_model.strategy=fsdp"], "is verl's and has no effect here"),

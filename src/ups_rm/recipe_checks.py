@@ -195,11 +195,12 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.evaluation.max_unsafe_prompts + recipe.evaluation.max_benign_prompts == 0:
         raise RecipeError("evaluation.max_unsafe_prompts=0 and evaluation.max_benign_prompts=0: nothing to compare on")
     made = recipe.reward_training
-    if made.lora and made.helpful:
-        raise RecipeError(
-            f"reward_training.helpful={made.helpful:g} and reward_training.lora=True: adapters do not learn from that "
-            "comparison\n  fix: reward_training.helpful=0, or no lora"
-        )
+    for name in ("helpful", "degenerate"):
+        if made.lora and (weight := getattr(made, name)):
+            raise RecipeError(
+                f"reward_training.{name}={weight:g} and reward_training.lora=True: adapters do not learn from that "
+                f"comparison\n  fix: reward_training.{name}=0, or no lora"
+            )
     if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
         raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
 

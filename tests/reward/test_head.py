@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from labelled_rows import make_features
+from ups_rm.data.degenerate import DEGENERATE
 from ups_rm.errors import RMError
 from ups_rm.reward.feature_set import FeatureSet
 from ups_rm.reward.head import TrainableHead, head_logits, split_prompts, train_head
@@ -164,6 +165,7 @@ def test_unlabelled_texts_are_left_out_and_nothing_left_is_an_error(tmp_path: Pa
         {"patience": 0},
         {"contrast": 1.0},
         {"helpful": -1.0},
+        {"degenerate": -1.0},
     ],
 )
 def test_settings_that_make_no_sense_are_named(wrong: dict[str, object]) -> None:
@@ -208,6 +210,35 @@ def test_comparing_helpful_replies_stops_evasion_from_scoring_safer(tmp_path: Pa
     assert contrast[0.5] > 0.2
     assert gap[0.0] > 0
     assert gap[0.5] / contrast[0.5] < 0.5 * gap[0.0] / contrast[0.0]  # not merely flatter
+
+
+def test_degenerate_replies_of_good_ones_score_less_safe_than_these(tmp_path: Path) -> None:
+    """Axis 2 is what spoiled replies look like; the labels say nothing of it."""
+    features, made = make_features(120, signal=2.0), make_features(60, seed=3)
+    features = replace(features, info=replace(features.info, files=("rows.jsonl",)))
+    hidden = made.hidden.clone()
+    hidden[::2, 2] += 90.0  # the first of each row is the spoiled one, 3 standard deviations off
+    unknown = torch.full_like(made.row_unsafe, -1)
+    made = replace(
+        made,
+        hidden=hidden,
+        unsafe=torch.full_like(made.unsafe, torch.nan),
+        row_unsafe=unknown,
+        row_safer=unknown[:, 0],
+        row_better=torch.ones_like(made.row_better),
+        info=replace(made.info, files=(DEGENERATE,)),
+    )
+    gaps, auc = [], []
+    for weight in (0.0, 0.5):
+        settings = quick(degenerate=weight, calibrate=False, batch_size=16, patience=40)
+        report = train_head([features, made], tmp_path / str(weight), settings, progress=False)
+        logits = head_logits(load_file(tmp_path / str(weight) / "head.safetensors"), hidden)
+        gaps.append((logits[::2] - logits[1::2]).mean().item())
+        auc.append(report.quality.auc)
+    assert gaps[1] > max(gaps[0], 0.0) + 0.4
+    assert min(auc) > 0.8  # unsafe is told from safe either way
+    with pytest.raises(RMError, match="rm features --degenerate"):
+        train_head(features, tmp_path / "none", quick(degenerate=0.1), progress=False)
 
 
 def test_contrast_compares_every_unsafe_with_every_safe_reply_of_a_prompt() -> None:

@@ -168,5 +168,7 @@ def test_what_stands_in_the_way_is_named(backbone: Path, tmp_path: Path) -> None
         module.with_adapters(load_decoder(backbone, torch.float32), LoraSettings(target_modules="c_attn"), 0)
     with pytest.raises(RMError, match="adapters do not learn from that comparison"):
         train_lora(backbone, make_rows(4), tmp_path / "new", replace(HEAD, helpful=0.3))
+    with pytest.raises(RMError, match=r"degenerate is 0\.1, but adapters do not learn"):
+        train_lora(backbone, make_rows(4), tmp_path / "new", replace(HEAD, degenerate=0.1))
     with pytest.raises(RMError, match="rank"):
         LoraSettings(rank=0)

@@ -76,6 +76,9 @@ def features(
     truncation_side: Side = None,
     max_length: MaxLength = None,
     pooling: Pooling = "last",
+    degenerate: Annotated[
+        int, typer.Option(help="Add so many good replies and their spoiled forms, for `rm train --degenerate`.")
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_batch_tokens: Annotated[int, typer.Option(help="Upper bound of a batch, padding included.")] = 4096,
@@ -84,11 +87,13 @@ def features(
 ) -> None:
     """Hidden state of every reply, with its labels. Goes on where an earlier start was killed."""
     from ups_rm.console import console
+    from ups_rm.data.degenerate import degenerate_rows
     from ups_rm.models import resolve_model
     from ups_rm.reward.features import extract_features
 
     sources = data or ["sample"]
     rows, rejects = _read(sources, split, max_bad)
+    rows += degenerate_rows(rows, degenerate)
     report = extract_features(
         resolve_model(backbone),
         rows,
@@ -132,6 +137,9 @@ def train(
     ] = None,
     helpful: Annotated[
         float | None, typer.Option(help="bce: weight of comparing better and other safe replies to harmless prompts.")
+    ] = None,
+    degenerate: Annotated[
+        float | None, typer.Option(help="bce: weight of comparing good replies and their spoiled forms (0.1).")
     ] = None,
     max_epochs: Annotated[int | None, typer.Option()] = None,
     patience: Annotated[int | None, typer.Option(help="Epochs without a better validation loss.")] = None,
@@ -181,6 +189,7 @@ def train(
         "calibrate": calibrate,
         "contrast": contrast,
         "helpful": helpful,
+        "degenerate": degenerate,
         "max_epochs": max_epochs,
         "patience": patience,
         "batch_size": batch_size,

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from ups_rm.data.rows import Row
     from ups_rm.reward.head_objective import HeadSettings
 
+DEGENERATE_ROWS = 400
+"""Of each source, when `reward_training.degenerate` asks for them."""
 RM_FOLDER = Path("merge/merged_model/Naive-RM-saferlhf")
 
 
 def make_rm(this: Run) -> None:
     """Backbone, features and head (or adapters), merge; the recipe then names the RM folder."""
+    from ups_rm.data.degenerate import degenerate_rows
     from ups_rm.reward.feature_set import FeatureSet
     from ups_rm.reward.features import extract_features
     from ups_rm.reward.head import train_head
@@ -39,10 +42,12 @@ def make_rm(this: Run) -> None:
         files = {name: work / f"{name}.safetensors" for name in sources}
 
         held_out = held_out_texts(this.recipe)
+        degenerate = DEGENERATE_ROWS if settings.degenerate else 0
 
         def features() -> None:
             for name, source in sources.items():
                 rows = labelled_rows(this.recipe, source, held_out=held_out, benign_only=name == "benign")
+                rows += degenerate_rows(rows, degenerate)
                 extract_features(
                     backbone,
                     rows,
@@ -61,6 +66,7 @@ def make_rm(this: Run) -> None:
                     "pooling": settings.pooling,
                     "sources": sources,
                     "held_out": sorted(held_out),
+                    "degenerate": degenerate,
                 },
                 out=work,
                 outputs=list(files.values()),
@@ -148,7 +154,8 @@ def head_settings(settings: RewardTraining) -> HeadSettings:
     """`reward_training` as the head's settings; what is not given is the head's own default."""
     from ups_rm.reward.head_objective import HeadSettings, parse_dims
 
-    given = {name: getattr(settings, name) for name in ("lr", "weight_decay", "dropout", "max_epochs", "helpful")}
+    given = {name: getattr(settings, name) for name in ("lr", "weight_decay", "dropout", "max_epochs")}
+    given |= {name: getattr(settings, name) for name in ("helpful", "degenerate")}
     return HeadSettings(
         hidden_dims=parse_dims(settings.hidden_dims),
         loss=settings.loss,  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ups_rm.console import progress_bar
+from ups_rm.errors import RMError
 from ups_rm.reward.feature_set import FeatureInfo, FeatureSet, join, ordered_pairs
 from ups_rm.reward.head_metrics import Quality, curves, fit_temperature, quality
 from ups_rm.reward.head_objective import LABELS, HeadSettings, Part, loss_of, part_of, step_loss, with_pairs
@@ -131,6 +132,11 @@ def train_head(
         joined.prompt_id, (settings.validation_share, settings.test_share), settings.seed
     )
     parts = {name: part_of(joined, ids, settings) for name, ids in (("train", train), ("validation", validation))}
+    if settings.degenerate > 0 and parts["train"].degenerate is None:
+        raise RMError(
+            f"degenerate is {settings.degenerate:g}, but there are no spoiled replies for loss {settings.loss!r}"
+            "\n  fix: make features with `ups-rm rm features --degenerate 400` and train with --loss bce"
+        )
     head, epochs, best_epoch, best_loss = fit(joined.hidden, parts["train"], parts["validation"], settings, progress)
     tensors = head.folded()
     temperature = calibrate(tensors, joined, validation, settings) if settings.calibrate else 1.0
@@ -190,7 +196,7 @@ def fit(
 def _validation_loss(head: TrainableHead, hidden: Tensor, part: Part, settings: HeadSettings) -> float:
     chunks = torch.arange(len(part)).split(4096)
     loss = sum(loss_of(head, hidden, part, rows, settings).item() * len(rows) for rows in chunks) / len(part)
-    return with_pairs(torch.tensor(loss), head, hidden, part.contrast, part.helpful, settings).item()
+    return with_pairs(torch.tensor(loss), head, hidden, part, settings).item()
 
 
 def calibrate(tensors: dict[str, Tensor], features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> float:

@@ -6,13 +6,14 @@ Nothing here trains (head.py, lora.py) or knows where hidden states come from.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ups_rm.data.degenerate import DEGENERATE
 from ups_rm.errors import RMError
 from ups_rm.reward.feature_set import UNKNOWN, FeatureSet, ordered_pairs
 from ups_rm.reward.head_metrics import class_weights
@@ -42,6 +43,9 @@ class HeadSettings:
     helpful: float = 0.0
     """`bce`: weight of a further comparison: of two safe replies to a harmless prompt the better one
     (better_response_id) is to score safer (Bradley-Terry). It closes the gap that makes evasion pay."""
+    degenerate: float = 0.0
+    """`bce`: weight of a further comparison: a good reply is to score safer than its spoiled form (data/degenerate.py:
+    looped, stuttered, another prompt's). It keeps "No, no, no, no" from being the safest reply there is."""
     max_epochs: int = 60
     patience: int = 8
     """Epochs without a better validation loss before training stops."""
@@ -59,8 +63,9 @@ class HeadSettings:
             raise RMError(
                 f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing to train on"
             )
-        if self.helpful < 0:
-            raise RMError(f"helpful is {self.helpful}, expected at least 0")
+        for name in ("helpful", "degenerate"):
+            if getattr(self, name) < 0:
+                raise RMError(f"{name} is {getattr(self, name)}, expected at least 0")
         if not 0 <= self.contrast < 1:
             raise RMError(f"contrast is {self.contrast}, expected a share in [0, 1)")
         if any(width < 1 for width in self.hidden_dims):
@@ -89,8 +94,9 @@ def parse_dims(text: str) -> tuple[int, ...]:
 class Part:
     """What one part of the split is trained or validated on: items are texts (K,), or pairs of texts (K, 2).
 
-    `contrast` are pairs (unsafe, safe) of replies to one prompt, `helpful` pairs (other, better) of safe replies to one
-    harmless prompt, both (C, 2), for the settings of these names; None where there are none.
+    Pairs of replies to one prompt, each (C, 2), for the settings of the same names; None where there are none:
+    `contrast` (unsafe, safe), `helpful` (other, better) of two safe ones to a harmless prompt, `degenerate` (spoiled,
+    good).
     """
 
     items: Tensor
@@ -98,6 +104,7 @@ class Part:
     weights: Tensor
     contrast: Tensor | None = None
     helpful: Tensor | None = None
+    degenerate: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -125,7 +132,14 @@ def part_of(features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> Pa
         return Part(items, targets, torch.ones(len(items)))
     weights = class_weights(targets) if settings.class_balance else torch.ones(len(items))
     smooth = settings.label_smoothing + (1 - 2 * settings.label_smoothing) * targets
-    return Part(items, smooth, weights, contrast_pairs(features, items), helpful_pairs(features, prompts))
+    return Part(
+        items,
+        smooth,
+        weights,
+        contrast_pairs(features, items),
+        helpful_pairs(features, prompts),
+        degenerate_pairs(features, prompts),
+    )
 
 
 def contrast_pairs(features: FeatureSet, items: Tensor) -> Tensor | None:
@@ -141,16 +155,26 @@ def contrast_pairs(features: FeatureSet, items: Tensor) -> Tensor | None:
 
 def helpful_pairs(features: FeatureSet, prompts: Tensor) -> Tensor | None:
     """(other, better) of rows with two safe replies to a harmless prompt among these; None without. Shape (C, 2)."""
-    better = features.row_better.long()
-    rows = (
-        (features.row_unsafe == 0).all(dim=1)
-        & (features.benign[features.row_texts[:, 0]] == 1)
-        & (better != UNKNOWN)
-        & torch.isin(features.row_prompt, prompts)
-    ).nonzero()[:, 0]
+    safe = (features.row_unsafe == 0).all(dim=1)
+    harmless = features.benign[features.row_texts[:, 0]] == 1
+    known = features.row_better != UNKNOWN
+    return _worse_and_better(features, safe & harmless & known & torch.isin(features.row_prompt, prompts))
+
+
+def degenerate_pairs(features: FeatureSet, prompts: Tensor) -> Tensor | None:
+    """(spoiled, good) of the rows of data/degenerate.py with these prompts; None without. Shape (C, 2)."""
+    made = [i for i, file in enumerate(features.info.files) if file == DEGENERATE]
+    rows = torch.isin(features.row_file, torch.tensor(made, dtype=torch.long))
+    return _worse_and_better(features, rows & torch.isin(features.row_prompt, prompts))
+
+
+def _worse_and_better(features: FeatureSet, chosen: Tensor) -> Tensor | None:
+    """Texts of the chosen rows, the one that is not `better_response_id` first. Shape (C, 2); None for no rows."""
+    rows = chosen.nonzero()[:, 0]
     if not len(rows):
         return None
-    return torch.stack([features.row_texts[rows, 1 - better[rows]], features.row_texts[rows, better[rows]]], dim=1)
+    better = features.row_better[rows].long()
+    return torch.stack([features.row_texts[rows, 1 - better], features.row_texts[rows, better]], dim=1)
 
 
 def _need(count: int, what: str, settings: HeadSettings) -> None:
@@ -187,24 +211,31 @@ def step_loss(
     def draw(pairs: Tensor | None) -> Tensor | None:
         return None if pairs is None else pairs[torch.randint(len(pairs), (len(rows),))]
 
-    contrast = draw(part.contrast) if settings.contrast > 0 else None
-    helpful = draw(part.helpful) if settings.helpful > 0 else None
-    return with_pairs(loss_of(head, hidden, part, rows, settings), head, hidden, contrast, helpful, settings)
+    drawn = replace(
+        part,
+        contrast=draw(part.contrast) if settings.contrast > 0 else None,
+        helpful=draw(part.helpful) if settings.helpful > 0 else None,
+        degenerate=draw(part.degenerate) if settings.degenerate > 0 else None,
+    )
+    return with_pairs(loss_of(head, hidden, part, rows, settings), head, hidden, drawn, settings)
 
 
 def with_pairs(
     loss: Tensor,
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
-    contrast: Tensor | None,
-    helpful: Tensor | None,
+    part: Part,
     settings: HeadSettings,
 ) -> Tensor:
-    """(1 - contrast) * loss + contrast * contrast_loss + helpful * that of its own pairs; None leaves a kind out."""
-    if contrast is not None and settings.contrast > 0:
-        loss = (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, contrast)
-    if helpful is not None and settings.helpful > 0:
-        loss = loss + settings.helpful * contrast_loss(head, hidden, helpful)
+    """(1 - contrast) * loss + contrast * contrast_loss, + helpful and degenerate times that of their own pairs.
+
+    The pairs are those of `part`; a kind that it has none of is left out.
+    """
+    if part.contrast is not None and settings.contrast > 0:
+        loss = (1 - settings.contrast) * loss + settings.contrast * contrast_loss(head, hidden, part.contrast)
+    for pairs, weight in ((part.helpful, settings.helpful), (part.degenerate, settings.degenerate)):
+        if pairs is not None and weight > 0:
+            loss = loss + weight * contrast_loss(head, hidden, pairs)
     return loss
 
 

@@ -139,15 +139,17 @@ def train_lora(
         overwrite: replace what is in `out`. Other arguments as in `extract_features`.
 
     Raises:
-        RMError: as `extract_features` and `train_head`; `out/backbone` exists; `helpful` of the head's settings.
+        RMError: as `extract_features` and `train_head`; `out/backbone` exists; `helpful` or `degenerate` of the head's
+            settings.
     """
     start, out = perf_counter(), Path(out)
     head_settings, settings = head_settings or HeadSettings(), settings or LoraSettings()
-    if head_settings.helpful > 0:
-        raise RMError(
-            f"helpful is {head_settings.helpful:g}, but adapters do not learn from that comparison, only a head on a "
-            "frozen backbone does\n  fix: leave helpful out, or train without --lora"
-        )
+    for name in ("helpful", "degenerate"):
+        if getattr(head_settings, name) > 0:
+            raise RMError(
+                f"{name} is {getattr(head_settings, name):g}, but adapters do not learn from that comparison, only a "
+                f"head on a frozen backbone does\n  fix: leave {name} out, or train without --lora"
+            )
     merged = out / "backbone"
     check_replaceable(merged, overwrite=overwrite)
     place = str(torch_device(device))
