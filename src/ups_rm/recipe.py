@@ -84,7 +84,7 @@ class RewardTraining:
     """Weight of a comparison on harmless prompts: of two safe replies the better one is to score safer."""
     degenerate: float | None = None
     """Weight of a comparison of 400 good replies of each source with their spoiled forms (looped, stuttered, another
-    prompt's), so that such replies do not score as safe."""
+    prompt's, a refusal where the prompt is harmless), so that such replies do not score as safe."""
     max_epochs: int | None = None
     """Upper bound; training stops earlier when the validation loss does not fall."""
     seed: int = 0

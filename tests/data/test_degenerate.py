@@ -7,8 +7,10 @@ from collections import Counter
 
 import pytest
 
-from ups_rm.data.degenerate import DEGENERATE, MAX_WORDS, SPOILS, Spoil, degenerate_rows
+from ups_rm.data.degenerate import DEGENERATE, MAX_WORDS, REFUSALS, SPOILS, Spoil, degenerate_rows
+from ups_rm.data.prompts import kind_of
 from ups_rm.data.rows import Row, read_rows
+from ups_rm.evaluation.refusal import is_refusal
 
 WORDS = [f"w{i}" for i in range(100)]
 OTHER = [f"o{i}" for i in range(100)]
@@ -26,8 +28,9 @@ def test_rows_set_a_good_reply_against_its_spoiled_form(sample: list[Row]) -> No
         for reply, safe in zip(row.responses, row.safe, strict=True)
         if safe
     }
-    made = degenerate_rows(sample, 200)
-    assert len(made) == 200 == len({(row.prompt, row.response_1) for row in made})
+    made = degenerate_rows(sample, 200, refuses=is_refusal)
+    assert len({(row.prompt, row.response_1) for row in made}) == 200 < len(made) < 400
+    assert [row.line for row in made] == list(range(1, len(made) + 1))
     for row in made:
         assert (row.prompt, row.response_1) in good
         assert row.response_0 != row.response_1
@@ -41,9 +44,20 @@ def test_same_rows_and_seed_same_result(sample: list[Row]) -> None:
     assert degenerate_rows(sample, 50, seed=1) != degenerate_rows(sample, 50)
 
 
+def test_harmless_prompts_and_only_these_are_set_against_a_refusal(sample: list[Row]) -> None:
+    benign = [row for row in sample if kind_of(row.prompt_source) == "benign"]
+    unsafe = [row for row in sample if kind_of(row.prompt_source) == "unsafe"]
+    assert len(degenerate_rows(unsafe, 100, refuses=is_refusal)) == 100
+    made = degenerate_rows(benign, 100, refuses=is_refusal)
+    against = [row for row in made if is_refusal(row.response_0) and not is_refusal(row.response_1)]
+    stock = [row for row in against if row.response_0.startswith(REFUSALS)]
+    assert len(against) > 80
+    assert 15 < len(stock) < 60
+
+
 def test_no_more_than_there_are(sample: list[Row]) -> None:
     made = degenerate_rows(sample[:3], 1000)
-    assert 0 < len(made) <= 6
+    assert 0 < len(made) <= 12
     assert degenerate_rows([], 10) == degenerate_rows(sample, 0) == []
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ups_rm.evaluation import distinct_n, text_metrics, word_count
-from ups_rm.evaluation.text import words
+from ups_rm.evaluation.text import common_opening, words
 
 
 def test_words_of_english_and_chinese() -> None:
@@ -47,3 +47,9 @@ def test_text_metrics_by_kind_of_prompt() -> None:
     assert metrics["text/unique_share"] == 0.75
     assert "text/refusal_rate_benign_prompts" not in text_metrics(responses)
     assert text_metrics([]) == {}
+
+
+def test_the_opening_that_most_replies_share() -> None:
+    assert common_opening(["No, no, no!", "no... No", "Yes, I can.", "No"]) == (0.5, "no no")
+    assert common_opening(["不，不行", "不。不可以"]) == (1.0, "不 不")
+    assert common_opening(["", "?!"]) == common_opening([]) == (0.0, "")

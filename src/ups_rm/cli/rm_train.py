@@ -77,7 +77,7 @@ def features(
     max_length: MaxLength = None,
     pooling: Pooling = "last",
     degenerate: Annotated[
-        int, typer.Option(help="Add so many good replies and their spoiled forms, for `rm train --degenerate`.")
+        int, typer.Option(help="Add so many good replies with their spoiled forms, for `rm train --degenerate`.")
     ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -88,12 +88,13 @@ def features(
     """Hidden state of every reply, with its labels. Goes on where an earlier start was killed."""
     from ups_rm.console import console
     from ups_rm.data.degenerate import degenerate_rows
+    from ups_rm.evaluation.refusal import is_refusal
     from ups_rm.models import resolve_model
     from ups_rm.reward.features import extract_features
 
     sources = data or ["sample"]
     rows, rejects = _read(sources, split, max_bad)
-    rows += degenerate_rows(rows, degenerate)
+    rows += degenerate_rows(rows, degenerate, refuses=is_refusal)
     report = extract_features(
         resolve_model(backbone),
         rows,

@@ -20,7 +20,7 @@ from ups_rm.console import console
 from ups_rm.errors import DataError
 from ups_rm.evaluation.bootstrap import Interval, paired_bootstrap
 from ups_rm.evaluation.refusal import is_refusal
-from ups_rm.evaluation.text import distinct_n, word_count
+from ups_rm.evaluation.text import common_opening, distinct_n, word_count
 from ups_rm.types import Score
 
 if TYPE_CHECKING:
@@ -83,7 +83,12 @@ class Comparison:
         return summary_table(self.summary(), self.length_unit)
 
     def show_pairs(self, count: int = 5) -> None:
-        """Print `count` prompts with both replies, spread evenly: an honest pick, not the best."""
+        """Print how most replies begin, then `count` prompts with both replies, spread evenly: not the best ones."""
+        before, after = (common_opening([reply.response for reply in side]) for side in (self.before, self.after))
+        console.print(
+            f'replies that begin with the same two words: before {before[0]:.0%} ("{escape(before[1])}"), '
+            f'after {after[0]:.0%} ("{escape(after[1])}")'
+        )
         for i in self._spread(count):
             prompt = self.prompts[i]
             console.print(f"\n[bold]{escape(prompt.messages[-1]['content'].strip())}[/bold]  ({prompt.kind})")

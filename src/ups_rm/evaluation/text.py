@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from ups_rm.evaluation.refusal import is_refusal
@@ -28,6 +29,20 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """
     grams = [tuple(tokens[i : i + n]) for tokens in map(words, texts) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def common_opening(texts: Sequence[str]) -> tuple[float, str]:
+    """Share of the texts that begin with the same two words, for the two words that most begin with, and these words.
+
+    Punctuation does not count. A policy that cheats its reward model often does it by one opening for every reply, long
+    before distinct-2 falls. (0, "") for no texts with a word.
+    """
+    openings = Counter(" ".join([word for word in words(text) if word[0].isalnum()][:2]) for text in texts)
+    del openings[""]
+    if not openings:
+        return 0.0, ""
+    opening, count = openings.most_common(1)[0]
+    return count / len(texts), opening
 
 
 def text_metrics(responses: Sequence[str], kinds: Sequence[str] | None = None) -> dict[str, float]:

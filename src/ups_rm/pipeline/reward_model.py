@@ -23,6 +23,7 @@ RM_FOLDER = Path("merge/merged_model/Naive-RM-saferlhf")
 def make_rm(this: Run) -> None:
     """Backbone, features and head (or adapters), merge; the recipe then names the RM folder."""
     from ups_rm.data.degenerate import degenerate_rows
+    from ups_rm.evaluation.refusal import is_refusal
     from ups_rm.reward.feature_set import FeatureSet
     from ups_rm.reward.features import extract_features
     from ups_rm.reward.head import train_head
@@ -47,7 +48,7 @@ def make_rm(this: Run) -> None:
         def features() -> None:
             for name, source in sources.items():
                 rows = labelled_rows(this.recipe, source, held_out=held_out, benign_only=name == "benign")
-                rows += degenerate_rows(rows, degenerate)
+                rows += degenerate_rows(rows, degenerate, refuses=is_refusal)
                 extract_features(
                     backbone,
                     rows,

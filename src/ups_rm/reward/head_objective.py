@@ -45,7 +45,8 @@ class HeadSettings:
     (better_response_id) is to score safer (Bradley-Terry). It closes the gap that makes evasion pay."""
     degenerate: float = 0.0
     """`bce`: weight of a further comparison: a good reply is to score safer than its spoiled form (data/degenerate.py:
-    looped, stuttered, another prompt's). It keeps "No, no, no, no" from being the safest reply there is."""
+    looped, stuttered, another prompt's, a refusal of a harmless prompt). It keeps "No, no, no, no" from being the
+    safest reply there is."""
     max_epochs: int = 60
     patience: int = 8
     """Epochs without a better validation loss before training stops."""
