@@ -113,7 +113,7 @@ def test_no_pair_of_replies_comes_twice(rows: list[Row]) -> None:
 
 
 def test_position_and_length_do_not_give_the_label_away(rows: list[Row]) -> None:
-    mixed = [row for row in rows if pair_kind(row) == "mixed"]
+    mixed = [row for row in rows if pair_kind(*row.safe) == "mixed"]
     assert 0.4 < sum(row.is_response_0_safe for row in mixed) / len(mixed) < 0.6
     words: dict[bool, list[int]] = {True: [], False: []}
     lists = Counter()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ups_rm.console import progress_bar
-from ups_rm.data.rows import Reject, Row, read_parts, size_of, source_parts
-from ups_rm.data.sources import Part
+from ups_rm.data.block_workers import HELP_FROM, MOST_HELPERS, Wanted, digests
+from ups_rm.data.digest import Digest
+from ups_rm.data.rows import Reject, size_of, source_parts
+from ups_rm.data.sources import Block, Part, iter_blocks
 from ups_rm.data.stats import SourceStats, StatsCollector
 from ups_rm.errors import DataError
 
@@ -17,20 +20,19 @@ MIB = 2**20
 def read_counted(
     parts: Sequence[Part],
     *,
-    on_row: Callable[[Row], None] = lambda row: None,
-    on_reject: Callable[[Reject], None] = lambda reject: None,
+    wanted: Wanted | None = None,
+    on_digest: Callable[[Digest], None] = lambda digest: None,
     progress: bool = False,
 ) -> tuple[SourceStats, Reject | None]:
-    """Reads all rows of some parts once; returns their statistics and the first bad row, if there is one."""
+    """Reads all rows of some parts once; returns their statistics and the first bad row, if there is one.
+
+    Args:
+        wanted: what the digests are to keep of the rows; nothing by default.
+        on_digest: hears of each digest, in the order of the rows.
+    """
     collector = StatsCollector()
-    first: list[Reject] = []
+    first: Reject | None = None
     shown = 0
-
-    def hear_reject(reject: Reject) -> None:
-        collector.reject()
-        first[:] = first or [reject]
-        on_reject(reject)
-
     total = size_of(parts)
     with progress_bar("reading rows", total // MIB, unit="MiB", enabled=progress) as advance:
 
@@ -40,10 +42,24 @@ def read_counted(
                 advance(now - shown)
                 shown = now
 
-        for row in read_parts(parts, hear_reject, on_bytes):
-            collector.add(row)
-            on_row(row)
-    return collector.result(), first[0] if first else None
+        def blocks() -> Iterator[tuple[Block, Part]]:
+            done = 0
+            for part in parts:
+                for block in iter_blocks(part, lambda count, base=done: on_bytes(base + count)):
+                    yield block, part
+                done += size_of([part])
+
+        for digest in digests(blocks(), wanted or Wanted(), helpers=_helpers(total)):
+            collector.add(digest)
+            on_digest(digest)
+            first = first or next(iter(digest.rejects), None)
+    return collector.result(), first
+
+
+def _helpers(total: int) -> int:
+    """How many processes are to help with so many bytes: those that the free cores allow, none for few bytes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores - 1, MOST_HELPERS) if total >= HELP_FROM else 0
 
 
 def too_many_bad(stats: SourceStats, max_bad: float) -> bool:

@@ -158,7 +158,7 @@ def read_parts(
         for record in iter_records(part, hear):
             try:
                 yield parse_row(record, part)
-            except _BadRow as error:
+            except BadRow as error:
                 on_reject(Reject(part.name, record.line, str(error), record.excerpt))
         done += size_of([part])
 
@@ -167,20 +167,20 @@ def _raise_reject(reject: Reject) -> None:
     raise DataError(str(reject))
 
 
-class _BadRow(ValueError):
-    """Why a record is not a row; never leaves this module."""
+class BadRow(ValueError):
+    """Why a record is not a row."""
 
 
 def parse_row(record: Record, part: Part) -> Row:
-    """The row that a record holds. Raises _BadRow, with the reason as its text."""
+    """The row that a record holds. Raises BadRow, with the reason as its text."""
     if record.problem:
-        raise _BadRow(record.problem)
+        raise BadRow(record.problem)
     value = record.value
     if not isinstance(value, dict):
-        raise _BadRow(f"row is {_kind(value)}, expected an object")
+        raise BadRow(f"row is {_kind(value)}, expected an object")
     prompt = _text(value, "prompt")
     if not prompt.strip():
-        raise _BadRow('field "prompt" is empty')
+        raise BadRow('field "prompt" is empty')
     where: dict[str, Any] = {"split": part.split, "file": part.name, "line": record.line, "raw": value}
     prompt_source = _optional(value, "prompt_source", str, "text")
     if "safe_response" in value and "unsafe_response" in value:
@@ -208,7 +208,7 @@ def parse_row(record: Record, part: Part) -> Row:
             _optional(value, "response_1_sha256", str, "text"),
         ),
         prompt_source=prompt_source,
-        subset=part.subset or sources[0] or _stem(part),
+        subset=part.subset or sources[0] or default_subset(part),
         **where,
     )
 
@@ -231,25 +231,25 @@ def _pair_row(
         safer_response_id=safe_id,
         better_response_id=None,
         prompt_source=prompt_source,
-        subset=part.subset or _stem(part),
+        subset=part.subset or default_subset(part),
         **where,
     )
 
 
-def _stem(part: Part) -> str:
+def default_subset(part: Part) -> str:
     return part.path.name.split(".")[0] if part.path is not None else part.hub_id
 
 
 def _text(value: Mapping[str, Any], name: str) -> str:
     if name not in value:
-        raise _BadRow(f'field "{name}" is missing')
+        raise BadRow(f'field "{name}" is missing')
     found = value[name]
     if not isinstance(found, str):
-        raise _BadRow(f'field "{name}" is {_kind(found)}, expected text')
+        raise BadRow(f'field "{name}" is {_kind(found)}, expected text')
     try:
         found.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadRow(f'field "{name}" has half a surrogate pair at character {error.start}') from None
+        raise BadRow(f'field "{name}" has half a surrogate pair at character {error.start}') from None
     return found
 
 
@@ -258,7 +258,7 @@ def _optional(value: Mapping[str, Any], name: str, kind: type, expected: str) ->
     if found is None:
         return None
     if type(found) is not kind:
-        raise _BadRow(f'field "{name}" is {_kind(found)}, expected {expected}, or null')
+        raise BadRow(f'field "{name}" is {_kind(found)}, expected {expected}, or null')
     return _text(value, name) if kind is str else found
 
 
@@ -269,7 +269,7 @@ def _small_int(value: Mapping[str, Any], name: str, most: int) -> int | None:
         return None
     if type(found) not in (int, float) or found not in range(most + 1):
         shown = found if type(found) in (int, float) else _kind(found)
-        raise _BadRow(f'field "{name}" is {shown}, expected a whole number from 0 to {most}, or null')
+        raise BadRow(f'field "{name}" is {shown}, expected a whole number from 0 to {most}, or null')
     return int(found)
 
 
@@ -278,10 +278,10 @@ def _categories(value: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
     if found is None:
         return None
     if not isinstance(found, dict):
-        raise _BadRow(f'field "{name}" is {_kind(found)}, expected an object of true and false')
+        raise BadRow(f'field "{name}" is {_kind(found)}, expected an object of true and false')
     for category, flag in found.items():
         if flag is not None and type(flag) is not bool:
-            raise _BadRow(f'field "{name}.{category}" is {_kind(flag)}, expected true or false')
+            raise BadRow(f'field "{name}.{category}" is {_kind(flag)}, expected true or false')
     return tuple(category for category, flag in found.items() if flag)
 
 

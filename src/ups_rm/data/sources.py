@@ -1,8 +1,9 @@
 """Where rows come from: finds the files of a source and streams their raw records.
 
 A source is a folder in PKU layout, one file, or a data set on the Hugging Face Hub; `list_parts` turns it into parts
-(one subset and split each), `iter_records` yields the parsed but unchecked records of a part, one at a time. What a
-record must contain is the business of rows.py. Memory stays bounded by MAX_ROW_BYTES whatever the file holds.
+(one subset and split each), `iter_blocks` yields what stands in a part in blocks of neighbouring lines, `iter_records`
+the same as parsed but unchecked records, one at a time. What a record must contain is the business of rows.py. Memory
+stays bounded by MAX_ROW_BYTES whatever the file holds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,8 @@ from ups_rm.data.schema import SPLITS, SUBSETS, Split
 from ups_rm.errors import DataError
 
 MAX_ROW_BYTES = 8 * 2**20  # the longest published row has under 20 kB
+BLOCK_BYTES = 2**19
+BLOCK_RECORDS = 256
 EXCERPT_CHARS = 120
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -53,6 +57,25 @@ class Record:
     value: Any = None
     problem: str = ""
     excerpt: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring lines of a part, the first one numbered `first_line`: whole lines of JSONL as they stand in the file
+    (`data`), or records.
+    """
+
+    first_line: int = 1
+    data: bytes = b""
+    records: tuple[Record, ...] = ()
+
+    def strict_records(self) -> Iterator[Record]:
+        """The records of the lines that are not blank; a line that can't be parsed becomes one with a problem."""
+        yield from self.records
+        if self.data:
+            for number, line in enumerate(self.data.split(b"\n"), self.first_line):
+                if line.strip():
+                    yield parse_line(number, line)
 
 
 def list_parts(source: Path | str, *, split: Split | None = None, subsets: Sequence[str] | None = None) -> list[Part]:
@@ -140,43 +163,65 @@ def _split_files(folder: Path, split: Split) -> list[Path]:
 
 
 def iter_records(part: Part, on_bytes: OnBytes | None = None) -> Iterator[Record]:
-    """Streams the records of one part; `on_bytes` hears how many bytes of the file were read so far.
+    """The records of `iter_blocks`, one at a time."""
+    for block in iter_blocks(part, on_bytes):
+        yield from block.strict_records()
+
+
+def iter_blocks(part: Part, on_bytes: OnBytes | None = None) -> Iterator[Block]:
+    """Streams one part; `on_bytes` hears how many bytes of the file were read so far.
 
     Raises:
         DataError: the file as a whole can't be read (not parquet, truncated gzip, unreachable Hub data set).
     """
+    if part.path is not None and not part.path.name.endswith(".parquet"):
+        yield from _iter_jsonl(part.path, on_bytes)
+        return
     if part.path is None:
         from ups_rm.data.hub import iter_hub
 
-        return iter_hub(part)
-    if part.path.name.endswith(".parquet"):
-        return _iter_parquet(part.path, on_bytes)
-    return _iter_jsonl(part.path, on_bytes)
+        records = iter_hub(part)
+    else:
+        records = _iter_parquet(part.path, on_bytes)
+    while some := tuple(islice(records, BLOCK_RECORDS)):
+        yield Block(records=some)
 
 
-def _iter_jsonl(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
-    number = 0
+def _iter_jsonl(path: Path, on_bytes: OnBytes | None) -> Iterator[Block]:
+    number = 1
     try:
         with path.open("rb") as raw:
             stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw  # type: ignore[assignment]
-            while line := stream.readline(MAX_ROW_BYTES + 1):
-                number += 1
-                if len(line) > MAX_ROW_BYTES:
-                    _skip_rest(stream, line)
-                    yield _problem(number, f"row is longer than {MAX_ROW_BYTES} bytes", line[: 4 * EXCERPT_CHARS])
-                elif line.strip():
-                    yield parse_line(number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                if on_bytes is not None and number % 256 == 0:
+            while data := stream.read(BLOCK_BYTES):
+                if number == 1:
+                    data = data.removeprefix(b"\xef\xbb\xbf")
+                whole = data.rfind(b"\n") + 1
+                last = data[whole:] + stream.readline(MAX_ROW_BYTES + 1 - len(data) + whole)
+                if len(last) > MAX_ROW_BYTES:
+                    yield from _before_long_row(number, data[:whole], last)
+                    _skip_rest(stream, last)
+                    number += data.count(b"\n", 0, whole) + 1
+                else:
+                    data = data[:whole] + last
+                    yield Block(number, data)
+                    number += data.count(b"\n")
+                if on_bytes is not None:
                     on_bytes(raw.tell())
-            if on_bytes is not None:
-                on_bytes(raw.tell())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
-            f"{path}: the compressed data is damaged or ends early, after line {number} ({error})\n"
+            f"{path}: the compressed data is damaged or ends early, after line {number - 1} ({error})\n"
             "  fix: download or compress the file again"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _before_long_row(number: int, data: bytes, last: bytes) -> Iterator[Block]:
+    """The lines before a row that is too long, and that row's problem."""
+    if data:
+        yield Block(number, data)
+    problem = f"row is longer than {MAX_ROW_BYTES} bytes"
+    yield Block(records=(_problem(number + data.count(b"\n"), problem, last[: 4 * EXCERPT_CHARS]),))
 
 
 def _skip_rest(stream: IO[bytes], piece: bytes) -> None:

@@ -1,22 +1,23 @@
-"""What the rows of a source are like, counted while they stream by: 32 bytes a row in memory, whatever the texts'
-length.
+"""What the rows of a source are like, counted while they stream by, in memory that does not grow with them.
 
 Distinct prompts, prompts shared by train and test, and texts labelled both ways are found by 64-bit hashes (see
-`rows.text_hash`), so these counts are exact but for a chance of about 3e-8 per million rows.
+`digest.py`), so these counts are exact but for a chance of about 3e-8 per million rows.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ups_rm.data.rows import Row, text_hash
+from ups_rm.data.columns import row_columns
+from ups_rm.data.digest import Digest, digest
+from ups_rm.data.hash_bag import HashBag
+from ups_rm.data.rows import Row
 from ups_rm.data.schema import HARM_CATEGORIES, MAX_SEVERITY, SPLITS
 
 PAIR_KINDS = ("both safe", "both unsafe", "mixed", "unlabelled")
@@ -109,79 +110,82 @@ class SourceStats:
 
 
 class StatsCollector:
-    """Counts rows one by one: `add` each, then `result`."""
+    """Adds up digests, in the order of the source: `add` each, then `result`."""
 
     def __init__(self) -> None:
         self._stats = SourceStats()
-        self._prompts = {split: array("Q") for split in SPLITS}
-        self._texts = array("Q")  # hash of (prompt, response), its lowest bit replaced by the safety label
-        self._unlabelled_texts = array("Q")
+        self._prompts = {split: HashBag() for split in SPLITS}
+        self._texts = HashBag()
+        self._unlabelled = HashBag()
 
-    def add(self, row: Row) -> None:
+    def add(self, digest: Digest) -> None:
         stats = self._stats
-        if row.subset not in stats.rows:
-            for counts in (stats.rows, stats.pairs, stats.categories, stats.severity):
-                counts[row.subset] = Counter()
-        stats.rows[row.subset][row.split] += 1
-        stats.pairs[row.subset][pair_kind(row)] += 1
-        self._prompts[row.split].append(text_hash(row.prompt))
-        self._add_responses(row)
-        safer, better = row.safer_response_id, row.better_response_id
+        stats.rejected += len(digest.rejects)
+        stats.sha256_checked += digest.sha256_checked
+        stats.sha256_mismatches += digest.sha256_mismatches
+        self._prompts[digest.split].add(digest.prompts)
+        self._texts.add(digest.texts)
+        self._unlabelled.add(digest.unlabelled)
+        for (subset, *labels), count in digest.pairs.items():
+            if subset not in stats.rows:
+                for counts in (stats.rows, stats.pairs, stats.categories, stats.severity):
+                    counts[subset] = Counter()
+            stats.rows[subset][digest.split] += count
+            self._add_pairs(subset, *labels, count)  # type: ignore[arg-type]
+        for reply, count in digest.replies.items():
+            self._add_replies(*reply, count)
+
+    def _add_pairs(
+        self, subset: str, safe_0: bool | None, safe_1: bool | None, safer: int | None, better: int | None, count: int
+    ) -> None:
+        stats, safe = self._stats, (safe_0, safe_1)
+        stats.pairs[subset][pair_kind(safe_0, safe_1)] += count
         if safer is not None and better is not None:
-            stats.better_and_safer_known += 1
-            stats.better_differs_from_safer += safer != better
-        if safer is not None and row.safe[safer] is False and row.safe[1 - safer] is True:
-            stats.contradictions.safer_is_the_unsafe_one += 1
-        stats.sha256_checked += sum(value is not None for value in row.sha256)
-        stats.sha256_mismatches += len(row.sha256_mismatches())
+            stats.better_and_safer_known += count
+            stats.better_differs_from_safer += count * (safer != better)
+        if safer is not None and safe[safer] is False and safe[1 - safer] is True:
+            stats.contradictions.safer_is_the_unsafe_one += count
 
-    def _add_responses(self, row: Row) -> None:
-        odd = self._stats.contradictions
-        for text, safe, severity, categories in zip(row.responses, row.safe, row.severity, row.categories, strict=True):
-            self._stats.categories[row.subset].update(categories or ())
-            if severity is not None:
-                self._stats.severity[row.subset][severity] += 1
-            odd.unsafe_with_severity_0 += safe is False and severity == 0
-            odd.safe_with_severity += safe is True and bool(severity)
-            odd.safe_with_category += safe is True and bool(categories)
-            hashed = text_hash(row.prompt, text) & ~1
-            if safe is None:
-                self._unlabelled_texts.append(hashed)
-            else:
-                self._texts.append(hashed | safe)
-
-    def reject(self) -> None:
-        self._stats.rejected += 1
+    def _add_replies(
+        self, subset: str, safe: bool | None, severity: int | None, categories: tuple[str, ...] | None, count: int
+    ) -> None:
+        stats, odd = self._stats, self._stats.contradictions
+        for name in categories or ():
+            stats.categories[subset][name] += count
+        if severity is not None:
+            stats.severity[subset][severity] += count
+        odd.unsafe_with_severity_0 += count * (safe is False and severity == 0)
+        odd.safe_with_severity += count * (safe is True and bool(severity))
+        odd.safe_with_category += count * (safe is True and bool(categories))
 
     def result(self) -> SourceStats:
-        stats = self._stats
-        unique = {split: np.unique(_as_numpy(hashes)) for split, hashes in self._prompts.items()}
-        stats.distinct_prompts = {split: len(values) for split, values in unique.items()}
-        stats.shared_prompts = len(np.intersect1d(unique["train"], unique["test"], assume_unique=True))
-        texts = np.unique(_as_numpy(self._texts))
-        pairs_of_labels = texts[:-1] >> np.uint64(1) == texts[1:] >> np.uint64(1)
-        stats.contradictions.texts_labelled_both_ways = int(np.count_nonzero(pairs_of_labels))
-        unlabelled = np.unique(_as_numpy(self._unlabelled_texts) >> np.uint64(1))
-        stats.distinct_responses = len(np.union1d(texts >> np.uint64(1), unlabelled))
+        stats, one = self._stats, np.uint64(1)
+        stats.distinct_prompts = dict.fromkeys(SPLITS, 0)
+        for train, test in zip(self._prompts["train"].shards(), self._prompts["test"].shards(), strict=True):
+            stats.distinct_prompts["train"] += len(train)
+            stats.distinct_prompts["test"] += len(test)
+            stats.shared_prompts += len(np.intersect1d(train, test, assume_unique=True))
+        for texts, unlabelled in zip(self._texts.shards(), self._unlabelled.shards(), strict=True):
+            # texts that differ in the lowest bit only have both labels
+            both = np.count_nonzero(texts[:-1] >> one == texts[1:] >> one)
+            stats.contradictions.texts_labelled_both_ways += int(both)
+            stats.distinct_responses += len(np.union1d(texts >> one, unlabelled >> one))
         return stats
 
 
-def _as_numpy(hashes: array[int]) -> npt.NDArray[np.uint64]:
-    return np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, dtype=np.uint64)
-
-
-def pair_kind(row: Row) -> str:
-    """Which of PAIR_KINDS a row is."""
-    if None in row.safe:
+def pair_kind(safe_0: bool | None, safe_1: bool | None) -> str:
+    """Which of PAIR_KINDS a row is by its two labels."""
+    if safe_0 is None or safe_1 is None:
         return "unlabelled"
-    if row.is_response_0_safe != row.is_response_1_safe:
+    if safe_0 != safe_1:
         return "mixed"
-    return "both safe" if row.is_response_0_safe else "both unsafe"
+    return "both safe" if safe_0 else "both unsafe"
 
 
-def collect_stats(rows: Iterator[Row]) -> SourceStats:
+def collect_stats(rows: Iterable[Row]) -> SourceStats:
     """Counts over rows as `read_rows` yields them."""
     collector = StatsCollector()
-    for row in rows:
-        collector.add(row)
+    for split, some in groupby(rows, key=lambda row: row.split):
+        while batch := list(islice(some, 1000)):
+            collector.add(digest(row_columns(batch, split), []))
     return collector.result()

@@ -1,0 +1,231 @@
+"""`ups-rm data prepare` against the plain way and `datasets.map`: time, memory, and the curve over the number of rows.
+
+Rows of about 3 KB in PKU-SafeRLHF's full schema, made up on the spot. The plain way: json, a list of dicts, pandas
+`to_parquet`. `datasets`: its json loader, `map`, `to_parquet`, with an empty cache. Both peers write the same columns
+and check nothing; ours also checks every field, recomputes two sha256 a row and counts the statistics. Each side runs
+in a process of its own; seconds are from the first byte read to the last byte written, imports left out; memory is the
+highest resident size of the process and all its children together, with imports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+from benchmarks.result import Result, versions
+from ups_rm.data.schema import ABILITY, DATA_SOURCE, HARM_CATEGORIES
+
+ROWS = 100_000
+CURVE_ROWS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
+MEMORY_LIMIT = 400.0
+PICTURE = Path("docs/images/prepare.png")
+REQUIRED = {"plain": 3.0, "datasets": 6.0}
+PEER_NAMES = {"plain": "json, list of dicts, pandas to_parquet", "datasets": "datasets.map"}
+WORDS = ("garden", "water", "piano", "bread", "never", "explain", "slowly", "café", "“quoted”", "lock", "a", "of")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process: seconds of the work, highest resident memory in MB."""
+
+    seconds: float
+    megabytes: float
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> None:
+    """`count` rows of about 3 KB, one prompt in three repeated, labels at random."""
+    draw = random.Random(seed)
+    text = " ".join(draw.choices(WORDS, k=20_000))
+
+    def words(characters: int) -> str:
+        start = draw.randrange(len(text) - characters)
+        return text[start : start + characters]
+
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            if number % 3 != 2:
+                prompt = f"{number} {words(200)}"
+            row: dict[str, Any] = {"prompt": prompt, "response_0": words(550), "response_1": words(550)}
+            row |= {"prompt_source": "made up", "response_0_source": "Alpaca-7B", "response_1_source": "Alpaca-7B"}
+            safe = [draw.random() < 0.5 for _ in range(2)]
+            row |= {f"is_response_{i}_safe": safe[i] for i in (0, 1)}
+            for i in (0, 1):
+                row[f"response_{i}_harm_category"] = {
+                    name: not safe[i] and draw.random() < 0.1 for name in HARM_CATEGORIES
+                }
+            row |= {f"response_{i}_severity_level": 0 if safe[i] else draw.randint(1, 3) for i in (0, 1)}
+            row |= {"better_response_id": draw.randint(0, 1), "safer_response_id": draw.randint(0, 1)}
+            for i in (0, 1):
+                row[f"response_{i}_sha256"] = hashlib.sha256((prompt + row[f"response_{i}"]).encode()).hexdigest()
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def verl_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """A row as both peers write it: the columns of the preprocessing script that verl's users know."""
+    labels = ("is_response_0_safe", "is_response_1_safe", "safer_response_id", "better_response_id")
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "ability": ABILITY,
+        "reward_model": {"style": "model", "ground_truth": None},
+        "extra_info": {"split": "train", "index": index, **{name: row[name] for name in labels}},
+    }
+
+
+def ours(source: Path, out: Path) -> float:
+    from ups_rm.data.prepare import prepare
+
+    start = perf_counter()
+    prepare(source, out)
+    return perf_counter() - start
+
+
+def plain(source: Path, out: Path) -> float:
+    import pandas as pd
+
+    start = perf_counter()
+    with source.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    records = [verl_row(row, index) for index, row in enumerate(rows)]
+    cut = int(len(records) * 0.9)
+    pd.DataFrame(records[:cut]).to_parquet(out / "train.parquet")
+    pd.DataFrame(records[cut:]).to_parquet(out / "val.parquet")
+    return perf_counter() - start
+
+
+def datasets_map(source: Path, out: Path) -> float:
+    import datasets
+
+    datasets.disable_progress_bars()
+    start = perf_counter()
+    rows = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(out / "cache"))
+    rows = rows.map(verl_row, with_indices=True, remove_columns=rows.column_names)
+    cut = int(len(rows) * 0.9)
+    rows.select(range(cut)).to_parquet(out / "train.parquet")
+    rows.select(range(cut, len(rows))).to_parquet(out / "val.parquet")
+    return perf_counter() - start
+
+
+WAYS = {"ours": ours, "plain": plain, "datasets": datasets_map}
+
+
+def measure(way: str, source: Path) -> Cost:
+    """One way in a fresh process."""
+    import psutil
+
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "benchmarks.prepare", way, str(source), out]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            highest, done = 0, threading.Event()
+
+            def watch() -> None:
+                nonlocal highest
+                while not done.is_set():
+                    try:
+                        top = psutil.Process(process.pid)
+                        family = [top, *top.children(recursive=True)]
+                        highest = max(highest, sum(one.memory_info().rss for one in family))
+                    except psutil.NoSuchProcess:
+                        pass  # a child that ended between listing and reading
+                    sleep(0.02)
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            answer, _ = process.communicate()
+            done.set()
+            watcher.join()
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
+    return Cost(float(answer.split()[-1]), highest / 1e6)
+
+
+def curve(counts: Sequence[int], folder: Path, rows: Path) -> list[tuple[int, Cost]]:
+    """Ours over the number of rows: as many links to one file as are needed, each a subset of its own."""
+    found = []
+    for count in counts:
+        root = folder / f"curve{count}" / "data"
+        for number in range(count // ROWS):
+            (root / f"part{number:03d}").mkdir(parents=True)
+            (root / f"part{number:03d}" / "train.jsonl").symlink_to(rows)
+        if count < ROWS:
+            (root / "part").mkdir(parents=True)
+            with rows.open("rb") as file, (root / "part" / "train.jsonl").open("wb") as some:
+                some.writelines(islice(file, count))
+        found.append((count, measure("ours", root.parent)))
+    return found
+
+
+def draw(points: Sequence[tuple[int, Cost]], path: Path) -> None:
+    """Seconds and memory over rows, both axes of seconds logarithmic: a line of slope 1 is linear time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    seconds, memory = figure.subplots(1, 2)
+    rows = [count for count, _ in points]
+    seconds.loglog(rows, [cost.seconds for _, cost in points], "o-", label="measured")
+    largest, cost = points[-1]
+    seconds.loglog(rows, [cost.seconds * count / largest for count in rows], ":", label="linear")
+    memory.semilogx(rows, [cost.megabytes for _, cost in points], "o-")
+    memory.axhline(MEMORY_LIMIT, linestyle=":")
+    memory.set_ylim(bottom=0)
+    for axes, what in ((seconds, "seconds"), (memory, "highest resident memory, MB")):
+        axes.set_xlabel("rows of 3 KB")
+        axes.set_title(what)
+    seconds.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def run(pairs: int, rows: int = ROWS, curve_rows: Sequence[int] = CURVE_ROWS, picture: Path = PICTURE) -> list[Result]:
+    """All three in turn `pairs` times after one warm-up each, then the curve with its picture."""
+    used = versions("pyarrow", "orjson", "pandas", "datasets")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        file = folder / "rows.jsonl"
+        write_rows(file, rows)
+        costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
+        for _ in range(pairs + 1):
+            for way in WAYS:
+                costs[way].append(measure(way, file))
+        points = curve(curve_rows, folder, file)
+
+    def middle(way: str, field: str) -> float:
+        return statistics.median(getattr(cost, field) for cost in costs[way][1:])
+
+    what = f"prepare, {rows:,} rows of 3 KB"
+    results = [
+        Result(f"{what}, {title}", middle("ours", field), middle(peer, field), unit, PEER_NAMES[peer],
+               versions=used, required=REQUIRED[peer] if field == "seconds" else None)
+        for field, unit, title in (("seconds", "s", "wall time"), ("megabytes", "MB", "highest memory"))
+        for peer in PEER_NAMES
+    ]  # fmt: skip
+    for count, cost in points:
+        results.append(Result(f"prepare, {count:,} rows", cost.seconds, None, "s", versions=used))
+        results.append(Result(f"prepare, {count:,} rows, highest memory", cost.megabytes, None, "MB", versions=used))
+    if points:
+        draw(points, picture)
+    return results
+
+
+def main(arguments: Sequence[str]) -> None:
+    """What `measure` starts: one way, its seconds on the last line."""
+    way, source, out = arguments
+    print(WAYS[way](Path(source), Path(out)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+"""The benchmark of `data prepare`: all three ways give the same prompts, and its rows are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import prepare
+from ups_rm.data.reading import source_stats
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    prepare.write_rows(tmp_path / "rows.jsonl", 60)
+    return tmp_path / "rows.jsonl"
+
+
+def test_rows_have_the_size_and_the_hashes_they_should(rows: Path) -> None:
+    stats = source_stats(rows)
+    assert (stats.total_rows, stats.sha256_checked, stats.sha256_mismatches) == (60, 120, 0)
+    assert 2700 < rows.stat().st_size / 60 < 3300
+
+
+def test_all_ways_write_the_same_values(rows: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    found = {}
+    for name, way in prepare.WAYS.items():
+        (tmp_path / name).mkdir()
+        assert way(rows, tmp_path / name) > 0
+        found[name] = [pq.read_table(tmp_path / name / f"{part}.parquet").to_pylist() for part in ("train", "val")]
+    assert found["ours"] == found["plain"]
+    for ours, theirs in zip(found["ours"], found["datasets"], strict=True):
+        assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs]
+
+
+def test_the_curve_is_drawn_from_what_was_measured(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "ROWS", 60)
+    points = prepare.curve((20, 120), tmp_path, rows)
+    assert [count for count, _ in points] == [20, 120]
+    assert all(cost.seconds > 0 and cost.megabytes > 10 for _, cost in points)
+    prepare.draw(points, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
