@@ -75,7 +75,7 @@ def test_plain_rows_take_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(found), rejects) == (50, [])
 
 
-@pytest.mark.parametrize("size", [1, 50, 1000, 10_000_000])
+@pytest.mark.parametrize("size", [1, 50, 1000, 3000])
 def test_blocks_of_any_size_hold_the_same_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     lines = [make_row(0), "", "x" * 3000, make_row(1), b"\xff", "y" * 2999, make_row(2)]
     path = write_jsonl(tmp_path / "rows.jsonl", lines)

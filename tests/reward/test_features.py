@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ups_rm.reward.feature_set import FeatureSet, join, ordered_pairs
 from ups_rm.reward.features import FeatureReport, backbone_config, backbone_identity, collect_texts, extract_features
 from ups_rm.reward.merge import load_backbone_tokenizer
 from ups_rm.reward.render import render
+from ups_rm.reward.shared_prompt import Row as SharedRow
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,12 @@ def test_goes_on_after_a_kill(backbone: Path, tmp_path: Path, monkeypatch: pytes
 
     computed: list[int] = []
     real = module.hidden_states
-    monkeypatch.setattr(module, "hidden_states", lambda *a: (computed.append(len(a[1])), real(*a))[1])
+
+    def counting(model: object, rows: Sequence[SharedRow], *rest: object) -> torch.Tensor:
+        computed.extend(len(row.texts) for row in rows)
+        return real(model, rows, *rest)
+
+    monkeypatch.setattr(module, "hidden_states", counting)
     report = extract(backbone, make_rows(), out, max_batch_tokens=120)
     assert 5 <= report.resumed < report.texts
     assert sum(computed) == report.texts - report.resumed

@@ -32,20 +32,20 @@ def read_counted(
     """
     collector = StatsCollector()
     first: Reject | None = None
-    shown = 0
+    shown = done = 0
     total = size_of(parts)
     with progress_bar("reading rows", total // MIB, unit="MiB", enabled=progress) as advance:
 
-        def on_bytes(count: int) -> None:
+        def on_bytes(count: int) -> None:  # of the present part
             nonlocal shown
-            if (now := min(count, total) // MIB) > shown:
+            if (now := min(done + count, total) // MIB) > shown:
                 advance(now - shown)
                 shown = now
 
         def blocks() -> Iterator[tuple[Block, Part]]:
-            done = 0
+            nonlocal done
             for part in parts:
-                for block in iter_blocks(part, lambda count, base=done: on_bytes(base + count)):
+                for block in iter_blocks(part, on_bytes):
                     yield block, part
                 done += size_of([part])
 

@@ -22,7 +22,7 @@ from ups_rm.data.schema import SPLITS, SUBSETS, Split
 from ups_rm.errors import DataError
 
 MAX_ROW_BYTES = 8 * 2**20  # the longest published row has under 20 kB
-BLOCK_BYTES = 2**19
+BLOCK_BYTES = 2**19  # not above MAX_ROW_BYTES: rows that lie within a block are not measured
 BLOCK_RECORDS = 256
 EXCERPT_CHARS = 120
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ups_rm.data.columns import row_columns
-from ups_rm.data.digest import Digest, digest
+from ups_rm.data.digest import Digest, PairLabels, ReplyLabels, digest
 from ups_rm.data.hash_bag import HashBag
 from ups_rm.data.rows import Row
 from ups_rm.data.schema import HARM_CATEGORIES, MAX_SEVERITY, SPLITS
@@ -126,30 +126,28 @@ class StatsCollector:
         self._prompts[digest.split].add(digest.prompts)
         self._texts.add(digest.texts)
         self._unlabelled.add(digest.unlabelled)
-        for (subset, *labels), count in digest.pairs.items():
-            if subset not in stats.rows:
+        for pair, count in digest.pairs.items():
+            if pair[0] not in stats.rows:
                 for counts in (stats.rows, stats.pairs, stats.categories, stats.severity):
-                    counts[subset] = Counter()
-            stats.rows[subset][digest.split] += count
-            self._add_pairs(subset, *labels, count)  # type: ignore[arg-type]
+                    counts[pair[0]] = Counter()
+            stats.rows[pair[0]][digest.split] += count
+            self._add_pairs(pair, count)
         for reply, count in digest.replies.items():
-            self._add_replies(*reply, count)
+            self._add_replies(reply, count)
 
-    def _add_pairs(
-        self, subset: str, safe_0: bool | None, safe_1: bool | None, safer: int | None, better: int | None, count: int
-    ) -> None:
-        stats, safe = self._stats, (safe_0, safe_1)
-        stats.pairs[subset][pair_kind(safe_0, safe_1)] += count
+    def _add_pairs(self, labels: PairLabels, count: int) -> None:
+        stats = self._stats
+        subset, *safe, safer, better = labels
+        stats.pairs[subset][pair_kind(labels[1], labels[2])] += count
         if safer is not None and better is not None:
             stats.better_and_safer_known += count
             stats.better_differs_from_safer += count * (safer != better)
         if safer is not None and safe[safer] is False and safe[1 - safer] is True:
             stats.contradictions.safer_is_the_unsafe_one += count
 
-    def _add_replies(
-        self, subset: str, safe: bool | None, severity: int | None, categories: tuple[str, ...] | None, count: int
-    ) -> None:
+    def _add_replies(self, labels: ReplyLabels, count: int) -> None:
         stats, odd = self._stats, self._stats.contradictions
+        subset, safe, severity, categories = labels
         for name in categories or ():
             stats.categories[subset][name] += count
         if severity is not None:

@@ -1,9 +1,10 @@
 """Hidden states of a frozen backbone for every reply: what the head of a reward model is trained on.
 
 Rows in (ups_rm.data.rows), one safetensors file out (feature_set.py). Each distinct (prompt, response) is rendered as
-the RM will render it, goes through the backbone once, in batches of like length, and leaves its final hidden state,
-pooled as modeling_myrm.py pools it: that of the last attended token, or the mean over all of them. Finished states are
-saved in `<out>.parts/` every few seconds: a process that was killed goes on where it stopped.
+the RM will render it, goes through the backbone once, in batches of like length and with the replies to one prompt side
+by side (shared_prompt.py), and leaves its final hidden state, pooled as modeling_myrm.py pools it: that of the last
+attended token, or the mean over all of them. Finished states are saved in `<out>.parts/` every few seconds: a process
+that was killed goes on where it stopped.
 
 Not done here: training (head.py), adapters (lora.py).
 """
@@ -32,6 +33,8 @@ from ups_rm.reward.feature_set import UNKNOWN, FeatureInfo, FeatureSet, read_inf
 from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer, render_policy
 from ups_rm.reward.native import compute_context, lower_to_bf16
 from ups_rm.reward.render import RenderPolicy, render, template_sha256
+from ups_rm.reward.shared_prompt import Row as SharedRow
+from ups_rm.reward.shared_prompt import can_share, pooled_rows, shared_rows
 from ups_rm.types import Message
 
 DEFAULT_BATCH_TOKENS = 4096
@@ -222,7 +225,7 @@ def extract_features(
     resumed = int(parts.done.sum())
     if resumed:
         console.print(f"{resumed} of {len(ids)} texts are there from an earlier start; going on")
-    speed = _fill(parts, backbone, ids, place, number_format, max_batch_tokens, save_seconds, progress)
+    speed = _fill(parts, backbone, ids, texts.prompts, place, number_format, max_batch_tokens, save_seconds, progress)
     FeatureSet(
         hidden=parts.hidden,
         tokens=torch.tensor([len(row) for row in ids], dtype=torch.int32),
@@ -239,6 +242,7 @@ def _fill(
     parts: Parts,
     backbone: Path | str,
     ids: Sequence[Tensor],
+    prompts: Sequence[str],
     device: str,
     dtype: torch.dtype,
     max_batch_tokens: int,
@@ -251,15 +255,18 @@ def _fill(
         return 0.0
     model = load_decoder(backbone, dtype, device)
     enough = ENOUGH_TOKENS if torch.device(device).type == "cpu" else max_batch_tokens // 2
-    plan = token_batches([len(ids[i]) for i in todo], max_batch_tokens, enough_tokens=enough)
-    batches = [[todo[i] for i in batch] for batch in plan]
+    waiting = [ids[i] for i in todo]
+    rows = shared_rows(waiting, [prompts[i] for i in todo] if can_share(model) else range(len(todo)), max_batch_tokens)
+    plan = token_batches([row.length for row in rows], max_batch_tokens, enough_tokens=enough)
     tokens, start = 0, perf_counter()
     saved = start
     with progress_bar("features", len(todo), unit="texts", enabled=progress) as advance:
-        for batch in batches:
-            parts.add(batch, hidden_states(model, [ids[i] for i in batch], dtype, device, parts.pooling))
-            tokens += sum(len(ids[i]) for i in batch)
-            advance(len(batch), f"{tokens / (perf_counter() - start):,.0f} tok/s")
+        for batch in plan:
+            some = [rows[i] for i in batch]
+            texts = [i for row in some for i in row.texts]
+            parts.add([todo[i] for i in texts], hidden_states(model, some, waiting, dtype, device, parts.pooling))
+            tokens += sum(len(waiting[i]) for i in texts)
+            advance(len(texts), f"{tokens / (perf_counter() - start):,.0f} tok/s")
             if perf_counter() - saved >= save_seconds:
                 parts.save()
                 saved = perf_counter()
@@ -270,24 +277,29 @@ def _fill(
 @torch.inference_mode()
 def hidden_states(
     model: Any,
-    rows: Sequence[Tensor],
+    rows: Sequence[SharedRow],
+    ids: Sequence[Tensor],
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     pooling: str = "last",
 ) -> Tensor:
-    """What the head is given of each row, float32, on the CPU. Shape (B, H).
+    """What the head is given of each text of some rows, in their order, float32, on the CPU. Shape (B, H).
 
     Args:
         model: from `load_decoder`, with the same dtype and device.
+        rows, ids: as `shared_rows` made them, and the token ids it was given.
 
     Raises:
         RMError: a state that is not finite.
     """
     from ups_rm.reward.myrm.modeling_myrm import pooled_hidden
 
-    input_ids, mask = pad_batch(rows, device)
+    texts = [i for row in rows for i in row.texts]
     with compute_context(dtype, device):
-        hidden, _ = pooled_hidden(model, input_ids, mask, pooling=pooling)
+        if len(texts) > len(rows):
+            hidden = pooled_rows(model, rows, ids, pooling, device)
+        else:
+            hidden, _ = pooled_hidden(model, *pad_batch([ids[i] for i in texts], device), pooling=pooling)
     if not torch.isfinite(hidden).all():
         raise RMError(f"the backbone's hidden states are not finite in {dtype}\n  fix: --dtype float32")
     return hidden.cpu()

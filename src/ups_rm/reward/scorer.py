@@ -1,16 +1,18 @@
 """Safe scores for conversations: the one scorer of the local engine, verl, the server and the evaluation.
 
 Messages in, `Score`s out, in input order. The RM's own tokenizer and chat template render them (render.py), batches are
-sorted by length with little padding (batching.py), the last attended token is read by mask, the head is float32.
+sorted by length with little padding (batching.py), the replies to one prompt share its tokens (shared_prompt.py), the
+last attended token is read by mask, the head is float32.
 
 The sign is turned in transforms.py and nowhere else: `safe_score(logit)`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +29,8 @@ from ups_rm.types import Conversation, Score
 
 if TYPE_CHECKING:
     import torch
+
+    from ups_rm.reward.shared_prompt import Row
 
 # Largest difference between a golden logit and the one computed now (other number format, other machine), as a share of
 # the largest golden logit, by the coarser of the two number formats. Measured with SmolLM2-135M: 1e-5 and 0.04.
@@ -136,7 +140,8 @@ class RewardScorer:
             RMError: a malformed conversation, or a logit that is not finite.
         """
         rendered = render(self.tokenizer, conversations, self.policy)
-        logits = self.logits(rendered, progress=progress)
+        prompts = [json.dumps(conversation[:-1]) for conversation in conversations]
+        logits = self.logits(rendered, prompts=prompts, progress=progress)
         return [
             Score(logit=logit, safe_score=safe_score(logit), tokens=len(row.input_ids), truncated=row.truncated)
             for row, logit in zip(rendered, logits, strict=True)
@@ -149,16 +154,34 @@ class RewardScorer:
 
         return ENOUGH_TOKENS if torch.device(self.device).type == "cpu" else self.max_batch_tokens // 2
 
-    def logits(self, rendered: Sequence[Rendered], *, progress: bool = False) -> list[float]:
-        """Raw logits of rendered conversations, in input order; the same whatever batch a conversation falls in."""
-        lengths = [len(row.input_ids) for row in rendered]
-        batches = token_batches(lengths, self.max_batch_tokens, enough_tokens=self.enough_tokens)
+    def logits(
+        self, rendered: Sequence[Rendered], *, prompts: Sequence[Hashable] | None = None, progress: bool = False
+    ) -> list[float]:
+        """Raw logits of rendered conversations, in input order; the same whatever batch a conversation falls in.
+
+        Args:
+            prompts: equal for conversations that differ in the last message only: what they share is computed once.
+
+        Raises:
+            RMError: a logit that is not finite.
+        """
+        from ups_rm.reward.shared_prompt import can_share, shared_rows
+
+        ids = [row.input_ids for row in rendered]
+        if prompts is None or not (self.native and hasattr(self.model, "myscore") and can_share(self.model.model)):
+            prompts = range(len(ids))
+        rows = shared_rows(ids, prompts, self.max_batch_tokens)
+        batches = token_batches([row.length for row in rows], self.max_batch_tokens, enough_tokens=self.enough_tokens)
         logits = [math.nan] * len(rendered)
         with progress_bar("scoring", len(rendered), enabled=progress) as advance:
             for batch in batches:
-                for i, logit in zip(batch, self.batch_logits([rendered[i].input_ids for i in batch]), strict=True):
+                some = [rows[i] for i in batch]
+                texts = [i for row in some for i in row.texts]
+                shared = len(texts) > len(some)
+                found = self.row_logits(some, ids) if shared else self.batch_logits([ids[i] for i in texts])
+                for i, logit in zip(texts, found, strict=True):
                     logits[i] = logit
-                advance(len(batch))
+                advance(len(texts))
         broken = [i for i, logit in enumerate(logits) if not math.isfinite(logit)]
         if broken:
             raise RMError(
@@ -174,6 +197,17 @@ class RewardScorer:
             RMError: logits of another shape than (batch, 1).
         """
         return self.tensor_logits(*pad_batch(rows, side=side, pad_id=self.pad_id))
+
+    def row_logits(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[float]:
+        """Logits of the texts of some rows, in the order they stand there (`shared_prompt`)."""
+        import torch
+
+        from ups_rm.reward.shared_prompt import pooled_rows
+
+        with torch.inference_mode(), compute_context(self.dtype, self.device):
+            hidden = pooled_rows(self.model.model, rows, ids, self.model.config.pooling, self.device)
+            answer: list[float] = self.model.myscore(hidden)[:, 0].float().tolist()
+        return answer
 
     def tensor_logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[float]:
         """Logits of one batch that is padded already; both arguments have shape (B, T).

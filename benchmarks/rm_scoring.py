@@ -1,0 +1,128 @@
+"""The scorer against plain transformers on the same conversations, with SmolLM2-135M and a random head.
+
+The peers load the same folder with its own code (`trust_remote_code`). The tuned one runs in bf16, sorted by length, in
+batches of 16; the default one in fp32, in the order given, padded to the longest of each batch of 16. Real tokens per
+second: padding does not count, and a prompt that we compute once for its replies counts for each of them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.result import Result, versions
+from ups_rm.types import Conversation
+
+BATCH = 16
+TEXT = "the a one of in to bread water garden piano because never always please explain slowly safe lock"
+WORDS = TEXT.split()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How plain transformers is run."""
+
+    name: str
+    dtype: str
+    sort: bool
+    required: float
+
+
+PEERS = (
+    Peer("transformers, bf16, sorted by length", "bfloat16", True, 1.1),
+    Peer("transformers, fp32, padded", "float32", False, 3.0),
+)
+
+
+def conversations(prompts: int, n: int, seed: int = 0) -> list[Conversation]:
+    """n replies of 5 to 80 words to each of some prompts of 5 to 60 words."""
+    draw = random.Random(seed)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
+
+    questions = [words(5, 60) for _ in range(prompts)]
+    return [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": words(5, 80)}]
+        for question in questions
+        for _ in range(n)
+    ]
+
+
+def plain_scorer(folder: Path, peer: Peer) -> Callable[[Sequence[Conversation]], list[float]]:
+    """Logits by transformers alone."""
+    import torch
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model: Any = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True, dtype=peer.dtype)
+    model.eval()
+
+    @torch.inference_mode()
+    def score(talks: Sequence[Conversation]) -> list[float]:
+        texts = tokenizer.apply_chat_template(list(talks), tokenize=False)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i])) if peer.sort else list(range(len(ids)))
+        logits = [0.0] * len(ids)
+        for start in range(0, len(order), BATCH):
+            some = order[start : start + BATCH]
+            batch = tokenizer.pad({"input_ids": [ids[i] for i in some]}, return_tensors="pt")
+            for i, logit in zip(some, model(**batch).logits[:, 0].tolist(), strict=True):
+                logits[i] = logit
+        return logits
+
+    return score
+
+
+def measure(name: str, folder: Path, talks: list[Conversation], pairs: int) -> list[Result]:
+    """All three in turn, after one warm-up each."""
+    from ups_rm.reward.scorer import RewardScorer
+
+    scorer = RewardScorer.load(folder)
+    scores = scorer.score(talks)
+    tokens = sum(score.tokens for score in scores)
+    plain = {peer: plain_scorer(folder, peer) for peer in PEERS}
+    worst = {
+        peer: max(abs(a - b.logit) for a, b in zip(score(talks), scores, strict=True)) for peer, score in plain.items()
+    }
+    speeds: dict[Any, list[float]] = {peer: [] for peer in ("ours", *PEERS)}
+    for _ in range(pairs):
+        for who, score in (("ours", scorer.score), *plain.items()):
+            begun = perf_counter()
+            score(talks)
+            speeds[who].append(tokens / (perf_counter() - begun))
+    used = versions("torch", "transformers")
+    ours = statistics.median(speeds["ours"])
+    what = f"RM scoring, {name}, {tokens} tokens"
+    return [
+        Result(f"{what}, ours in {str(scorer.dtype).removeprefix('torch.')}", ours, statistics.median(speeds[peer]),
+               "tokens/s", peer.name, versions=used, required=peer.required)
+        for peer in PEERS
+    ] + [
+        Result(f"{what}, largest difference of a logit from {peer.name}", worst[peer], None, "logit", versions=used)
+        for peer in PEERS
+    ]  # fmt: skip
+
+
+def run(pairs: int = 5, prompts: int = 16) -> list[Result]:
+    """Groups of four replies to a prompt, as in training, and conversations that share nothing."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from tiny import tiny_head
+    from ups_rm.models import fetch
+    from ups_rm.reward.merge import merge
+
+    with tempfile.TemporaryDirectory() as folder:
+        rm = Path(folder) / "rm"
+        merge(fetch(), tiny_head(Path(folder) / "head", hidden_size=576, hidden_dims=(64, 16)), rm)
+        return [
+            *measure("4 replies to a prompt", rm, conversations(prompts, 4), pairs),
+            *measure("1 reply to a prompt", rm, conversations(prompts * 4, 1), pairs),
+        ]

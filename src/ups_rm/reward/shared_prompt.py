@@ -1,0 +1,118 @@
+"""The replies to one prompt in one row of the batch: the prompt's tokens once, after them each reply's own.
+
+A reply's tokens attend to the prompt and to those before them in the same reply, by a mask over the row, and are
+counted on from the prompt's end, so states are those of the conversation alone. Decoders that place tokens by rotation
+only, with full attention, can be run like this; `can_share` names them, all others get plain batches.
+
+Letters: B rows, W tokens of the longest row, N texts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Ids = Sequence[int] | Tensor
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+LEAST_SHARED = 16
+"""Tokens in common below which a row of its own is as good."""
+LONGEST_ROW = 2048
+"""Tokens of a shared row: attention looks at all of it, so longer ones cost more than they save."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Texts by number, the tokens at the beginning that they share, and the tokens of the whole row."""
+
+    texts: tuple[int, ...]
+    shared: int
+    length: int
+
+
+def can_share(backbone: Any) -> bool:
+    """Whether the backbone takes a mask over [prompt | reply | reply ...]."""
+    config = backbone.config
+    return (
+        config.model_type in ARCHITECTURES
+        and not getattr(config, "sliding_window", None)
+        and config._attn_implementation in ("sdpa", "eager")
+    )
+
+
+def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int) -> list[Row]:
+    """Every text in one row; texts of equal `prompts` together where that saves anything.
+
+    Args:
+        ids: token ids of each text, at least one.
+        max_tokens: upper bound of a row of several texts.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    limit, rows = min(max_tokens, LONGEST_ROW), list[Row]()
+    for texts in groups.values():
+        # each text keeps a token of its own, whose state is the one that is read
+        shared = min(_in_common([ids[i] for i in texts]), *(len(ids[i]) - 1 for i in texts))
+        if len(texts) == 1 or shared < LEAST_SHARED:
+            rows += [Row((i,), 0, len(ids[i])) for i in texts]
+            continue
+        waiting, length = list[int](), shared
+        for i in texts:
+            own = len(ids[i]) - shared
+            if waiting and length + own > limit:
+                rows.append(Row(tuple(waiting), shared, length))
+                waiting, length = [], shared
+            waiting.append(i)
+            length += own
+        rows.append(Row(tuple(waiting), shared, length))
+    return rows
+
+
+def _in_common(texts: Sequence[Ids]) -> int:
+    """How many tokens all texts begin with."""
+    shortest = min(map(len, texts))
+    first, *others = (torch.as_tensor(text[:shortest]) for text in texts)
+    differ = [(one != first).nonzero()[:1, 0].tolist() for one in others]
+    return min((place for found in differ for place in found), default=shortest)
+
+
+def pooled_rows(
+    backbone: Any, rows: Sequence[Row], ids: Sequence[Ids], pooling: str, device: str | torch.device
+) -> Tensor:
+    """Pooled hidden states of the texts of some rows, in the order they stand there. Shape (N, H)."""
+    width = max(row.length for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.zeros_like(input_ids)
+    part = torch.full_like(input_ids, -1)  # 0: the prompt, 1, 2, ...: a reply, -1: padding
+    spans: list[tuple[int, int, int, int]] = []  # of each text: row, shared tokens, first and last own place
+    for b, row in enumerate(rows):
+        part[b, : row.shared] = 0
+        input_ids[b, : row.shared] = torch.as_tensor(ids[row.texts[0]][: row.shared])
+        positions[b, : row.shared] = torch.arange(row.shared)
+        start = row.shared
+        for number, text in enumerate(row.texts, 1):
+            own = torch.as_tensor(ids[text][row.shared :])
+            place = slice(start, start + len(own))
+            input_ids[b, place], part[b, place] = own, number
+            positions[b, place] = torch.arange(row.shared, row.shared + len(own))
+            spans.append((b, row.shared, start, start + len(own) - 1))
+            start += len(own)
+    part = part.to(device)
+    own_part = part[:, :, None] == part[:, None, :]  # padding sees padding, so that no query sees nothing
+    order = torch.arange(width, device=device)
+    mask = (own_part | (part == 0)[:, None, :]) & (order[:, None] >= order)  # (B, W, W)
+    hidden = backbone(
+        input_ids=input_ids.to(device), attention_mask=mask[:, None], position_ids=positions.to(device), use_cache=False
+    ).last_hidden_state.float()  # (B, W, H)
+    if pooling == "last":
+        return torch.stack([hidden[b, last] for b, _, _, last in spans])
+    return torch.stack(
+        [
+            (hidden[b, :shared].sum(0) + hidden[b, first : last + 1].sum(0)) / (shared + last + 1 - first)
+            for b, shared, first, last in spans
+        ]
+    )

@@ -1,0 +1,95 @@
+"""Replies to one prompt score side by side as each does alone, and the prompt is computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiny import tiny_rm
+from ups_rm.reward import shared_prompt
+from ups_rm.reward.render import render
+from ups_rm.reward.scorer import RewardScorer
+from ups_rm.reward.shared_prompt import shared_rows
+
+FP32 = 2e-5  # rounding of float32; a token seen too much or at a wrong position moves these logits by 0.1 and more
+
+
+@pytest.fixture(scope="module", params=[("llama", "last"), ("qwen2", "mean"), ("llama", "mean")])
+def scorer(request, tmp_path_factory) -> RewardScorer:
+    architecture, pooling = request.param
+    folder = tmp_path_factory.mktemp(f"{architecture}_{pooling}") / "rm"
+    return RewardScorer.load(tiny_rm(folder, architecture=architecture, pooling=pooling), dtype="float32")
+
+
+def conversations(groups: list[tuple[str, list[str]]]) -> list[Any]:
+    return [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+        for prompt, replies in groups
+        for reply in replies
+    ]
+
+
+@given(
+    groups=st.lists(st.tuples(st.text(max_size=60), st.lists(st.text(max_size=50), min_size=1, max_size=5)), max_size=4)
+)
+@settings(max_examples=40, deadline=None)
+def test_side_by_side_as_alone(scorer, groups):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prompt, "LEAST_SHARED", 1)
+        talks = conversations(groups)
+        together = [score.logit for score in scorer.score(talks)]
+        alone = [scorer.batch_logits([row.input_ids])[0] for row in render(scorer.tokenizer, talks, scorer.policy)]
+    assert together == pytest.approx(alone, abs=FP32)
+
+
+def test_the_prompt_is_computed_once(scorer, monkeypatch):
+    seen = []
+    real = scorer.model.model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].numel())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(scorer.model.model, "forward", counting)
+    monkeypatch.setattr(type(scorer), "enough_tokens", 1)  # no row waits for another
+    talks = conversations([("a long question " * 8, ["yes", "no", "perhaps", "never"])])
+    rows = render(scorer.tokenizer, talks, scorer.policy)
+    scorer.score(talks)
+    each = [len(row.input_ids) for row in rows]
+    (row,) = shared_rows([row.input_ids for row in rows], ["same"] * 4, 10**6)
+    assert sum(seen) == row.length < sum(each) / 2
+    assert row.length == sum(each) - 3 * row.shared
+
+
+@given(
+    ids=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=12),
+    least=st.integers(1, 5),
+    longest=st.integers(1, 60),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_rows_hold_every_text_once_and_keep_their_limit(ids, least, longest, data):
+    prompts = data.draw(st.lists(st.integers(0, 3), min_size=len(ids), max_size=len(ids)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prompt, "LEAST_SHARED", least)
+        rows = shared_rows([torch.tensor(one) for one in ids], prompts, longest)
+    assert sorted(i for row in rows for i in row.texts) == list(range(len(ids)))
+    for row in rows:
+        assert row.length == row.shared + sum(len(ids[i]) - row.shared for i in row.texts)
+        assert len(row.texts) == 1 or row.length <= longest
+        assert all(ids[i][: row.shared] == ids[row.texts[0]][: row.shared] for i in row.texts)
+        assert all(len(ids[i]) > row.shared for i in row.texts)
+        assert len({prompts[i] for i in row.texts}) == 1
+
+
+def test_other_architectures_are_scored_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prompt, "ARCHITECTURES", ())
+    scorer = RewardScorer.load(tiny_rm(tmp_path / "rm"), dtype="float32")
+    monkeypatch.setattr(RewardScorer, "row_logits", None)  # calling it would fail
+    talks = conversations([("a long question " * 8, ["yes", "no"])])
+    assert len(scorer.score(talks)) == 2
