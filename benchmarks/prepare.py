@@ -33,7 +33,7 @@ MEMORY_LIMIT = 400.0
 PICTURE = Path("docs/images/prepare.png")
 REQUIRED = {"plain": 3.0, "datasets": 6.0}
 PEER_NAMES = {"plain": "json, list of dicts, pandas to_parquet", "datasets": "datasets.map"}
-WORDS = ("garden", "water", "piano", "bread", "never", "explain", "slowly", "café", "“quoted”", "lock", "a", "of")
+WORDS = ("garden", "water", "piano", "bread", "never", "explain", "slowly", "coffee", "letters", "lock", "a", "of")
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Cost:
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> None:
-    """`count` rows of about 3 KB, one prompt in three repeated, labels at random."""
+    """`count` rows of about 3 KB, one prompt in three repeated, labels at random, one text in ten with curly quotes."""
     draw = random.Random(seed)
     text = " ".join(draw.choices(WORDS, k=20_000))
 
     def words(characters: int) -> str:
         start = draw.randrange(len(text) - characters)
-        return text[start : start + characters]
+        found = text[start : start + characters]
+        return found if draw.random() < 0.9 else f"“{found[2:]}”"
 
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -85,6 +86,8 @@ def verl_row(row: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def ours(source: Path, out: Path) -> float:
+    import pyarrow.parquet  # noqa: F401
+
     from ups_rm.data.prepare import prepare
 
     start = perf_counter()
@@ -94,6 +97,7 @@ def ours(source: Path, out: Path) -> float:
 
 def plain(source: Path, out: Path) -> float:
     import pandas as pd
+    import pyarrow.parquet  # noqa: F401
 
     start = perf_counter()
     with source.open(encoding="utf-8") as file:

@@ -323,7 +323,7 @@ def test_small_batches_and_row_groups_change_nothing_but_the_grouping(
 ) -> None:
     prepare("sample", tmp_path / "whole", shuffle=True)
     monkeypatch.setattr(module, "BATCH_ROWS", 7)
-    monkeypatch.setattr(module, "BATCH_CHARS", 300)
+    monkeypatch.setattr(module, "BATCH_BYTES", 300)
     monkeypatch.setattr(module, "ROW_GROUP_BATCHES", 3)
     prepare("sample", tmp_path / "parts", shuffle=True)
     assert table(tmp_path / "parts" / "train.parquet") == table(tmp_path / "whole" / "train.parquet")

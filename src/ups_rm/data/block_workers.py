@@ -1,21 +1,20 @@
 """Digests of a source's blocks, in order, made by this process and by helpers on the other cores.
 
-A helper is `python -m ups_rm.data.block_workers`: blocks come in by its standard input, digests go out by its standard
-output, both pickled. Whoever is free takes the next block; this process takes one whenever all helpers have enough to
-do. A source below HELP_FROM bytes is not worth a helper's start. A helper's error is raised here; helpers end with
-their input, so also when this process is killed.
+A helper is a Python process at the other end of a pipe: blocks go in, digests come out. Of a plain file it is told
+where to read, and gets some blocks ahead; this process makes a digest itself whenever all helpers have enough to do. A
+helper's error is raised here. Helpers end with their pipe, so also when this process is killed.
 """
 
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from queue import Full, Queue
-from threading import Thread
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from ups_rm.data.digest import Digest, block_digest
@@ -23,8 +22,10 @@ from ups_rm.data.sources import Block, Part
 from ups_rm.errors import RunError
 
 HELP_FROM = 24 * 2**20
+"""Bytes of a source that are worth the start of a helper."""
 MOST_HELPERS = 3
-WAITING = 3  # blocks per helper that wait for it
+AHEAD = 3
+"""Blocks that a helper is given at once."""
 
 
 @dataclass(frozen=True)
@@ -35,87 +36,114 @@ class Wanted:
     keep: bool = False
 
 
+@dataclass
+class _Task:
+    """A block under way; `digest` is there when it is done."""
+
+    block: Block
+    part: Part
+    digest: Digest | None = None
+
+
+class _Helper:
+    """This end of the pipe, and the tasks that the other end has."""
+
+    def __init__(self, pipe: Connection, wanted: Wanted) -> None:
+        self.pipe, self.wanted = pipe, wanted
+        self.tasks: deque[_Task] = deque()
+
+    def takes(self, task: _Task) -> bool:
+        """Hand it a task, if it has too few. It gets the bytes of a block only when it waits for them, so that never
+        both ends write."""
+        if len(self.tasks) >= (AHEAD if task.block.path is not None else 1):
+            return False
+        self.tasks.append(task)
+        try:
+            self.pipe.send((task.block, task.part, self.wanted))
+        except OSError:
+            self._died()
+        return True
+
+    def collect(self, block: bool = False) -> None:
+        """Take what is done; with `block`, wait for one."""
+        while self.tasks and (block or self.pipe.poll()):
+            try:
+                found = self.pipe.recv()
+            except (EOFError, OSError):
+                self._died()
+            if isinstance(found, BaseException):
+                raise found
+            self.tasks.popleft().digest = found
+            block = False
+
+    def _died(self) -> None:
+        raise RunError(
+            f"a process that helps to read {self.tasks[0].part.name} ended\n  fix: see its message above; run it again"
+        )
+
+
 def digests(blocks: Iterable[tuple[Block, Part]], wanted: Wanted, *, helpers: int) -> Iterator[Digest]:
-    """One digest per block, in the order of the blocks.
+    """One digest per block, in the order of the blocks; rejects are numbered through their part.
 
     Raises:
         RunError: a helper died. DataError: from reading the blocks.
     """
+    lines, last_part = 0, None
+    for task in _done(blocks, wanted, helpers):
+        found = task.digest
+        assert found is not None
+        if task.part is not last_part:
+            lines, last_part = 0, task.part
+        yield replace(found, rejects=[replace(one, line=one.line + lines) for one in found.rejects])
+        lines += found.lines
+
+
+def _done(blocks: Iterable[tuple[Block, Part]], wanted: Wanted, helpers: int) -> Iterator[_Task]:
     with ExitStack() as stack:
-        free = [stack.enter_context(_helper(wanted)) for _ in range(helpers)]
-        waiting: list[Queue[Any]] = []  # one place per block under way, in order; filled when it is done
+        team = [stack.enter_context(_helper(wanted)) for _ in range(helpers)]
+        under_way: deque[_Task] = deque()
         for block, part in blocks:
-            place: Queue[Any] = Queue()
-            waiting.append(place)
-            if not any(_offered(inbox, (block, part, place)) for inbox in free):
-                place.put(block_digest(block, part, wanted.categories, wanted.keep))
-            while waiting and (not waiting[0].empty() or len(waiting) > 4 * WAITING * (helpers + 1)):
-                yield _result(waiting.pop(0))
-        for place in waiting:
-            yield _result(place)
-
-
-def _offered(inbox: Queue[Any], work: tuple[Block, Part, Queue[Any]]) -> bool:
-    try:
-        inbox.put_nowait(work)
-    except Full:
-        return False
-    return True
-
-
-def _result(place: Queue[Any]) -> Digest:
-    found = place.get()
-    if isinstance(found, BaseException):
-        raise found
-    assert isinstance(found, Digest)
-    return found
+            task = _Task(block, part)
+            under_way.append(task)
+            if not any(helper.takes(task) for helper in team):
+                task.digest = block_digest(block, part, wanted.categories, wanted.keep)
+                for helper in team:
+                    helper.collect()
+            while under_way and under_way[0].digest is not None:
+                yield under_way.popleft()
+        for helper in team:
+            while helper.tasks:
+                helper.collect(block=True)
+        yield from under_way
 
 
 @contextmanager
-def _helper(wanted: Wanted) -> Iterator[Queue[Any]]:
-    """A helper process with the thread that feeds it; the queue takes (block, part, place for the digest)."""
-    command = [sys.executable, "-c", "from ups_rm.data.block_workers import help; help()"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    inbox: Queue[Any] = Queue(maxsize=WAITING)
-    feeder = Thread(target=_feed, args=(process, inbox, wanted), daemon=True)
-    feeder.start()
+def _helper(wanted: Wanted) -> Iterator[_Helper]:
+    ours, theirs = Pipe()
+    code = f"from ups_rm.data.block_workers import serve; serve({theirs.fileno()})"
+    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+    theirs.close()
     try:
-        yield inbox
+        yield _Helper(ours, wanted)
     finally:
         process.kill()  # nothing that it still does is wanted
-        inbox.put(None)
-        feeder.join()
-        for stream in (process.stdin, process.stdout):
-            assert stream is not None
-            with suppress(BrokenPipeError):  # what it had not read yet
-                stream.close()
         process.wait()
+        ours.close()
 
 
-def _feed(process: subprocess.Popen[bytes], inbox: Queue[Any], wanted: Wanted) -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    while (work := inbox.get()) is not None:
-        block, part, place = work
-        try:
-            pickle.dump((block, part, wanted), process.stdin, protocol=5)
-            process.stdin.flush()
-            place.put(pickle.load(process.stdout))
-        except (OSError, EOFError, pickle.UnpicklingError):
-            message = f"a process that helps to read {part.name} ended (exit code {process.poll()})"
-            place.put(RunError(f"{message}\n  fix: see its message above; run it again"))
-
-
-def help() -> None:
-    """What a helper does: blocks from standard input, digests to standard output."""
+def serve(descriptor: int) -> None:
+    """What a helper does: digests for blocks, until the other end of the pipe is closed."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    pipe: Connection[Any, Any] = Connection(descriptor)
     while True:
         try:
-            block, part, wanted = pickle.load(sys.stdin.buffer)
-        except (EOFError, pickle.UnpicklingError):  # its end, or cut short: the other process is gone
+            block, part, wanted = pipe.recv()
+        except (EOFError, OSError):  # closed, or the other process was killed
             return
-        answer = block_digest(block, part, wanted.categories, wanted.keep)
-        pickle.dump(answer, sys.stdout.buffer, protocol=5)
-        sys.stdout.buffer.flush()
+        try:
+            answer: Any = block_digest(block, part, wanted.categories, wanted.keep)
+        except Exception as error:  # raised at the other end
+            answer = error
+        pipe.send(answer)

@@ -10,14 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
+from operator import itemgetter
 from types import NoneType
 from typing import Any
 
 from ups_rm.data.rows import BadRow, Reject, Row, default_subset, parse_row
 from ups_rm.data.schema import MAX_SEVERITY, Split
-from ups_rm.data.sources import Block, Part
+from ups_rm.data.sources import MAX_ROW_BYTES, Block, Part, strict_records
 
 Pair = tuple[Sequence[Any], Sequence[Any]]
+OF_RESPONSES = ("response_{}", "is_response_{}_safe", "response_{}_severity_level", "response_{}_harm_category")
+FIELDS = (
+    *("prompt", "prompt_source", "safer_response_id", "better_response_id"),
+    *(name.format(i) for name in (*OF_RESPONSES, "response_{}_source", "response_{}_sha256") for i in (0, 1)),
+)
+ALL_FIELDS = itemgetter(*FIELDS)
 
 
 @dataclass(frozen=True)
@@ -40,17 +47,18 @@ class Columns:
         return len(self.prompt)
 
 
-def block_columns(block: Block, part: Part) -> tuple[Columns, list[Reject]]:
-    """The rows of a block, and the lines of it that are left out."""
-    if block.data and (found := _plain_columns(block.data, part)) is not None:
-        return found, []
+def block_columns(block: Block, part: Part) -> tuple[Columns, list[Reject], int]:
+    """The rows of a block, those that are left out (numbered from its first line), and how many lines it has."""
+    lines = block.lines()
+    if lines and (found := _plain_columns(lines, part)) is not None:
+        return found, [], len(lines)
     rows, rejects = list[Row](), list[Reject]()
-    for record in block.strict_records():
+    for record in chain(block.records, strict_records(lines)):
         try:
             rows.append(parse_row(record, part))
         except BadRow as error:
             rejects.append(Reject(part.name, record.line, str(error), record.excerpt))
-    return row_columns(rows, part.split), rejects
+    return row_columns(rows, part.split), rejects, len(lines)
 
 
 def row_columns(rows: Sequence[Row], split: Split) -> Columns:
@@ -74,27 +82,34 @@ class _NotPlain(Exception):
     """Something in the block needs the strict way; never leaves this module."""
 
 
-def _plain_columns(data: bytes, part: Part) -> Columns | None:
-    """The block's rows if all its lines are plain rows of the full or the older schema; None if one is not."""
+def _plain_columns(lines: list[bytes], part: Part) -> Columns | None:
+    """The rows of some lines if all are plain rows of the full or the older schema; None if one is not."""
     import orjson
 
+    if max(map(len, lines)) > MAX_ROW_BYTES:
+        return None
     try:
-        values = list(map(orjson.loads, filter(None, data.split(b"\n"))))
+        values = list(map(orjson.loads, [line for line in lines if line != b"\n"]))
     except orjson.JSONDecodeError:
         return None
     if not {*map(type, values)} <= {dict} or any("safe_response" in value for value in values):
         return None
 
-    def column(name: str, *kinds: type) -> list[Any]:
-        found = [value.get(name) for value in values]
+    try:
+        fields = dict(zip(FIELDS, zip(*map(ALL_FIELDS, values), strict=True), strict=True)) if values else {}
+    except KeyError:  # the older schema, or a field left out
+        fields = {name: tuple(value.get(name) for value in values) for name in FIELDS}
+
+    def column(name: str, *kinds: type) -> Sequence[Any]:
+        found = fields.get(name, ())
         if not {*map(type, found)} <= {*kinds}:
             raise _NotPlain
         return found
 
-    def pair(name: str, *kinds: type) -> tuple[list[Any], list[Any]]:
+    def pair(name: str, *kinds: type) -> Pair:
         return column(name.format(0), *kinds), column(name.format(1), *kinds)
 
-    def small(found: list[Any], most: int) -> list[Any]:
+    def small(found: Sequence[Any], most: int) -> Sequence[Any]:
         if not {*found} <= {None, *range(most + 1)}:
             raise _NotPlain
         return found
@@ -123,9 +138,12 @@ def _plain_columns(data: bytes, part: Part) -> Columns | None:
         return None
 
 
-def _flagged(harms: list[Any]) -> list[tuple[str, ...] | None]:
+def _flagged(harms: Sequence[dict[str, Any] | None]) -> list[tuple[str, ...] | None]:
     """The names of the harms that are flagged, per response."""
-    flags = chain.from_iterable(found.values() for found in harms if found)
+    flags = chain.from_iterable(map(dict.values, filter(None, harms)))
     if not {*map(type, flags)} <= {bool, NoneType}:
         raise _NotPlain
-    return [None if found is None else tuple(compress(found, found.values())) for found in harms]
+    return [
+        None if found is None else tuple(compress(found, found.values())) if True in found.values() else ()
+        for found in harms
+    ]

@@ -6,8 +6,8 @@ processes (block_workers.py). Distinct prompts and texts are counted later, by t
 
 from __future__ import annotations
 
-import marshal
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -22,20 +22,23 @@ from ups_rm.data.schema import Split
 from ups_rm.data.sources import Block, Part
 
 PairLabels = tuple[str, "bool | None", "bool | None", "int | None", "int | None"]
+UNKNOWN = 255
+CODES = {None: UNKNOWN, 0: 0, 1: 1}  # False and True too: they equal 0 and 1
 ReplyLabels = tuple[str, "bool | None", "int | None", "tuple[str, ...] | None"]
 
 
 @dataclass(frozen=True)
 class Digest:
-    """Of n rows of one split.
+    """Of n rows of one split, which stood on so many `lines` of JSONL; `rejects` are those that are left out.
 
     `pairs` counts rows by (subset, is_response_0_safe, is_response_1_safe, safer, better), `replies` responses by
     (subset, safe, severity, categories). `prompts` (n,) and `texts` (2n,) are hashes of prompts and of (prompt,
-    response); the lowest bit of a text's hash is its safety label, texts without one stand in `unlabelled`. `records`
-    holds the kept rows in marshal's format, each of `sizes` bytes; `kept` are their places, n where all are kept.
+    response); the lowest bit of a text's hash is its safety label, texts without one stand in `unlabelled`. `kept` are
+    the rows that may reach the parquet.
     """
 
     split: Split
+    lines: int
     rejects: list[Reject]
     pairs: Counter[PairLabels]
     replies: Counter[ReplyLabels]
@@ -44,86 +47,112 @@ class Digest:
     unlabelled: Hashes
     sha256_checked: int
     sha256_mismatches: int
-    records: bytes = b""
-    sizes: npt.NDArray[np.uint32] | None = None
-    kept: npt.NDArray[np.int64] | None = None
-    names_kinds: bool = False
+    kept: KeptRows | None = None
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The fields of m rows that go into the parquet.
+
+    `texts` are the prompts in UTF-8, one behind the other, each of `sizes` bytes, and `hashes` their hashes. `labels`
+    (m, 4) are safe_0, safe_1, safer and better, UNKNOWN for null. `kinds` are the places in `sources` of those
+    prompt_sources that say what kind of prompt it is, -1 for the others.
+    """
+
+    texts: bytes
+    sizes: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.uint8]
+    kinds: npt.NDArray[np.int32]
+    hashes: Hashes
+    sources: tuple[str, ...]
 
 
 def block_digest(block: Block, part: Part, categories: frozenset[str], keep: bool) -> Digest:
     """Check and count a block; with `keep`, keep its rows for the parquet: of `categories`, or all if none is named."""
-    columns, rejects = block_columns(block, part)
-    return digest(columns, rejects, categories, keep)
+    columns, rejects, lines = block_columns(block, part)
+    return digest(columns, rejects, categories, keep, lines)
 
 
 def digest(
-    columns: Columns, rejects: list[Reject], categories: frozenset[str] = frozenset(), keep: bool = False
+    columns: Columns,
+    rejects: list[Reject],
+    categories: frozenset[str] = frozenset(),
+    keep: bool = False,
+    lines: int = 0,
 ) -> Digest:
     """The digest of rows that are columns already."""
-    prompts, texts, checked, mismatches = _hashes(columns)
-    safe = [label for pair in zip(*columns.safe, strict=True) for label in pair]
-    labelled = np.array([label is not None for label in safe], dtype=bool)
-    label_bits = np.array([label is True for label in safe], dtype=np.uint64)
+    encoded = [prompt.encode() for prompt in columns.prompt]
+    prompts, texts, checked, mismatches = _hashes(encoded, columns)
+    labels = np.stack([_codes(column) for column in (*columns.safe, columns.safer, columns.better)], axis=1)
+    safe = labels[:, :2].flatten()
     replies: Counter[ReplyLabels] = Counter()
     for i in (0, 1):
         replies.update(zip(columns.subset, columns.safe[i], columns.severity[i], columns.categories[i], strict=True))
-    whole = Digest(
+    return Digest(
         split=columns.split,
+        lines=lines,
         rejects=rejects,
         pairs=Counter(zip(columns.subset, *columns.safe, columns.safer, columns.better, strict=True)),
         replies=replies,
         prompts=prompts,
-        texts=(texts & ~np.uint64(1) | label_bits)[labelled],
-        unlabelled=texts[~labelled],
+        texts=(texts & ~np.uint64(1) | safe)[safe != UNKNOWN],
+        unlabelled=texts[safe == UNKNOWN],
         sha256_checked=checked,
         sha256_mismatches=mismatches,
+        kept=_kept(columns, encoded, labels, prompts, categories) if keep else None,
     )
-    return _with_records(whole, columns, categories) if keep else whole
 
 
-def _hashes(columns: Columns) -> tuple[Hashes, Hashes, int, int]:
+def _codes(column: Sequence[bool | int | None]) -> npt.NDArray[np.uint8]:
+    """Small numbers and flags as bytes."""
+    return np.frombuffer(bytes(map(CODES.__getitem__, column)), dtype=np.uint8)
+
+
+def _hashes(prompts: Sequence[bytes], columns: Columns) -> tuple[Hashes, Hashes, int, int]:
     """Hashes of prompts (n,) and of (prompt, response) (2n,); how many sha256 were recorded, and how many are wrong.
 
     The recorded sha256 is that of prompt and response, nothing between, so its first 64 bits are the text's hash once
     the prompt's length is mixed in: "ab" + "c" is another text than "a" + "bc".
     """
-    heads, texts, lengths = list[bytes](), list[bytes](), list[int]()
-    checked = mismatches = 0
-    for prompt, *responses, first, second in zip(columns.prompt, *columns.response, *columns.sha256, strict=True):
-        encoded = prompt.encode()
-        start = sha256(encoded)
-        heads.append(start.digest()[:8])
-        lengths.append(len(encoded))
-        for response, recorded in zip(responses, (first, second), strict=True):
-            text = start.copy()
-            text.update(response.encode())
-            found = text.digest()
-            texts.append(found[:8])
-            if recorded is not None:
-                checked += 1
-                mismatches += found.hex() != recorded
-    mixed = np.array(lengths, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return _numbers(heads), _numbers(texts) ^ np.repeat(mixed, 2), checked, mismatches
+    heads, texts = list[bytes](), list[bytes]()
+    for prompt, first, second in zip(prompts, *columns.response, strict=True):
+        whole = sha256(prompt)
+        heads.append(whole.digest())
+        other = whole.copy()
+        whole.update(first.encode())
+        other.update(second.encode())
+        texts += (whole.digest(), other.digest())
+    recorded = [value for pair in zip(*columns.sha256, strict=True) for value in pair]
+    checked = len(recorded) - recorded.count(None)
+    mismatches = 0
+    if checked < len(recorded) or "".join(recorded) != b"".join(texts).hex():
+        found = zip(recorded, texts, strict=True)
+        mismatches = sum(value is not None and value != text.hex() for value, text in found)
+    lengths = np.fromiter(map(len, prompts), dtype=np.uint64, count=len(prompts))
+    mixed = np.repeat(lengths * np.uint64(0x9E3779B97F4A7C15), 2)
+    return _first_64_bits(heads), _first_64_bits(texts) ^ mixed, checked, mismatches
 
 
-def _numbers(hashes: list[bytes]) -> Hashes:
-    return np.frombuffer(b"".join(hashes), dtype="<u8").astype(np.uint64)
+def _first_64_bits(hashes: list[bytes]) -> Hashes:
+    return np.frombuffer(b"".join(hashes), dtype="<u8")[::4].astype(np.uint64)
 
 
-def _with_records(whole: Digest, columns: Columns, categories: frozenset[str]) -> Digest:
-    kept = np.arange(len(columns))
+def _kept(
+    columns: Columns,
+    prompts: Sequence[bytes],
+    labels: npt.NDArray[np.uint8],
+    hashes: Hashes,
+    categories: frozenset[str],
+) -> KeptRows:
+    """All rows, or those with one of the categories flagged in either response."""
+    sources = tuple(source for source in dict.fromkeys(columns.prompt_source) if source and kind_of(source))
+    places = {source: place for place, source in enumerate(sources)}
+    kinds = np.full(len(prompts), -1, dtype=np.int32)
+    if sources:
+        kinds[:] = [places.get(source or "", -1) for source in columns.prompt_source]
     if categories:
         flagged = zip(*columns.categories, strict=True)
-        kept = np.flatnonzero([not categories.isdisjoint((*(a or ()), *(b or ()))) for a, b in flagged])
-    kinds = [source if kind_of(source) else None for source in columns.prompt_source]
-    rows = list(zip(columns.prompt, *columns.safe, columns.safer, columns.better, kinds, strict=True))
-    records = [marshal.dumps(rows[i]) for i in kept]
-    return Digest(
-        **{
-            **vars(whole),
-            "records": b"".join(records),
-            "sizes": np.fromiter(map(len, records), np.uint32, len(records)),
-            "kept": kept,
-            "names_kinds": any(kinds[i] is not None for i in kept),
-        }
-    )
+        rows = np.flatnonzero([not categories.isdisjoint((*(a or ()), *(b or ()))) for a, b in flagged])
+        prompts, labels, kinds, hashes = [prompts[i] for i in rows.tolist()], labels[rows], kinds[rows], hashes[rows]
+    sizes = np.fromiter(map(len, prompts), dtype=np.int64, count=len(prompts))
+    return KeptRows(b"".join(prompts), sizes, labels, kinds, hashes, sources)

@@ -22,14 +22,14 @@ import numpy.typing as npt
 
 from ups_rm.console import progress_bar
 from ups_rm.data.block_workers import Wanted
-from ups_rm.data.digest import Digest
+from ups_rm.data.digest import UNKNOWN, Digest
 from ups_rm.data.files import file_sha256, publish, staging
 from ups_rm.data.hash_bag import Hashes
 from ups_rm.data.reading import bad_rows_message, read_counted, too_many_bad
 from ups_rm.data.rows import source_parts
 from ups_rm.data.schema import ABILITY, DATA_SOURCE, SPLITS, Split, verl_schema
 from ups_rm.data.sources import Part
-from ups_rm.data.spool import Kept, Spool
+from ups_rm.data.spool import Batch, Numbers, Spool
 from ups_rm.data.stats import SourceStats
 from ups_rm.errors import DataError
 
@@ -40,11 +40,9 @@ TRAIN, VAL, REJECTED, REPORT = "train.parquet", "val.parquet", "rejected.jsonl",
 REJECTED_BY_FAILED_RUN = "rejected.failed.jsonl"
 
 BATCH_ROWS = 2000
-BATCH_CHARS = 4_000_000
+BATCH_BYTES = 4_000_000
 ROW_GROUP_BATCHES = 10
 ROW_GROUP_BYTES = 8_000_000
-
-Numbers = npt.NDArray[np.uint32]  # of rows, 4 bytes each: a source of four billion rows is not expected
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,8 @@ def _read(
     with (stage / REJECTED).open("w", encoding="utf-8") as rejected:
 
         def on_digest(digest: Digest) -> None:
-            spools[digest.split].append(digest)
+            assert digest.kept is not None
+            spools[digest.split].append(digest.kept)
             rejected.writelines(json.dumps(asdict(reject)) + "\n" for reject in digest.rejects)
 
         stats, first = read_counted(parts, wanted=Wanted(wanted, keep=True), on_digest=on_digest, progress=progress)
@@ -289,7 +288,7 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = verl_schema(with_prompt_source=any(spool.names_kinds for spool in spools.values()))
+    schema = verl_schema(with_prompt_source=any(spool.sources for spool in spools.values()))
     with (
         path.open("wb") as file,
         pq.ParquetWriter(file, schema, compression="snappy") as writer,
@@ -297,8 +296,9 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
     ):
         group: list[pa.Table] = []
         done = 0
-        for batch in spools[rows.split].batches(rows.rows, rows=BATCH_ROWS, size=BATCH_CHARS):
-            group.append(_verl_table(batch, rows.split, rows.index[done : done + len(batch)], schema))
+        spool = spools[rows.split]
+        for batch in spool.batches(rows.rows, rows=BATCH_ROWS, size=BATCH_BYTES):
+            group.append(_verl_table(batch, rows.split, rows.index[done : done + len(batch)], spool.sources, schema))
             done += len(batch)
             advance(len(batch))
             if len(group) == ROW_GROUP_BATCHES or sum(table.nbytes for table in group) >= ROW_GROUP_BYTES:
@@ -309,30 +309,41 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
     return file_sha256(path)
 
 
-def _verl_table(batch: Sequence[Kept], split: Split, index: Numbers, schema: pa.Schema) -> pa.Table:
-    """Rows in verl's columns."""
+def _verl_table(batch: Batch, split: Split, index: Numbers, sources: list[str], schema: pa.Schema) -> pa.Table:
+    """Rows in verl's columns, made of the buffers that hold them: `pa.array` would import pandas first."""
     import pyarrow as pa
 
     count = len(batch)
-    prompts, *labels = zip(*batch, strict=True)
 
-    def struct(kind: pa.StructType, values: Sequence[Any]) -> pa.Array:
-        """`kind` without prompt_source has one field less than a row has labels."""
-        arrays = [pa.array(value, field.type) for value, field in zip(values, kind, strict=False)]
-        return pa.StructArray.from_arrays(arrays, fields=list(kind))
+    def array(kind: pa.DataType, values: npt.NDArray[Any], known: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+        valid = None if known is None else pa.py_buffer(np.packbits(known, bitorder="little"))
+        data = np.packbits(values, bitorder="little") if kind == pa.bool_() else values
+        return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(np.ascontiguousarray(data))])
+
+    def struct(kind: pa.StructType, *values: pa.Array) -> pa.Array:
+        """`kind` without prompt_source has one field less than there are values."""
+        return pa.StructArray.from_arrays(values[: kind.num_fields], fields=list(kind))
 
     def same(value: str) -> pa.Array:
         return pa.repeat(pa.scalar(value), count)
 
     turn = schema.field("prompt").type.value_type
-    turns = struct(turn, [same("user"), prompts])
+    prompts = pa.StringArray.from_buffers(count, pa.py_buffer(batch.offsets), pa.py_buffer(batch.texts))
+    one_each = array(pa.int32(), np.arange(count + 1, dtype=np.int32))
+    known = batch.labels != UNKNOWN  # (n, 4)
+    flags = [array(pa.bool_(), batch.labels[:, i] == 1, known[:, i]) for i in (0, 1)]
+    ids = [array(pa.int64(), batch.labels[:, i].astype(np.int64), known[:, i]) for i in (2, 3)]
+    kinds = pa.nulls(count, pa.string())
+    if sources:
+        kinds = pa.array([sources[kind] if kind >= 0 else None for kind in batch.kinds.tolist()], pa.string())
+    place = array(pa.int64(), index.astype(np.int64))
     return pa.table(
         [
             same(DATA_SOURCE),
-            pa.ListArray.from_arrays(pa.array(np.arange(count + 1), pa.int32()), turns),
+            pa.ListArray.from_arrays(one_each, struct(turn, same("user"), prompts)),
             same(ABILITY),
-            struct(schema.field("reward_model").type, [same("model"), [None] * count]),
-            struct(schema.field("extra_info").type, [same(split), index, *labels]),
+            struct(schema.field("reward_model").type, same("model"), pa.nulls(count)),
+            struct(schema.field("extra_info").type, same(split), place, *flags, *ids, kinds),
         ],
         schema=schema,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -45,6 +46,8 @@ def verl_schema(*, with_prompt_source: bool) -> pa.Schema:
     `extra_info.prompt_source` stands there only when some row says what kind of prompt it is (`KINDS` in prompts.py),
     so that rows of the original data give exactly the six fields users know.
     """
+    import pyarrow as pa
+
     extra_info = [
         ("split", pa.string()),
         ("index", pa.int64()),

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -22,9 +23,10 @@ from ups_rm.data.schema import SPLITS, SUBSETS, Split
 from ups_rm.errors import DataError
 
 MAX_ROW_BYTES = 8 * 2**20  # the longest published row has under 20 kB
-BLOCK_BYTES = 2**19  # not above MAX_ROW_BYTES: rows that lie within a block are not measured
+BLOCK_BYTES = 2**19
 BLOCK_RECORDS = 256
 EXCERPT_CHARS = 120
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 OnBytes = Callable[[int], None]
@@ -61,21 +63,37 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring lines of a part, the first one numbered `first_line`: whole lines of JSONL as they stand in the file
-    (`data`), or records.
+    """Neighbouring lines of a part: lines of JSONL (`size` bytes of the file `path` from `start` on, or `data`), or
+    records, whose line numbers are those of the part.
     """
 
-    first_line: int = 1
+    path: Path | None = None
+    start: int = 0
+    size: int = 0
     data: bytes = b""
     records: tuple[Record, ...] = ()
 
-    def strict_records(self) -> Iterator[Record]:
-        """The records of the lines that are not blank; a line that can't be parsed becomes one with a problem."""
-        yield from self.records
-        if self.data:
-            for number, line in enumerate(self.data.split(b"\n"), self.first_line):
-                if line.strip():
-                    yield parse_line(number, line)
+    def lines(self) -> list[bytes]:
+        """The lines of JSONL with their ends, blank ones too; of a line that is too long, at least so much.
+
+        Raises:
+            DataError: the file can't be read.
+        """
+        if self.path is None:
+            lines = BytesIO(self.data).readlines()
+        else:
+            try:
+                with self.path.open("rb", buffering=2**17) as file:
+                    file.seek(self.start)
+                    if self.size > MAX_ROW_BYTES:  # may end within a line
+                        lines = BytesIO(file.read(self.size)).readlines()
+                    else:
+                        lines = file.readlines(self.size - 1)
+            except OSError as error:
+                raise DataError(f"{self.path}: can't be read: {error.strerror or error}") from error
+        if self.start == 0 and lines:
+            lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
+        return lines
 
 
 def list_parts(source: Path | str, *, split: Split | None = None, subsets: Sequence[str] | None = None) -> list[Part]:
@@ -163,9 +181,20 @@ def _split_files(folder: Path, split: Split) -> list[Path]:
 
 
 def iter_records(part: Part, on_bytes: OnBytes | None = None) -> Iterator[Record]:
-    """The records of `iter_blocks`, one at a time."""
+    """Streams the records of one part, one at a time; as `iter_blocks`."""
+    before = 0
     for block in iter_blocks(part, on_bytes):
-        yield from block.strict_records()
+        lines = block.lines()
+        yield from block.records
+        yield from strict_records(lines, before)
+        before += len(lines)
+
+
+def strict_records(lines: Sequence[bytes], before: int = 0) -> Iterator[Record]:
+    """The records of the lines that are not blank, numbered from `before` + 1; what is no JSON has a problem."""
+    for number, line in enumerate(lines, before + 1):
+        if line.strip():
+            yield parse_line(number, line)
 
 
 def iter_blocks(part: Part, on_bytes: OnBytes | None = None) -> Iterator[Block]:
@@ -188,49 +217,48 @@ def iter_blocks(part: Part, on_bytes: OnBytes | None = None) -> Iterator[Block]:
 
 
 def _iter_jsonl(path: Path, on_bytes: OnBytes | None) -> Iterator[Block]:
-    number = 1
+    """Blocks of BLOCK_BYTES and the rest of their last line; of a row that is too long, so much that it shows."""
+    place = number = 0
     try:
         with path.open("rb") as raw:
-            stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw  # type: ignore[assignment]
-            while data := stream.read(BLOCK_BYTES):
-                if number == 1:
-                    data = data.removeprefix(b"\xef\xbb\xbf")
-                whole = data.rfind(b"\n") + 1
-                last = data[whole:] + stream.readline(MAX_ROW_BYTES + 1 - len(data) + whole)
-                if len(last) > MAX_ROW_BYTES:
-                    yield from _before_long_row(number, data[:whole], last)
-                    _skip_rest(stream, last)
-                    number += data.count(b"\n", 0, whole) + 1
-                else:
-                    data = data[:whole] + last
-                    yield Block(number, data)
-                    number += data.count(b"\n")
+            if path.name.endswith(".gz"):
+                stream = gzip.GzipFile(fileobj=raw)
+                while data := stream.read(BLOCK_BYTES):
+                    rest = stream.readline(MAX_ROW_BYTES + 1)
+                    yield Block(data=data + rest, start=place)
+                    _skip_rest(stream, rest)
+                    place += len(data) + len(rest)
+                    number += data.count(b"\n") + 1
+                    if on_bytes is not None:
+                        on_bytes(raw.tell())
+                return
+            end = path.stat().st_size
+            while place < end:
+                stop = raw.seek(min(place + BLOCK_BYTES, end))
+                rest = raw.readline(MAX_ROW_BYTES + 1)
+                yield Block(path, place, stop - place + len(rest))
+                _skip_rest(raw, rest)
+                place = raw.tell()
                 if on_bytes is not None:
-                    on_bytes(raw.tell())
+                    on_bytes(place)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
-            f"{path}: the compressed data is damaged or ends early, after line {number - 1} ({error})\n"
+            f"{path}: the compressed data is damaged or ends early, after line {number} ({error})\n"
             "  fix: download or compress the file again"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
-def _before_long_row(number: int, data: bytes, last: bytes) -> Iterator[Block]:
-    """The lines before a row that is too long, and that row's problem."""
-    if data:
-        yield Block(number, data)
-    problem = f"row is longer than {MAX_ROW_BYTES} bytes"
-    yield Block(records=(_problem(number + data.count(b"\n"), problem, last[: 4 * EXCERPT_CHARS]),))
-
-
-def _skip_rest(stream: IO[bytes], piece: bytes) -> None:
+def _skip_rest(stream: IO[bytes] | gzip.GzipFile, piece: bytes) -> None:
     while piece and not piece.endswith(b"\n"):
         piece = stream.readline(2**20)
 
 
 def parse_line(number: int, line: bytes) -> Record:
-    """One line of JSONL as a record; a line that isn't UTF-8 or isn't JSON becomes a record with a problem."""
+    """One line of JSONL as a record; a line that is too long, isn't UTF-8 or isn't JSON becomes one with a problem."""
+    if len(line) > MAX_ROW_BYTES:
+        return _problem(number, f"row is longer than {MAX_ROW_BYTES} bytes", line[: 4 * EXCERPT_CHARS])
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:

@@ -7,93 +7,107 @@ found.
 
 from __future__ import annotations
 
-import marshal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ups_rm.data.digest import Digest
+from ups_rm.data.digest import KeptRows
 from ups_rm.data.hash_bag import Hashes
 
-Numbers = npt.NDArray[np.unsignedinteger]
+Numbers = npt.NDArray[np.uint32]  # of rows, 4 bytes each: a source of four billion rows is not expected
 
 
-class Kept(NamedTuple):
-    """The fields of a row that go into the parquet."""
+@dataclass(frozen=True)
+class Batch:
+    """n rows: prompts in UTF-8 one behind the other, with the n + 1 places where they begin and end; `labels` (n, 4)
+    and `kinds` (n,) as in KeptRows.
+    """
 
-    prompt: str
-    is_response_0_safe: bool | None
-    is_response_1_safe: bool | None
-    safer_response_id: int | None
-    better_response_id: int | None
-    prompt_source: str | None
+    texts: bytes
+    offsets: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.uint8]
+    kinds: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.kinds)
 
 
 class Spool:
-    """Rows of one split, appended once and then read by number in any order.
-
-    The records are Python's marshal format: the file never outlives the process that wrote it.
-    """
+    """Rows of one split, appended once and then read by number in any order."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._records = path.open("wb+")
-        self._ends = path.with_suffix(".ends").open("wb+")  # of each record, uint64
-        self._hashes = path.with_suffix(".hashes").open("wb+")  # of each prompt, uint64
+        names = ("texts", "ends", "labels", "kinds", "hashes")
+        self._files = {name: path.with_suffix(f".{name}").open("wb+") for name in names}
         self._bytes = self._rows = 0
-        self.names_kinds = False  # some row's prompt_source says what kind of prompt it is
+        self._sources: dict[str, int] = {}
 
-    def append(self, digest: Digest) -> None:
-        """Adds the rows that the digest keeps."""
-        if digest.kept is None or digest.sizes is None or not len(digest.kept):
-            return
-        ends = np.cumsum(digest.sizes, dtype=np.uint64) + np.uint64(self._bytes)
-        self._records.write(digest.records)
-        self._ends.write(ends.tobytes())
-        self._hashes.write(digest.prompts[digest.kept].tobytes())
-        self._bytes += len(digest.records)
+    @property
+    def sources(self) -> list[str]:
+        """The prompt_sources that `Batch.kinds` points to; empty where none says what kind of prompt it is."""
+        return list(self._sources)
+
+    def append(self, rows: KeptRows) -> None:
+        """Adds rows."""
+        kinds = rows.kinds
+        if rows.sources:
+            places = [self._sources.setdefault(source, len(self._sources)) for source in rows.sources]
+            kinds = np.array([*places, -1], dtype=np.int32)[kinds]  # -1 is the last of them
+        ends = np.cumsum(rows.sizes) + self._bytes
+        for name, values in (("ends", ends), ("labels", rows.labels), ("kinds", kinds), ("hashes", rows.hashes)):
+            self._files[name].write(values.tobytes())
+        self._files["texts"].write(rows.texts)
+        self._bytes += len(rows.texts)
         self._rows += len(ends)
-        self.names_kinds = self.names_kinds or digest.names_kinds
 
     def __len__(self) -> int:
         return self._rows
 
-    def batches(self, numbers: Numbers, *, rows: int, size: int) -> Iterator[list[Kept]]:
+    def batches(self, numbers: Numbers, *, rows: int, size: int) -> Iterator[Batch]:
         """Rows by number, in the order given, at most so many at once and of about `size` bytes (or one row)."""
-        for file in (self._records, self._ends):
-            file.flush()
         if not self._rows:
             return
-        ends = np.memmap(self._ends, dtype=np.uint64, mode="r", shape=(self._rows,))
+        ends, labels, kinds = (
+            self._map("ends", np.int64),
+            self._map("labels", np.uint8, 4),
+            self._map("kinds", np.int32),
+        )
+        self._files["texts"].flush()
         for first in range(0, len(numbers), rows):
             some = numbers[first : first + rows].astype(np.int64)
             stops = ends[some]
-            starts = np.where(some > 0, ends[some - 1], np.uint64(0))
-            batch = (np.cumsum(stops - starts) - (stops - starts)) // np.uint64(size)  # by the bytes before each
-            for group in np.split(np.arange(len(some)), np.flatnonzero(np.diff(batch)) + 1):
-                yield list(map(Kept._make, self._read(starts[group].tolist(), stops[group].tolist())))
+            starts = np.where(some > 0, ends[some - 1], 0)
+            before = np.cumsum(stops - starts) - (stops - starts)
+            for group in np.split(np.arange(len(some)), np.flatnonzero(np.diff(before // size)) + 1):
+                offsets = np.zeros(len(group) + 1, dtype=np.int32)
+                np.cumsum(stops[group] - starts[group], out=offsets[1:])
+                texts = self._read(starts[group], stops[group])
+                yield Batch(texts, offsets, labels[some[group]], kinds[some[group]])
 
-    def _read(self, starts: list[int], stops: list[int]) -> Iterator[tuple[object, ...]]:
-        """The records at some places; neighbours that follow each other are read at once."""
-        if starts[1:] == stops[:-1]:
-            self._records.seek(starts[0])
-            together = memoryview(self._records.read(stops[-1] - starts[0]))
-            for start, stop in zip(starts, stops, strict=True):
-                yield marshal.loads(together[start - starts[0] : stop - starts[0]])
-            return
-        for start, stop in zip(starts, stops, strict=True):
-            self._records.seek(start)
-            yield marshal.loads(self._records.read(stop - start))
+    def _map(self, name: str, dtype: Any, *width: int) -> npt.NDArray[Any]:
+        self._files[name].flush()
+        return np.memmap(self._files[name], dtype=dtype, mode="r", shape=(self._rows, *width))
+
+    def _read(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> bytes:
+        """The texts at some places, one behind the other; neighbours that follow each other are read at once."""
+        file = self._files["texts"]
+        breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+        pieces = []
+        for first, last in zip([0, *breaks], [*breaks - 1, len(starts) - 1], strict=True):
+            file.seek(starts[first])
+            pieces.append(file.read(stops[last] - starts[first]))
+        return b"".join(pieces)
 
     def prompt_hashes(self) -> Hashes:
         """Hash of each row's prompt, read from disk. Shape (rows,)."""
-        self._hashes.flush()
-        self._hashes.seek(0)
-        return np.fromfile(self._hashes, dtype=np.uint64) if self._rows else np.empty(0, dtype=np.uint64)
+        file = self._files["hashes"]
+        file.flush()
+        file.seek(0)
+        return np.fromfile(file, dtype=np.uint64) if self._rows else np.empty(0, dtype=np.uint64)
 
     def close(self) -> None:
-        for file in (self._records, self._ends, self._hashes):
+        for file in self._files.values():
             file.close()

@@ -18,8 +18,9 @@ from ups_rm.data.columns import row_columns
 from ups_rm.data.digest import Digest, PairLabels, ReplyLabels, digest
 from ups_rm.data.hash_bag import HashBag
 from ups_rm.data.rows import Row
-from ups_rm.data.schema import HARM_CATEGORIES, MAX_SEVERITY, SPLITS
+from ups_rm.data.schema import HARM_CATEGORIES, MAX_SEVERITY, SPLITS, Split
 
+FOLD_AT = 20_000
 PAIR_KINDS = ("both safe", "both unsafe", "mixed", "unlabelled")
 
 
@@ -117,6 +118,8 @@ class StatsCollector:
         self._prompts = {split: HashBag() for split in SPLITS}
         self._texts = HashBag()
         self._unlabelled = HashBag()
+        self._pairs: dict[Split, Counter[PairLabels]] = {split: Counter() for split in SPLITS}
+        self._replies: Counter[ReplyLabels] = Counter()
 
     def add(self, digest: Digest) -> None:
         stats = self._stats
@@ -126,14 +129,25 @@ class StatsCollector:
         self._prompts[digest.split].add(digest.prompts)
         self._texts.add(digest.texts)
         self._unlabelled.add(digest.unlabelled)
-        for pair, count in digest.pairs.items():
-            if pair[0] not in stats.rows:
-                for counts in (stats.rows, stats.pairs, stats.categories, stats.severity):
-                    counts[pair[0]] = Counter()
-            stats.rows[pair[0]][digest.split] += count
-            self._add_pairs(pair, count)
-        for reply, count in digest.replies.items():
+        self._pairs[digest.split].update(digest.pairs)
+        self._replies.update(digest.replies)
+        if len(self._replies) > FOLD_AT:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Turn the counts of labels, of which there are few different ones, into those of `SourceStats`."""
+        stats = self._stats
+        for split, pairs in self._pairs.items():
+            for pair, count in pairs.items():
+                if pair[0] not in stats.rows:
+                    for counts in (stats.rows, stats.pairs, stats.categories, stats.severity):
+                        counts[pair[0]] = Counter()
+                stats.rows[pair[0]][split] += count
+                self._add_pairs(pair, count)
+            pairs.clear()
+        for reply, count in self._replies.items():
             self._add_replies(reply, count)
+        self._replies.clear()
 
     def _add_pairs(self, labels: PairLabels, count: int) -> None:
         stats = self._stats
@@ -157,6 +171,7 @@ class StatsCollector:
         odd.safe_with_category += count * (safe is True and bool(categories))
 
     def result(self) -> SourceStats:
+        self._fold()
         stats, one = self._stats, np.uint64(1)
         stats.distinct_prompts = dict.fromkeys(SPLITS, 0)
         for train, test in zip(self._prompts["train"].shards(), self._prompts["test"].shards(), strict=True):
