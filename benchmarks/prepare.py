@@ -4,7 +4,7 @@ Rows of about 3 KB in PKU-SafeRLHF's full schema, made up on the spot. The plain
 `to_parquet`. `datasets`: its json loader, `map`, `to_parquet`, with an empty cache. Both peers write the same columns
 and check nothing; ours also checks every field, recomputes two sha256 a row and counts the statistics. Each side runs
 in a process of its own; seconds are from the first byte read to the last byte written, imports left out; memory is the
-highest resident size of the process and all its children together, with imports.
+highest resident size of the process and those of its children, added up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -127,32 +126,31 @@ WAYS = {"ours": ours, "plain": plain, "datasets": datasets_map}
 
 def measure(way: str, source: Path) -> Cost:
     """One way in a fresh process."""
-    import psutil
-
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "benchmarks.prepare", way, str(source), out]
+        peaks: dict[str, float] = {}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            highest, done = 0, threading.Event()
-
-            def watch() -> None:
-                nonlocal highest
-                while not done.is_set():
-                    try:
-                        top = psutil.Process(process.pid)
-                        family = [top, *top.children(recursive=True)]
-                        highest = max(highest, sum(one.memory_info().rss for one in family))
-                    except psutil.NoSuchProcess:
-                        pass  # a child that ended between listing and reading
-                    sleep(0.02)
-
-            watcher = threading.Thread(target=watch)
-            watcher.start()
-            answer, _ = process.communicate()
-            done.set()
-            watcher.join()
+            assert process.stdout is not None
+            while process.poll() is None:
+                peaks |= peak_memory(process.pid)
+                sleep(0.1)
+            answer = process.stdout.read()
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
-    return Cost(float(answer.split()[-1]), highest / 1e6)
+    return Cost(float(answer.split()[-1]), sum(peaks.values()))
+
+
+def peak_memory(pid: int) -> dict[str, float]:
+    """Highest resident memory so far, in MB, of a process and its children (Linux)."""
+    folder = Path("/proc") / str(pid)
+    found = {}
+    try:
+        for one in (str(pid), *(folder / "task" / str(pid) / "children").read_text().split()):
+            status = (folder.parent / one / "status").read_text()
+            found[one] = int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        pass  # it ended meanwhile: what was seen before stands
+    return found
 
 
 def curve(counts: Sequence[int], folder: Path, rows: Path) -> list[tuple[int, Cost]]:
@@ -218,7 +216,7 @@ def run(pairs: int, rows: int = ROWS, curve_rows: Sequence[int] = CURVE_ROWS, pi
         for peer in PEER_NAMES
     ]  # fmt: skip
     for count, cost in points:
-        results.append(Result(f"prepare, {count:,} rows", cost.seconds, None, "s", versions=used))
+        results.append(Result(f"prepare, {count:,} rows, wall time", cost.seconds, None, "s", versions=used))
         results.append(Result(f"prepare, {count:,} rows, highest memory", cost.megabytes, None, "MB", versions=used))
     if points:
         draw(points, picture)

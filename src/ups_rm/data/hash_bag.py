@@ -10,8 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
-HELD = 2**18
+HELD = 2**19
 SHARDS = 32
+
+
+def distinct(hashes: Hashes) -> Hashes:
+    """The different values, sorted; several times as fast as np.unique, which hashes integers first."""
+    hashes = np.sort(hashes)
+    return hashes[np.concatenate([[True], hashes[1:] != hashes[:-1]])] if len(hashes) else hashes
 
 
 class HashBag:
@@ -39,7 +45,7 @@ class HashBag:
                 file.seek(0)
                 shard = np.concatenate([np.frombuffer(file.read(), dtype=np.uint64), shard])
                 file.seek(0, 2)
-            yield np.unique(shard)
+            yield distinct(shard)
 
     def _by_shard(self) -> list[Hashes]:
         hashes = np.sort(np.concatenate([*self._held, np.empty(0, dtype=np.uint64)]))

@@ -24,7 +24,7 @@ from ups_rm.console import progress_bar
 from ups_rm.data.block_workers import Wanted
 from ups_rm.data.digest import UNKNOWN, Digest
 from ups_rm.data.files import file_sha256, publish, staging
-from ups_rm.data.hash_bag import Hashes
+from ups_rm.data.hash_bag import Hashes, distinct
 from ups_rm.data.reading import bad_rows_message, read_counted, too_many_bad
 from ups_rm.data.rows import source_parts
 from ups_rm.data.schema import ABILITY, DATA_SOURCE, SPLITS, Split, verl_schema
@@ -224,12 +224,14 @@ class Arrangement:
 
 
 def _count_prompts(train: Arrangement, val: Arrangement) -> tuple[int, int, int]:
-    """Distinct prompts in train, in val, and in both."""
-    of_val = np.unique(val.hashes)
-    ordered = np.sort(train.hashes)
-    distinct = int(np.count_nonzero(ordered[1:] != ordered[:-1])) + 1
-    places = np.minimum(np.searchsorted(ordered, of_val), len(ordered) - 1)
-    return distinct, len(of_val), int(np.count_nonzero(ordered[places] == of_val))
+    """Distinct prompts in train, in val, and in both. Sorts the hashes in place: they are many, and not needed again."""
+    of_train, of_val = train.hashes, val.hashes
+    for hashes in (of_train, of_val):
+        hashes.sort()
+    repeats = int(np.count_nonzero(of_train[1:] == of_train[:-1]))
+    of_val = distinct(of_val)
+    places = np.minimum(np.searchsorted(of_train, of_val), len(of_train) - 1)
+    return len(of_train) - repeats, len(of_val), int(np.count_nonzero(of_train[places] == of_val))
 
 
 def _arrange(spools: dict[Split, Spool], settings: Settings) -> tuple[Arrangement, Arrangement]:
@@ -310,7 +312,7 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
 
 
 def _verl_table(batch: Batch, split: Split, index: Numbers, sources: list[str], schema: pa.Schema) -> pa.Table:
-    """Rows in verl's columns, made of the buffers that hold them: `pa.array` would import pandas first."""
+    """Rows in verl's columns, made of the buffers that hold them: `pa.array` and `pa.scalar` would import pandas."""
     import pyarrow as pa
 
     count = len(batch)
@@ -324,11 +326,13 @@ def _verl_table(batch: Batch, split: Split, index: Numbers, sources: list[str], 
         """`kind` without prompt_source has one field less than there are values."""
         return pa.StructArray.from_arrays(values[: kind.num_fields], fields=list(kind))
 
+    def texts(offsets: npt.NDArray[np.int32], data: bytes) -> pa.Array:
+        return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(data))
+
     def same(value: str) -> pa.Array:
-        return pa.repeat(pa.scalar(value), count)
+        return texts(np.arange(count + 1, dtype=np.int32) * len(value), value.encode() * count)
 
     turn = schema.field("prompt").type.value_type
-    prompts = pa.StringArray.from_buffers(count, pa.py_buffer(batch.offsets), pa.py_buffer(batch.texts))
     one_each = array(pa.int32(), np.arange(count + 1, dtype=np.int32))
     known = batch.labels != UNKNOWN  # (n, 4)
     flags = [array(pa.bool_(), batch.labels[:, i] == 1, known[:, i]) for i in (0, 1)]
@@ -340,7 +344,7 @@ def _verl_table(batch: Batch, split: Split, index: Numbers, sources: list[str], 
     return pa.table(
         [
             same(DATA_SOURCE),
-            pa.ListArray.from_arrays(one_each, struct(turn, same("user"), prompts)),
+            pa.ListArray.from_arrays(one_each, struct(turn, same("user"), texts(batch.offsets, batch.texts))),
             same(ABILITY),
             struct(schema.field("reward_model").type, same("model"), pa.nulls(count)),
             struct(schema.field("extra_info").type, same(split), place, *flags, *ids, kinds),

@@ -16,7 +16,7 @@ import numpy as np
 
 from ups_rm.data.columns import row_columns
 from ups_rm.data.digest import Digest, PairLabels, ReplyLabels, digest
-from ups_rm.data.hash_bag import HashBag
+from ups_rm.data.hash_bag import HashBag, distinct
 from ups_rm.data.rows import Row
 from ups_rm.data.schema import HARM_CATEGORIES, MAX_SEVERITY, SPLITS, Split
 
@@ -182,7 +182,7 @@ class StatsCollector:
             # texts that differ in the lowest bit only have both labels
             both = np.count_nonzero(texts[:-1] >> one == texts[1:] >> one)
             stats.contradictions.texts_labelled_both_ways += int(both)
-            stats.distinct_responses += len(np.union1d(texts >> one, unlabelled >> one))
+            stats.distinct_responses += len(distinct(np.concatenate([texts >> one, unlabelled >> one])))
         return stats
 
 
