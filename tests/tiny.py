@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 CORPUS = [
@@ -107,11 +109,13 @@ def tiny_policy(folder: Path | str, *, seed: int = 0) -> Path:
 def tiny_backbone(
     folder: Path | str, *, seed: int = 1, architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Path:
-    """A 2-layer Llama (or "qwen2") causal LM (hidden 32), wide weights, with a Llama-3-like tokenizer and template."""
+    """A 2-layer Llama (or "qwen2", "qwen3") causal LM (hidden 32), wide weights, with a Llama-3-like tokenizer and template."""
     tokenizer = tokenizer or llama3_tokenizer()
-    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[
-        architecture
-    ]
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[architecture]
     config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=32,

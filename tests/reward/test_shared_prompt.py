@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ from tiny import tiny_rm
 from ups_rm.reward import shared_prompt
 from ups_rm.reward.render import render
 from ups_rm.reward.scorer import RewardScorer
-from ups_rm.reward.shared_prompt import shared_rows
+from ups_rm.reward.shared_prompt import best_own_tokens, can_share, shared_rows
 
 FP32 = 2e-5  # rounding of float32; a token seen too much or at a wrong position moves these logits by 0.1 and more
 
 
-@pytest.fixture(scope="module", params=[("llama", "last"), ("qwen2", "mean"), ("llama", "mean")])
+@pytest.fixture(scope="module", params=[("llama", "last"), ("qwen2", "mean"), ("qwen3", "last")])
 def scorer(request, tmp_path_factory) -> RewardScorer:
     architecture, pooling = request.param
     folder = tmp_path_factory.mktemp(f"{architecture}_{pooling}") / "rm"
@@ -37,7 +36,7 @@ def conversations(groups: list[tuple[str, list[str]]]) -> list[Any]:
 @given(
     groups=st.lists(st.tuples(st.text(max_size=60), st.lists(st.text(max_size=50), min_size=1, max_size=5)), max_size=4)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_side_by_side_as_alone(scorer, groups):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prompt, "LEAST_SHARED", 1)
@@ -61,7 +60,7 @@ def test_the_prompt_is_computed_once(scorer, monkeypatch):
     rows = render(scorer.tokenizer, talks, scorer.policy)
     scorer.score(talks)
     each = [len(row.input_ids) for row in rows]
-    (row,) = shared_rows([row.input_ids for row in rows], ["same"] * 4, 10**6)
+    (row,) = shared_rows([row.input_ids for row in rows], ["same"] * 4, 10**6, 10**4)
     assert sum(seen) == row.length < sum(each) / 2
     assert row.length == sum(each) - 3 * row.shared
 
@@ -70,14 +69,15 @@ def test_the_prompt_is_computed_once(scorer, monkeypatch):
     ids=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=12),
     least=st.integers(1, 5),
     longest=st.integers(1, 60),
+    hidden_size=st.sampled_from([1, 10**4]),
     data=st.data(),
 )
 @settings(max_examples=100, deadline=None)
-def test_rows_hold_every_text_once_and_keep_their_limit(ids, least, longest, data):
+def test_rows_hold_every_text_once_and_keep_their_limit(ids, least, longest, hidden_size, data):
     prompts = data.draw(st.lists(st.integers(0, 3), min_size=len(ids), max_size=len(ids)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prompt, "LEAST_SHARED", least)
-        rows = shared_rows([torch.tensor(one) for one in ids], prompts, longest)
+        rows = shared_rows([torch.tensor(one) for one in ids], prompts, longest, hidden_size)
     assert sorted(i for row in rows for i in row.texts) == list(range(len(ids)))
     for row in rows:
         assert row.length == row.shared + sum(len(ids[i]) - row.shared for i in row.texts)
@@ -87,9 +87,29 @@ def test_rows_hold_every_text_once_and_keep_their_limit(ids, least, longest, dat
         assert len({prompts[i] for i in row.texts}) == 1
 
 
-def test_other_architectures_are_scored_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prompt, "ARCHITECTURES", ())
+@given(shared=st.integers(16, 800), hidden_size=st.integers(32, 1024))
+@settings(max_examples=30, deadline=None)
+def test_a_row_is_as_long_as_pays_most(shared, hidden_size):
+    def cost_of_a_token(own: int) -> float:
+        return (shared / own + 1) * (1 + (shared + own) / (6 * hidden_size))
+
+    assert abs(best_own_tokens(shared, hidden_size) - min(range(1, 4000), key=cost_of_a_token)) <= 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral"},
+        {"sliding_window": 8},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        {"_attn_implementation": "eager"},
+    ],
+)
+def test_what_a_mask_or_positions_would_change_is_scored_one_by_one(tmp_path, monkeypatch, changes):
     scorer = RewardScorer.load(tiny_rm(tmp_path / "rm"), dtype="float32")
-    monkeypatch.setattr(RewardScorer, "row_logits", None)  # calling it would fail
-    talks = conversations([("a long question " * 8, ["yes", "no"])])
-    assert len(scorer.score(talks)) == 2
+    assert can_share(scorer.model.model)
+    for name, value in changes.items():
+        setattr(scorer.model.model.config, name, value)
+    assert not can_share(scorer.model.model)
+    monkeypatch.setattr(scorer, "row_logits", None)  # calling it would fail
+    assert len(scorer.score(conversations([("a long question " * 8, ["yes", "no"])]))) == 2

@@ -224,7 +224,7 @@ class Arrangement:
 
 
 def _count_prompts(train: Arrangement, val: Arrangement) -> tuple[int, int, int]:
-    """Distinct prompts in train, in val, and in both. Sorts the hashes in place: they are many, and not needed again."""
+    """Distinct prompts in train, in val, and in both. Sorts the hashes in place: nobody needs them again."""
     of_train, of_val = train.hashes, val.hashes
     for hashes in (of_train, of_val):
         hashes.sort()

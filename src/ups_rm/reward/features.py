@@ -256,7 +256,8 @@ def _fill(
     model = load_decoder(backbone, dtype, device)
     enough = ENOUGH_TOKENS if torch.device(device).type == "cpu" else max_batch_tokens // 2
     waiting = [ids[i] for i in todo]
-    rows = shared_rows(waiting, [prompts[i] for i in todo] if can_share(model) else range(len(todo)), max_batch_tokens)
+    groups = [prompts[i] for i in todo] if can_share(model) else range(len(todo))
+    rows = shared_rows(waiting, groups, max_batch_tokens, parts.hidden.shape[1])
     plan = token_batches([row.length for row in rows], max_batch_tokens, enough_tokens=enough)
     tokens, start = 0, perf_counter()
     saved = start

@@ -9,7 +9,6 @@ The sign is turned in transforms.py and nowhere else: `safe_score(logit)`.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Hashable, Sequence
@@ -140,7 +139,7 @@ class RewardScorer:
             RMError: a malformed conversation, or a logit that is not finite.
         """
         rendered = render(self.tokenizer, conversations, self.policy)
-        prompts = [json.dumps(conversation[:-1]) for conversation in conversations]
+        prompts = [str(conversation[:-1]) for conversation in conversations]
         logits = self.logits(rendered, prompts=prompts, progress=progress)
         return [
             Score(logit=logit, safe_score=safe_score(logit), tokens=len(row.input_ids), truncated=row.truncated)
@@ -165,12 +164,13 @@ class RewardScorer:
         Raises:
             RMError: a logit that is not finite.
         """
-        from ups_rm.reward.shared_prompt import can_share, shared_rows
+        from ups_rm.reward.shared_prompt import Row, can_share, shared_rows
 
         ids = [row.input_ids for row in rendered]
-        if prompts is None or not (self.native and hasattr(self.model, "myscore") and can_share(self.model.model)):
-            prompts = range(len(ids))
-        rows = shared_rows(ids, prompts, self.max_batch_tokens)
+        if prompts is not None and self.native and hasattr(self.model, "myscore") and can_share(self.model.model):
+            rows = shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
+        else:
+            rows = [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
         batches = token_batches([row.length for row in rows], self.max_batch_tokens, enough_tokens=self.enough_tokens)
         logits = [math.nan] * len(rendered)
         with progress_bar("scoring", len(rendered), enabled=progress) as advance:

@@ -2,7 +2,8 @@
 
 A reply's tokens attend to the prompt and to those before them in the same reply, by a mask over the row, and are
 counted on from the prompt's end, so states are those of the conversation alone. Decoders that place tokens by rotation
-only, with full attention, can be run like this; `can_share` names them, all others get plain batches.
+only, with full attention, can be run like this; `can_share` names them, all others get plain batches. Shared is what
+the token ids have in common, so a tokenizer may merge across the prompt's end and texts may be cut anywhere.
 
 Letters: B rows, W tokens of the longest row, N texts, H hidden size.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -18,10 +20,10 @@ from torch import Tensor
 
 Ids = Sequence[int] | Tensor
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Rope types whose rotation of a token depends on its position alone, not on how long the longest text is."""
 LEAST_SHARED = 16
 """Tokens in common below which a row of its own is as good."""
-LONGEST_ROW = 2048
-"""Tokens of a shared row: attention looks at all of it, so longer ones cost more than they save."""
 
 
 @dataclass(frozen=True)
@@ -34,32 +36,35 @@ class Row:
 
 
 def can_share(backbone: Any) -> bool:
-    """Whether the backbone takes a mask over [prompt | reply | reply ...]."""
+    """Whether the backbone takes a boolean mask over [prompt | reply | reply ...] and positions that repeat."""
     config = backbone.config
     return (
         config.model_type in ARCHITECTURES
         and not getattr(config, "sliding_window", None)
-        and config._attn_implementation in ("sdpa", "eager")
+        and config.rope_parameters["rope_type"] in FIXED_ROTATIONS
+        and config._attn_implementation == "sdpa"  # eager attention would add the mask as 0 and 1
     )
 
 
-def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int) -> list[Row]:
+def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int, hidden_size: int) -> list[Row]:
     """Every text in one row; texts of equal `prompts` together where that saves anything.
 
     Args:
         ids: token ids of each text, at least one.
         max_tokens: upper bound of a row of several texts.
+        hidden_size: of the backbone; says how long a row pays.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(i)
-    limit, rows = min(max_tokens, LONGEST_ROW), list[Row]()
+    rows = list[Row]()
     for texts in groups.values():
         # each text keeps a token of its own, whose state is the one that is read
         shared = min(_in_common([ids[i] for i in texts]), *(len(ids[i]) - 1 for i in texts))
         if len(texts) == 1 or shared < LEAST_SHARED:
             rows += [Row((i,), 0, len(ids[i])) for i in texts]
             continue
+        limit = min(max_tokens, shared + best_own_tokens(shared, hidden_size))
         waiting, length = list[int](), shared
         for i in texts:
             own = len(ids[i]) - shared
@@ -70,6 +75,17 @@ def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int
             length += own
         rows.append(Row(tuple(waiting), shared, length))
     return rows
+
+
+def best_own_tokens(shared: int, hidden_size: int) -> int:
+    """How many tokens of replies to put behind a prompt so that each costs least.
+
+    A token in a row of W costs 24 H^2 in matrix products and 4 W H in attention, which looks at the whole row whatever
+    the mask says: in proportion 1 + W / 6H. K tokens of replies share a prompt of S, so each costs
+    (S/K + 1) (1 + (S + K) / 6H), which is least at K = sqrt(S (S + 6H)). Two replies within it never cost more than in
+    rows of their own.
+    """
+    return isqrt(shared * (shared + 6 * hidden_size))
 
 
 def _in_common(texts: Sequence[Ids]) -> int:
