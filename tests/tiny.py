@@ -109,7 +109,7 @@ def tiny_policy(folder: Path | str, *, seed: int = 0) -> Path:
 def tiny_backbone(
     folder: Path | str, *, seed: int = 1, architecture: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Path:
-    """A 2-layer Llama (or "qwen2", "qwen3") causal LM (hidden 32), wide weights, with a Llama-3-like tokenizer and template."""
+    """A 2-layer Llama (or "qwen2", "qwen3") causal LM (hidden 32), Llama-3-like tokenizer and template."""
     tokenizer = tokenizer or llama3_tokenizer()
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),

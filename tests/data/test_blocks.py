@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from ups_rm.data import block_workers, columns, reading, sources
 from ups_rm.data.columns import Columns, block_columns, row_columns
 from ups_rm.data.hash_bag import HashBag
 from ups_rm.data.prepare import prepare
+from ups_rm.data.reading import source_stats
 from ups_rm.data.rows import Reject, Row, read_rows
 from ups_rm.data.sources import Block, Part
 from ups_rm.errors import DataError, RunError
@@ -23,6 +25,7 @@ from .conftest import make_row, write_jsonl
 
 FILES = ("train.parquet", "val.parquet", "rejected.jsonl", "report.json")
 FIELDS = tuple(make_row())
+HARMS = ("response_0_harm_category", "response_1_harm_category")
 ODD: list[Any] = [None, True, False, 0, 1, 2, 3, 4, 1.0, 0.5, float("nan"), 2**70, -1, "", " ", "text", "caf\u00e9",
                   "\ud83d", [], ["a"], {}, {"Violence": True}, {"Violence": 1}, {"Violence": None}]  # fmt: skip
 SPOILT = [b"", b"\xff", b"{", b"}", b"\r", b"\x0c", b"\xef\xbb\xbf", b"NaN", b"\\ud800", b"\x00", b"\n"]
@@ -46,7 +49,7 @@ def comparable(found: Columns) -> dict[str, str]:
     return {name: repr(listed(value)) for name, value in vars(found).items()}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(ODD), max_size=1), max_size=5),
     absent=st.lists(st.sampled_from(FIELDS), max_size=2),
@@ -94,6 +97,24 @@ def test_blocks_of_any_size_hold_the_same_lines(tmp_path: Path, monkeypatch: pyt
     ]
 
 
+def test_hashes_that_are_right_only_when_joined_are_wrong(tmp_path: Path) -> None:
+    row = make_row(0)
+    first, second = (row[f"response_{i}_sha256"] for i in (0, 1))
+    shifted = {"response_0_sha256": first[:-1], "response_1_sha256": first[-1] + second}
+    stats = source_stats(write_jsonl(tmp_path / "rows.jsonl", [make_row(0), row | shifted]))
+    assert (stats.sha256_checked, stats.sha256_mismatches) == (4, 2)
+
+
+def test_kinds_of_prompts_that_the_categories_leave_out_add_no_column(tmp_path: Path) -> None:
+    rows = [make_row(n, response_0_harm_category={"Violence": True}) for n in range(9)]
+    rows += [make_row(n, prompt_source="own-benign", **dict.fromkeys(HARMS)) for n in range(9)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for out, categories, expected in ((tmp_path / "all", [], True), (tmp_path / "some", ["Violence"], False)):
+        prepare(path, out, categories=categories)
+        extra_info = pq.read_schema(out / "train.parquet").field("extra_info").type
+        assert (extra_info.get_field_index("prompt_source") >= 0) is expected
+
+
 @pytest.fixture
 def rows_with_bad_ones(tmp_path: Path) -> Path:
     """3000 rows, a bad one in every hundred, one prompt in three repeated."""
@@ -107,6 +128,7 @@ def test_helpers_give_the_same_bytes(
 ) -> None:
     prepare(rows_with_bad_ones, tmp_path / "alone", max_bad=0.1, **options)
     monkeypatch.setattr(reading, "_helpers", lambda total: 2)
+    monkeypatch.setattr(block_workers, "MOST_UNDER_WAY", 3)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 20_000)
     prepare(rows_with_bad_ones, tmp_path / "helped", max_bad=0.1, **options)
     for name in FILES:

@@ -1,8 +1,9 @@
 """Digests of a source's blocks, in order, made by this process and by helpers on the other cores.
 
 A helper is a Python process at the other end of a pipe: blocks go in, digests come out. Of a plain file it is told
-where to read, and gets some blocks ahead; this process makes a digest itself whenever all helpers have enough to do. A
-helper's error is raised here. Helpers end with their pipe, so also when this process is killed.
+where to read, and gets some blocks ahead; this process makes a digest itself whenever all helpers have enough to do,
+and waits for them when it is MOST_UNDER_WAY blocks ahead. A helper's error is raised here. Helpers end with their pipe,
+so also when this process is killed; Ctrl-C reaches this process only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from ups_rm.data.digest import Digest, block_digest
 from ups_rm.data.sources import Block, Part
@@ -26,6 +27,8 @@ HELP_FROM = 24 * 2**20
 MOST_HELPERS = 3
 AHEAD = 3
 """Blocks that a helper is given at once."""
+MOST_UNDER_WAY = 64
+"""Blocks whose digests may wait for an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class _Helper:
             self.tasks.popleft().digest = found
             block = False
 
-    def _died(self) -> None:
+    def _died(self) -> NoReturn:
         raise RunError(
             f"a process that helps to read {self.tasks[0].part.name} ended\n  fix: see its message above; run it again"
         )
@@ -109,6 +112,9 @@ def _done(blocks: Iterable[tuple[Block, Part]], wanted: Wanted, helpers: int) ->
                 task.digest = block_digest(block, part, wanted.categories, wanted.keep)
                 for helper in team:
                     helper.collect()
+            while under_way[0].digest is None and len(under_way) > MOST_UNDER_WAY:
+                for helper in team:
+                    helper.collect(block=True)
             while under_way and under_way[0].digest is not None:
                 yield under_way.popleft()
         for helper in team:
@@ -120,8 +126,10 @@ def _done(blocks: Iterable[tuple[Block, Part]], wanted: Wanted, helpers: int) ->
 @contextmanager
 def _helper(wanted: Wanted) -> Iterator[_Helper]:
     ours, theirs = Pipe()
-    code = f"from ups_rm.data.block_workers import serve; serve({theirs.fileno()})"
-    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+    code = (
+        f"import sys; sys.path[:] = {sys.path}; from ups_rm.data.block_workers import serve; serve({theirs.fileno()})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
     try:
         yield _Helper(ours, wanted)
@@ -133,9 +141,6 @@ def _helper(wanted: Wanted) -> Iterator[_Helper]:
 
 def serve(descriptor: int) -> None:
     """What a helper does: digests for blocks, until the other end of the pipe is closed."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     pipe: Connection[Any, Any] = Connection(descriptor)
     while True:
         try:

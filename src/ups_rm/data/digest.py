@@ -114,27 +114,24 @@ def _hashes(prompts: Sequence[bytes], columns: Columns) -> tuple[Hashes, Hashes,
     The recorded sha256 is that of prompt and response, nothing between, so its first 64 bits are the text's hash once
     the prompt's length is mixed in: "ab" + "c" is another text than "a" + "bc".
     """
-    heads, texts = list[bytes](), list[bytes]()
+    heads, texts = list[str](), list[str]()
     for prompt, first, second in zip(prompts, *columns.response, strict=True):
         whole = sha256(prompt)
-        heads.append(whole.digest())
+        heads.append(whole.hexdigest())
         other = whole.copy()
         whole.update(first.encode())
         other.update(second.encode())
-        texts += (whole.digest(), other.digest())
+        texts += (whole.hexdigest(), other.hexdigest())
     recorded = [value for pair in zip(*columns.sha256, strict=True) for value in pair]
     checked = len(recorded) - recorded.count(None)
-    mismatches = 0
-    if checked < len(recorded) or "".join(recorded) != b"".join(texts).hex():
-        found = zip(recorded, texts, strict=True)
-        mismatches = sum(value is not None and value != text.hex() for value, text in found)
+    wrong = recorded != texts and sum(a is not None and a != b for a, b in zip(recorded, texts, strict=True))
     lengths = np.fromiter(map(len, prompts), dtype=np.uint64, count=len(prompts))
     mixed = np.repeat(lengths * np.uint64(0x9E3779B97F4A7C15), 2)
-    return _first_64_bits(heads), _first_64_bits(texts) ^ mixed, checked, mismatches
+    return _first_64_bits(heads), _first_64_bits(texts) ^ mixed, checked, int(wrong)
 
 
-def _first_64_bits(hashes: list[bytes]) -> Hashes:
-    return np.frombuffer(b"".join(hashes), dtype="<u8")[::4].astype(np.uint64)
+def _first_64_bits(hashes: list[str]) -> Hashes:
+    return np.frombuffer(bytes.fromhex("".join(hashes)), dtype="<u8")[::4].astype(np.uint64)
 
 
 def _kept(
@@ -145,14 +142,16 @@ def _kept(
     categories: frozenset[str],
 ) -> KeptRows:
     """All rows, or those with one of the categories flagged in either response."""
-    sources = tuple(source for source in dict.fromkeys(columns.prompt_source) if source and kind_of(source))
-    places = {source: place for place, source in enumerate(sources)}
-    kinds = np.full(len(prompts), -1, dtype=np.int32)
-    if sources:
-        kinds[:] = [places.get(source or "", -1) for source in columns.prompt_source]
+    named = columns.prompt_source
     if categories:
         flagged = zip(*columns.categories, strict=True)
         rows = np.flatnonzero([not categories.isdisjoint((*(a or ()), *(b or ()))) for a, b in flagged])
-        prompts, labels, kinds, hashes = [prompts[i] for i in rows.tolist()], labels[rows], kinds[rows], hashes[rows]
+        prompts, named = [prompts[i] for i in rows.tolist()], [named[i] for i in rows.tolist()]
+        labels, hashes = labels[rows], hashes[rows]
+    sources = tuple(source for source in dict.fromkeys(named) if source and kind_of(source))
+    places = {source: place for place, source in enumerate(sources)}
+    kinds = np.full(len(prompts), -1, dtype=np.int32)
+    if sources:
+        kinds[:] = [places.get(source or "", -1) for source in named]
     sizes = np.fromiter(map(len, prompts), dtype=np.int64, count=len(prompts))
     return KeptRows(b"".join(prompts), sizes, labels, kinds, hashes, sources)
