@@ -3,14 +3,15 @@
 Rows of about 3 KB in PKU-SafeRLHF's full schema, made up on the spot. The plain way: json, a list of dicts, pandas
 `to_parquet`. `datasets`: its json loader, `map`, `to_parquet`, with an empty cache. Both peers write the same columns
 and check nothing; ours also checks every field, recomputes two sha256 a row and counts the statistics. Each side runs
-in a process of its own; seconds are from the first byte read to the last byte written, imports left out; memory is the
-highest resident size of the process and those of its children, added up.
+in a process of its own; seconds are from the first byte read to the last byte written, imports left out (of our
+helpers, which are started within, they are not); CPU seconds and memory are those of the process and of its children.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ ROWS = 100_000
 CURVE_ROWS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 MEMORY_LIMIT = 400.0
 PICTURE = Path("docs/images/prepare.png")
+FIELDS = (("seconds", "s", "wall time"), ("cpu_seconds", "CPU s", "CPU time"), ("megabytes", "MB", "highest memory"))
 REQUIRED = {"plain": 3.0, "datasets": 6.0}
 PEER_NAMES = {"plain": "json, list of dicts, pandas to_parquet", "datasets": "datasets.map"}
 WORDS = ("garden", "water", "piano", "bread", "never", "explain", "slowly", "coffee", "letters", "lock", "a", "of")
@@ -37,9 +39,10 @@ WORDS = ("garden", "water", "piano", "bread", "never", "explain", "slowly", "cof
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process: seconds of the work, highest resident memory in MB."""
+    """Of one process: seconds of the work, CPU seconds of it with its children's, highest resident memory in MB."""
 
     seconds: float
+    cpu_seconds: float
     megabytes: float
 
 
@@ -84,41 +87,53 @@ def verl_row(row: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-def ours(source: Path, out: Path) -> float:
+def clocks() -> tuple[float, float]:
+    """Wall time, and CPU time of this process and of the children that ended, in seconds."""
+    used = os.times()
+    return perf_counter(), used.user + used.system + used.children_user + used.children_system
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Seconds and CPU seconds from `start` to now."""
+    seconds, cpu_seconds = clocks()
+    return seconds - start[0], cpu_seconds - start[1]
+
+
+def ours(source: Path, out: Path) -> tuple[float, float]:
     import pyarrow.parquet  # noqa: F401
 
     from ups_rm.data.prepare import prepare
 
-    start = perf_counter()
+    start = clocks()
     prepare(source, out)
-    return perf_counter() - start
+    return since(start)
 
 
-def plain(source: Path, out: Path) -> float:
+def plain(source: Path, out: Path) -> tuple[float, float]:
     import pandas as pd
     import pyarrow.parquet  # noqa: F401
 
-    start = perf_counter()
+    start = clocks()
     with source.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     records = [verl_row(row, index) for index, row in enumerate(rows)]
     cut = int(len(records) * 0.9)
     pd.DataFrame(records[:cut]).to_parquet(out / "train.parquet")
     pd.DataFrame(records[cut:]).to_parquet(out / "val.parquet")
-    return perf_counter() - start
+    return since(start)
 
 
-def datasets_map(source: Path, out: Path) -> float:
+def datasets_map(source: Path, out: Path) -> tuple[float, float]:
     import datasets
 
     datasets.disable_progress_bars()
-    start = perf_counter()
+    start = clocks()
     rows = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(out / "cache"))
     rows = rows.map(verl_row, with_indices=True, remove_columns=rows.column_names)
     cut = int(len(rows) * 0.9)
     rows.select(range(cut)).to_parquet(out / "train.parquet")
     rows.select(range(cut, len(rows))).to_parquet(out / "val.parquet")
-    return perf_counter() - start
+    return since(start)
 
 
 WAYS = {"ours": ours, "plain": plain, "datasets": datasets_map}
@@ -137,7 +152,8 @@ def measure(way: str, source: Path) -> Cost:
             answer = process.stdout.read()
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
-    return Cost(float(answer.split()[-1]), sum(peaks.values()))
+    seconds, cpu_seconds = map(float, answer.split()[-2:])
+    return Cost(seconds, cpu_seconds, sum(peaks.values()))
 
 
 def peak_memory(pid: int) -> dict[str, float]:
@@ -212,7 +228,7 @@ def run(pairs: int, rows: int = ROWS, curve_rows: Sequence[int] = CURVE_ROWS, pi
     results = [
         Result(f"{what}, {title}", middle("ours", field), middle(peer, field), unit, PEER_NAMES[peer],
                versions=used, required=REQUIRED[peer] if field == "seconds" else None)
-        for field, unit, title in (("seconds", "s", "wall time"), ("megabytes", "MB", "highest memory"))
+        for field, unit, title in FIELDS
         for peer in PEER_NAMES
     ]  # fmt: skip
     for count, cost in points:
@@ -224,9 +240,9 @@ def run(pairs: int, rows: int = ROWS, curve_rows: Sequence[int] = CURVE_ROWS, pi
 
 
 def main(arguments: Sequence[str]) -> None:
-    """What `measure` starts: one way, its seconds on the last line."""
+    """What `measure` starts: one way, its seconds and CPU seconds on the last line."""
     way, source, out = arguments
-    print(WAYS[way](Path(source), Path(out)))
+    print(*WAYS[way](Path(source), Path(out)))
 
 
 if __name__ == "__main__":

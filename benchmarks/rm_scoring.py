@@ -2,7 +2,7 @@
 
 The peers load the same folder with its own code (`trust_remote_code`). The tuned one runs in bf16, sorted by length, in
 batches of 16; the default one in fp32, in the order given, padded to the longest of each batch of 16. Real tokens per
-second: padding does not count, and a prompt that we compute once for its replies counts for each of them.
+second, and per CPU second: padding does not count, and a prompt that we compute once for its replies counts for each.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from benchmarks.result import Result, versions
 from ups_rm.types import Conversation
 
 BATCH = 16
+UNITS = {"tokens/s": perf_counter, "tokens/CPU s": process_time}
 TEXT = "the a one of in to bread water garden piano because never always please explain slowly safe lock"
 WORDS = TEXT.split()
 
@@ -61,7 +62,7 @@ def plain_scorer(folder: Path, peer: Peer) -> Callable[[Sequence[Conversation]],
     import torch
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model: Any = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True, dtype=peer.dtype)
     model.eval()
@@ -93,19 +94,21 @@ def measure(name: str, folder: Path, talks: list[Conversation], pairs: int) -> l
     worst = {
         peer: max(abs(a - b.logit) for a, b in zip(score(talks), scores, strict=True)) for peer, score in plain.items()
     }
-    speeds: dict[Any, list[float]] = {peer: [] for peer in ("ours", *PEERS)}
+    sides: list[tuple[Peer | None, Callable[..., Any]]] = [(None, scorer.score), *plain.items()]
+    speeds: dict[tuple[Peer | None, str], list[float]] = {(who, unit): [] for who, _ in sides for unit in UNITS}
     for _ in range(pairs):
-        for who, score in (("ours", scorer.score), *plain.items()):
-            begun = perf_counter()
+        for who, score in sides:
+            begun = {unit: clock() for unit, clock in UNITS.items()}
             score(talks)
-            speeds[who].append(tokens / (perf_counter() - begun))
+            for unit, clock in UNITS.items():
+                speeds[who, unit].append(tokens / (clock() - begun[unit]))
     used = versions("torch", "transformers")
-    ours = statistics.median(speeds["ours"])
+    middle = {key: statistics.median(found) for key, found in speeds.items()}
     what = f"RM scoring, {name}, {tokens} tokens"
     return [
-        Result(f"{what}, ours in {str(scorer.dtype).removeprefix('torch.')}", ours, statistics.median(speeds[peer]),
-               "tokens/s", peer.name, versions=used, required=peer.required)
-        for peer in PEERS
+        Result(f"{what}, ours in {str(scorer.dtype).removeprefix('torch.')}", middle[None, unit], middle[peer, unit],
+               unit, peer.name, versions=used, required=peer.required)
+        for peer in PEERS for unit in UNITS
     ] + [
         Result(f"{what}, largest difference of a logit from {peer.name}", worst[peer], None, "logit", versions=used)
         for peer in PEERS
