@@ -1,4 +1,4 @@
-"""`ups-rm data prepare` against the plain way and `datasets.map`: time, memory, and the curve over the number of rows.
+"""`ups-rm data prepare` against the plain way and `datasets.map`: time and memory. Over the rows: prepare_curve.py.
 
 Rows of about 3 KB in PKU-SafeRLHF's full schema, made up on the spot. The plain way: json, a list of dicts, pandas
 `to_parquet`. `datasets`: its json loader, `map`, `to_parquet`, with an empty cache. Both peers write the same columns
@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -28,9 +27,6 @@ from benchmarks.result import Result, versions
 from ups_rm.data.schema import ABILITY, DATA_SOURCE, HARM_CATEGORIES
 
 ROWS = 100_000
-CURVE_ROWS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-MEMORY_LIMIT = 400.0
-PICTURE = Path("docs/images/prepare.png")
 FIELDS = (("seconds", "s", "wall time"), ("cpu_seconds", "CPU s", "CPU time"), ("megabytes", "MB", "highest memory"))
 REQUIRED = {"plain": 3.0, "datasets": 6.0}
 PEER_NAMES = {"plain": "json, list of dicts, pandas to_parquet", "datasets": "datasets.map"}
@@ -169,74 +165,26 @@ def peak_memory(pid: int) -> dict[str, float]:
     return found
 
 
-def curve(counts: Sequence[int], folder: Path, rows: Path) -> list[tuple[int, Cost]]:
-    """Ours over the number of rows: as many links to one file as are needed, each a subset of its own."""
-    found = []
-    for count in counts:
-        root = folder / f"curve{count}" / "data"
-        for number in range(count // ROWS):
-            (root / f"part{number:03d}").mkdir(parents=True)
-            (root / f"part{number:03d}" / "train.jsonl").symlink_to(rows)
-        if count < ROWS:
-            (root / "part").mkdir(parents=True)
-            with rows.open("rb") as file, (root / "part" / "train.jsonl").open("wb") as some:
-                some.writelines(islice(file, count))
-        found.append((count, measure("ours", root.parent)))
-    return found
-
-
-def draw(points: Sequence[tuple[int, Cost]], path: Path) -> None:
-    """Seconds and memory over rows, both axes of seconds logarithmic: a line of slope 1 is linear time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    seconds, memory = figure.subplots(1, 2)
-    rows = [count for count, _ in points]
-    seconds.loglog(rows, [cost.seconds for _, cost in points], "o-", label="measured")
-    largest, cost = points[-1]
-    seconds.loglog(rows, [cost.seconds * count / largest for count in rows], ":", label="linear")
-    memory.semilogx(rows, [cost.megabytes for _, cost in points], "o-")
-    memory.axhline(MEMORY_LIMIT, linestyle=":")
-    memory.set_ylim(bottom=0)
-    for axes, what in ((seconds, "seconds"), (memory, "highest resident memory, MB")):
-        axes.set_xlabel("rows of 3 KB")
-        axes.set_title(what)
-    seconds.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def run(pairs: int, rows: int = ROWS, curve_rows: Sequence[int] = CURVE_ROWS, picture: Path = PICTURE) -> list[Result]:
-    """All three in turn `pairs` times after one warm-up each, then the curve with its picture."""
-    used = versions("pyarrow", "orjson", "pandas", "datasets")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        file = folder / "rows.jsonl"
+def run(pairs: int, rows: int = ROWS) -> list[Result]:
+    """All three in turn `pairs` times after one warm-up each."""
+    costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
         write_rows(file, rows)
-        costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
         for _ in range(pairs + 1):
             for way in WAYS:
                 costs[way].append(measure(way, file))
-        points = curve(curve_rows, folder, file)
 
     def middle(way: str, field: str) -> float:
         return statistics.median(getattr(cost, field) for cost in costs[way][1:])
 
-    what = f"prepare, {rows:,} rows of 3 KB"
-    results = [
-        Result(f"{what}, {title}", middle("ours", field), middle(peer, field), unit, PEER_NAMES[peer],
-               versions=used, required=REQUIRED[peer] if field == "seconds" else None)
+    used = versions("pyarrow", "orjson", "pandas", "datasets")
+    return [
+        Result(f"prepare, {rows:,} rows of 3 KB, {title}", middle("ours", field), middle(peer, field), unit,
+               PEER_NAMES[peer], versions=used, required=REQUIRED[peer] if field == "seconds" else None)
         for field, unit, title in FIELDS
         for peer in PEER_NAMES
     ]  # fmt: skip
-    for count, cost in points:
-        results.append(Result(f"prepare, {count:,} rows, wall time", cost.seconds, None, "s", versions=used))
-        results.append(Result(f"prepare, {count:,} rows, highest memory", cost.megabytes, None, "MB", versions=used))
-    if points:
-        draw(points, picture)
-    return results
 
 
 def main(arguments: Sequence[str]) -> None:
