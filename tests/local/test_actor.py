@@ -375,3 +375,35 @@ def test_response_logprobs_do_not_depend_on_the_micro_batches() -> None:
     with torch.no_grad():
         expected = slow_logprobs(policy.model, prompt, sequences.responses[3, :7].tolist(), 0.7)
     torch.testing.assert_close(found[2][3, :7], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("extras", [EXTRAS["policy loss"], EXTRAS["kl loss"]], ids=["policy loss", "kl loss"])
+def test_an_update_that_goes_on_from_the_forward_of_the_old_logprobs_is_the_same(
+    recipe_of: Callable[..., Recipe], extras: list[str]
+) -> None:
+    """One forward of the policy instead of two: the weights end bit for bit where they would have ended."""
+    sequences, advantages, _, ref = batch()
+    recipe = recipe_of(f"{ACTOR}ppo_micro_batch_size_per_gpu=12", *extras)
+    apart, together = actor_on(recipe), actor_on(recipe)
+    now = response_logprobs(apart.policy, sequences, micro_batch_size=3, temperature=1.0)
+    calls: list[int] = []
+    together.policy.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    expected = apart.update(sequences, advantages, None, ref, step=1)
+    old, forward = together.old_logprobs(sequences)
+    assert not old.requires_grad
+    assert forward is not None
+    torch.testing.assert_close(old, now, atol=1e-5, rtol=0)
+    assert together.update(sequences, advantages, None, ref, step=1, forward=forward) == expected
+    assert calls == [1]
+    for name, weight in weights(apart).items():
+        assert torch.equal(weights(together)[name], weight), name
+
+
+@pytest.mark.parametrize("override", ["ppo_micro_batch_size_per_gpu=11", "ppo_epochs=2", "entropy_coeff=0.1"])
+def test_the_forward_is_kept_only_where_one_update_takes_all_of_it(
+    recipe_of: Callable[..., Recipe], override: str
+) -> None:
+    actor = actor_on(recipe_of(f"{ACTOR}ppo_micro_batch_size_per_gpu=12", f"{ACTOR}{override}"))
+    old, forward = actor.old_logprobs(batch()[0])
+    assert forward is None
+    assert not old.requires_grad

@@ -3,7 +3,8 @@
 Sequences are cut into micro batches of whole groups where they fit, each trimmed to its longest prompt and reply; a
 micro batch's loss is scaled by the totals of its mini batch, so gradients (and with them the step) do not depend on how
 it was cut. Gradients add up in fp32. Where a rollout is used for exactly one optimizer step, the old log-probabilities
-are the training forward's own, detached: the ratio is exactly 1, whatever the compute dtype.
+are the training forward's own, detached: the ratio is exactly 1, whatever the compute dtype. If one micro batch holds
+the batch too, `old_logprobs` keeps the graph and `update` goes on from it: the policy runs forward once per step.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from ups_rm.recipe import Actor as ActorSettings
 from ups_rm.recipe import Optim, Recipe
 
 
-@torch.no_grad()
-def response_logprobs(policy: Policy, sequences: Sequences, *, micro_batch_size: int, temperature: float) -> Tensor:
+def response_logprobs(
+    policy: Policy, sequences: Sequences, *, micro_batch_size: int, temperature: float, with_graph: bool = False
+) -> Tensor:
     """Log-probabilities of every response token under the policy's present weights, 0 at padding. Shape (B, R)."""
     out = torch.zeros(sequences.responses.shape, dtype=torch.float32, device=policy.device)
     everything = torch.arange(len(out), device=policy.device)
-    for rows in sequences.micro_batches(everything, micro_batch_size):
-        part = sequences.trimmed(rows)
-        logprobs, _ = policy.response_logprobs(part, temperature)
-        out[rows, : part.responses.shape[1]] = logprobs * part.response_mask
+    with torch.set_grad_enabled(with_graph):
+        for rows in sequences.micro_batches(everything, micro_batch_size):
+            part = sequences.trimmed(rows)
+            logprobs, _ = policy.response_logprobs(part, temperature)
+            out[rows, : part.responses.shape[1]] = logprobs * part.response_mask
     return out
 
 
@@ -59,6 +62,15 @@ class Actor:
         """The rollout serves exactly one optimizer step, so its old log-probabilities are the training forward's."""
         return self.settings.ppo_epochs == 1 and batch_prompts <= self.settings.ppo_mini_batch_size
 
+    def old_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities before the update (B, R); the second time with their graph, where `update` can use it."""
+        size = self.settings.ppo_micro_batch_size_per_gpu
+        once = self.on_policy(len(sequences) // self.n) and len(sequences) <= size and self.settings.entropy_coeff == 0
+        logprobs = response_logprobs(
+            self.policy, sequences, micro_batch_size=size, temperature=self.temperature, with_graph=once
+        )
+        return logprobs.detach(), logprobs if once else None
+
     def update(
         self,
         sequences: Sequences,
@@ -67,6 +79,7 @@ class Actor:
         ref_logprobs: Tensor | None,
         *,
         step: int,
+        forward: Tensor | None = None,
     ) -> dict[str, float]:
         """`ppo_epochs` passes over the batch, one optimizer step per mini batch.
 
@@ -75,6 +88,7 @@ class Actor:
             advantages: Shape (B, R).
             old_logprobs: at sampling time (B, R); None where the batch is on-policy (see `on_policy`).
             ref_logprobs: frozen reference (B, R); needed for the KL loss only.
+            forward: the second result of `old_logprobs` (B, R): the backward starts there, no forward runs.
 
         Returns:
             verl's `actor/*` metrics, means over the optimizer steps.
@@ -89,19 +103,25 @@ class Actor:
                 seed = settings.data_loader_seed + 1000 * step + epoch
                 order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).to(device)]
             for mini in order.split(rows_per_mini):
-                for name, value in self._step(sequences, advantages, old_logprobs, ref_logprobs, mini).items():
+                for name, value in self._step(sequences, advantages, old_logprobs, ref_logprobs, mini, forward).items():
                     totals[name] = totals.get(name, 0.0) + value
                 count += 1
         self.scheduler.step()  # once per rollout, as in verl: warm-up counts steps of the trainer
         return {name: value / count for name, value in totals.items()}
 
     def _step(
-        self, sequences: Sequences, advantages: Tensor, old: Tensor | None, ref: Tensor | None, mini: Tensor
+        self,
+        sequences: Sequences,
+        advantages: Tensor,
+        old: Tensor | None,
+        ref: Tensor | None,
+        mini: Tensor,
+        forward: Tensor | None,
     ) -> dict[str, float]:
         whole = batch_totals(sequences.response_mask[mini])
         sums: dict[str, float] = {}
         for rows in sequences.micro_batches(mini, self.settings.ppo_micro_batch_size_per_gpu):
-            loss, parts = self._micro_loss(sequences, advantages, old, ref, rows, dict(whole))
+            loss, parts = self._micro_loss(sequences, advantages, old, ref, rows, dict(whole), forward)
             loss.backward()
             self._collect_gradients()
             for name, value in parts.items():
@@ -116,12 +136,22 @@ class Actor:
         return sums | {"actor/grad_norm": float(grad_norm), "actor/lr": float(lr)}
 
     def _micro_loss(
-        self, sequences: Sequences, advantages: Tensor, old: Tensor | None, ref: Tensor | None, rows: Tensor, whole: Any
+        self,
+        sequences: Sequences,
+        advantages: Tensor,
+        old: Tensor | None,
+        ref: Tensor | None,
+        rows: Tensor,
+        whole: Any,
+        forward: Tensor | None,
     ) -> tuple[Tensor, dict[str, float]]:
         settings = self.settings
         part = sequences.trimmed(rows)
         mask, length = part.response_mask, part.responses.shape[1]
-        logprobs, entropy = self.policy.response_logprobs(part, self.temperature, settings.entropy_coeff != 0)
+        if forward is None:
+            logprobs, entropy = self.policy.response_logprobs(part, self.temperature, settings.entropy_coeff != 0)
+        else:
+            logprobs, entropy = forward[rows, :length], None
         aggregation: dict[str, Any] = {
             **whole,
             "loss_scale_factor": settings.loss_scale_factor or self.max_response_length,

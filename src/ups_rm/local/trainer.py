@@ -88,11 +88,10 @@ class Trainer:
             scores = self.scorer.score(rollout.conversations)
             safe_score = safe_scores(scores, self.policy.device)  # (B,)
         sequences, mask = rollout.sequences, rollout.sequences.response_mask
-        old_logprobs = ref_logprobs = None
+        old_logprobs = ref_logprobs = forward = None
         if algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
             with clock("old_log_prob"):
-                size = recipe.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
-                old_logprobs = response_logprobs(self.policy, sequences, micro_batch_size=size, temperature=temperature)
+                old_logprobs, forward = self.actor.old_logprobs(sequences)
         if self.reference is not None:
             with clock("ref"), self.reference.as_reference():
                 size = recipe.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu
@@ -115,7 +114,7 @@ class Trainer:
             )
         with clock("update_actor"):
             old = None if self.actor.on_policy(len(prompts)) else old_logprobs
-            update = self.actor.update(sequences, advantages, old, ref_logprobs, step=number)
+            update = self.actor.update(sequences, advantages, old, ref_logprobs, step=number, forward=forward)
             self.engine.refresh()
         clock.stop()
         return StepRecord(
