@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_training import FAST, UNKNOWN, VOCAB, causal_lm, policy_of, random_sequences, slow_logprobs
+from ups_rm.local import shared_prefix
 from ups_rm.local.actor import response_logprobs
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
-from ups_rm.local.shared_prefix import SelectedLogprobs, SharedPrefixForward
+from ups_rm.local.shared_prefix import RMSNorm, SelectedLogprobs, SharedPrefixForward
 
 TEMPERATURE = 0.8
 # Three groups, their rows interleaved; one of a single reply, one with an empty reply; different lengths.
@@ -81,9 +82,13 @@ def counted(module: torch.nn.Module) -> Iterator[list[int]]:
     handle.remove()
 
 
+@pytest.mark.parametrize("scores", [0, shared_prefix.SCORES_AT_ONCE], ids=["sdpa", "products"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
 @pytest.mark.parametrize("architecture", FAST)
-def test_logprobs_and_every_gradient_equal_the_plain_forward(architecture: str, checkpointing: bool) -> None:
+def test_logprobs_and_every_gradient_equal_the_plain_forward(
+    architecture: str, checkpointing: bool, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prefix, "SCORES_AT_ONCE", scores)
     sequences = random_sequences(LENGTHS, GROUPS)
     plain = causal_lm(architecture)
     expected = by_row(plain, sequences)
@@ -296,3 +301,14 @@ def test_prompts_are_computed_once_per_group() -> None:
     assert tokens == [width + 12 * 3]
     assert isinstance(SharedPrefixForward.of(model), SharedPrefixForward)
     assert model.config.vocab_size == VOCAB
+
+
+def test_rms_norm_passes_gradcheck_in_double() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.double, generator=generator, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.double, generator=generator, requires_grad=True)
+    torch.testing.assert_close(
+        RMSNorm.apply(x, weight, 0.1), weight * x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    )
+    assert torch.autograd.gradcheck(lambda *given: RMSNorm.apply(*given, 0.1), (x, weight))
+    assert torch.autograd.gradcheck(lambda given: RMSNorm.apply(given, weight.detach(), 0.1), (x,))

@@ -14,6 +14,7 @@ from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.policy import needs_reference, with_lora
+from ups_rm.local.shared_prefix import LOGITS_AT_ONCE, ROWS_IN_FP32
 from ups_rm.models import DEFAULT_MODEL, cache_folder
 from ups_rm.recipe import Recipe, as_list
 
@@ -36,7 +37,7 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
 
     Weights: compute dtype (adapters fp32); masters, their gradients and AdamW's two moments: fp32 per trained parameter
     (the master is the weight itself where compute is fp32). Activations of a micro batch without checkpointing: per
-    layer and token about 2*(6 H + 3 I) numbers, plus fp32 logits of one chunk of 256 positions.
+    layer and token about 2*(6 H + 3 I) numbers, plus one chunk of logits (`shared_prefix`).
 
     Args:
         config: the policy's transformers config. rm_bytes: size of the RM's weight files.
@@ -74,7 +75,7 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
             "fused rollout weights": _bytes(tensor for tensor in fused if id(tensor) not in own),
             "KV cache of the rollout": 2 * layers * rows * kv_heads * head * length * width,
             "activations of a micro batch": kept_layers * tokens * 2 * (6 * hidden + 3 * inner) * width,
-            "logits (one chunk)": 2 * 256 * config.vocab_size * 4,
+            "logits (one chunk)": max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width,
             "reward model": rm_bytes,
         }
     )

@@ -20,6 +20,7 @@ from ups_rm.checkpoints import drop_checkpoints_after
 from ups_rm.console import console, progress_bar
 from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, read_prompts
+from ups_rm.device import keep_freed_memory
 from ups_rm.errors import RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL, estimate_advantages, kl_penalty, penalize, place_on_last_token
 from ups_rm.interrupt import interruptible
@@ -51,6 +52,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, scorer: Scorer | None = None) -> None:
+        keep_freed_memory()
         self.recipe = recipe
         self.folder = Path(recipe.trainer.default_local_dir)
         rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
