@@ -113,8 +113,8 @@ def test_the_test_above_would_notice_missing_totals(
 
 def _with_its_own_totals(original: Any) -> Any:
     def micro_loss(self: Actor, sequences: Sequences, *rest: Any) -> Any:
-        *tensors, rows, _ = rest
-        return original(self, sequences, *tensors, rows, dict(batch_totals(sequences.response_mask[rows])))
+        *tensors, rows, _, forward = rest
+        return original(self, sequences, *tensors, rows, dict(batch_totals(sequences.response_mask[rows])), forward)
 
     return micro_loss
 

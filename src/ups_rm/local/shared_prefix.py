@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ups_rm.local.decode import is_known, rotate
 
-
 LOGITS_AT_ONCE = 2**24
 """Numbers in one chunk of logits: 32 MB in bf16, the largest block that malloc reuses (`keep_freed_memory`)."""
 SCORES_AT_ONCE = 2**22
