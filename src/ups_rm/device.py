@@ -68,8 +68,8 @@ def torch_device(name: str | torch.device) -> torch.device:
 def keep_freed_memory() -> bool:
     """Have glibc's malloc keep what tensors free for the next ones; False where the C library has no `mallopt`.
 
-    By default it hands each large block back to the kernel and takes new pages, filled with zeros, a moment later: in a
-    step with the 135M model that is a seventh of the CPU time. The process's memory then stays at its peak.
+    By default it hands each large block back to the kernel and takes new pages, filled with zeros, a moment later,
+    which costs a good part of a step's CPU time. The price: the process's memory stays at its peak.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -23,7 +23,7 @@ from ups_rm.local.decode import is_known, rotate
 LOGITS_AT_ONCE = 2**24
 """Numbers in one chunk of logits: 32 MB in bf16, the largest block that malloc reuses (`keep_freed_memory`)."""
 SCORES_AT_ONCE = 2**22
-"""Up to so many attention scores per layer, CPUs take plain products: 2.5 times as fast there as SDPA's backward."""
+"""Up to so many attention scores per layer, CPUs take plain products: SDPA's backward is slower there."""
 ROWS_IN_FP32 = 32
 """Rows of it that are widened to fp32 at a time: they stay in the CPU's cache and in memory that malloc reuses."""
 
