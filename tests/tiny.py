@@ -204,20 +204,18 @@ def tiny_hf_rm(
     folder: Path | str,
     *,
     kind: str = "sequence",
+    architecture: str = "llama",
     labels: int = 1,
     seed: int = 3,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """A plain transformers RM on a 2-layer Llama: `sequence` or `token` classifier, or a `causal` LM as judge."""
-    from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
+    """A plain transformers RM on 2 layers (Llama, "qwen2"): `sequence` or `token` classifier, or `causal` LM as judge."""
+    import transformers
 
     tokenizer = tokenizer or llama3_tokenizer()
-    classes = {
-        "sequence": LlamaForSequenceClassification,
-        "token": LlamaForTokenClassification,
-        "causal": LlamaForCausalLM,
-    }
-    config = LlamaConfig(
+    family = {"llama": "Llama", "qwen2": "Qwen2"}[architecture]
+    task = {"sequence": "SequenceClassification", "token": "TokenClassification", "causal": "CausalLM"}[kind]
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -226,10 +224,12 @@ def tiny_hf_rm(
         num_key_value_heads=2,
         max_position_embeddings=1024,
         initializer_range=0.25,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         num_labels=labels,
     )
-    return _save(classes[kind], config, tokenizer, folder, seed)
+    return _save(getattr(transformers, f"{family}For{task}"), config, tokenizer, folder, seed)
 
 
 def tiny_encoder_rm(folder: Path | str, *, seed: int = 4, type_vocab_size: int = 1) -> Path:

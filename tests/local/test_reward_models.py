@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import threading
 from collections.abc import Iterator
@@ -150,3 +151,18 @@ def test_training_refuses_what_is_no_reward_model(folders, tmp_path):
     given = [f"reward_model.model.callable={__name__}:constant"]
     with pytest.raises(RMError, match="answers 2 to all of"):
         check_before_training(tiny_recipe(tmp_path, folders["policy"], *STEPS, *given))
+
+
+def test_training_refuses_a_classifier_that_fails_the_doctor(folders, tmp_path):
+    two = tiny_hf_rm(tmp_path / "two", labels=2)
+    given = [f"reward_model.model.path={two}", "reward_model.model.output=safety"]
+    with pytest.raises(RMError, match=r"(?s)load: .*has 2 labels.*rm check .*two --output safety"):
+        check_before_training(tiny_recipe(tmp_path, folders["policy"], *STEPS, *given))
+    doubled = shutil.copytree(folders["sequence"], tmp_path / "doubled")
+    template = (doubled / "chat_template.jinja").read_text(encoding="utf-8")
+    file = tmp_path / "doubled.jinja"
+    file.write_text(template.replace("= bos_token + text", "= bos_token + bos_token + text"), encoding="utf-8")
+    given = [f"reward_model.model.path={doubled}", f"reward_model.model.template={file}"]
+    with pytest.raises(RMError, match="bos: double BOS"):
+        check_before_training(tiny_recipe(tmp_path, folders["policy"], *STEPS, *given))
+    check_before_training(tiny_recipe(tmp_path, folders["policy"], *STEPS, given[0]))

@@ -12,21 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_judge import pairs_file, rewrite, tiny_judge
+from tiny_judge import rewrite
 
 from tiny import QWEN_TEMPLATE, qwen_tokenizer
 from ups_rm.reward.card import write_card
 from ups_rm.reward.doctor import CheckReport, check_rm
 
 BOS = "set text = bos_token + text"
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("doctor") / "judge"
-    tiny_judge(folder)
-    pairs_file(folder.parent / "pairs.jsonl")
-    return folder
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,9 @@ def exam_of(logit: Any) -> Any:
         return [SimpleNamespace(logit=logit(one[0]["content"], one[-1]["content"])) for one in talks]
 
     logits = torch.tensor([one.logit for one in score(data.conversations)], dtype=torch.float64)
-    return SimpleNamespace(data=data, data_logits=logits, scorer=SimpleNamespace(score=score), trick_replies=12)
+    return SimpleNamespace(
+        data=data, data_logits=logits, asked=lambda talks: [one.logit for one in score(talks)], trick_replies=12
+    )
 
 
 @pytest.mark.parametrize("weak", TRICKS)

@@ -92,3 +92,43 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_file(
             {k: tensors.get(k, v).detach().to(v.dtype).contiguous() for k, v in stored.items()}, file, {"format": "pt"}
         )
+
+
+def tiny_classifier(judge: Path, folder: Path, *, kind: str = "sequence", reads: int = -1) -> Path:
+    """A classifier of plain transformers on the judge's backbone, with a linear head fitted by least squares.
+
+    reads: the place of the token that its head was fitted for; elsewhere it was fitted to chance.
+    """
+    from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
+
+    tokenizer, model = load_tokenizer(judge), load_model(judge, dtype=torch.float32)
+    policy = RenderPolicy.infer(tokenizer, max_length=1024)
+    draw = random.Random(5)
+    batch = [lesson for _ in range(40) for lesson in lessons(draw)]
+    rows = [row.input_ids for row in render(tokenizer, [conversation for conversation, _ in batch], policy)]
+    input_ids, attention_mask = pad_batch(rows)
+    with torch.inference_mode():
+        states = model.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, H)
+    lengths = attention_mask.sum(1)
+    every = torch.arange(len(rows))
+    features = states[every, lengths + reads].double()
+    targets = torch.tensor([5.0 * label - 2.5 for _, label in batch], dtype=torch.float64)
+    if reads != -1:
+        features = torch.cat([features, states[every, lengths - 1].double()])
+        chance = torch.rand(len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
+        targets = torch.cat([targets, chance])
+    ridge = 1e-3 * torch.eye(features.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(features.T @ features / len(features) + ridge, features.T @ targets / len(features))
+    tokenizer.pad_token = "<|end_of_text|>"  # no rendering has it
+    fields = json.loads((judge / "config.json").read_text(encoding="utf-8"))
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "max_position_embeddings", "initializer_range", "vocab_size", "bos_token_id", "rms_norm_eps")  # fmt: skip
+    config = LlamaConfig(**{n: fields[n] for n in names}, pad_token_id=tokenizer.pad_token_id, num_labels=1)
+    made = {"sequence": LlamaForSequenceClassification, "token": LlamaForTokenClassification}[kind](config)
+    made.model.load_state_dict(model.model.state_dict())
+    made.score.weight.data = weight.float()[None]
+    if kind == "token":
+        made.score.bias.data.fill_(0.01)
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -11,7 +11,9 @@ CHECK_EPILOG = "Example: ups-rm rm check merge/merged_model/Naive-RM-saferlhf --
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="RM folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="RM folder: of ours, or a sequence or token classifier with one label.")
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -27,6 +29,12 @@ def check(
     policy: Annotated[str | None, typer.Option(help="Policy whose tokenizer is compared: folder or hub id.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 shows most; auto is what training uses.")] = "float32",
+    kind: Annotated[
+        str, typer.Option(help="myrm, sequence or token: what the folder is loaded as; auto looks at it.")
+    ] = "auto",
+    output: Annotated[
+        str, typer.Option(help="What its number means: unsafety (higher = less safe), safety, or reward.")
+    ] = "unsafety",
     plain: Annotated[
         bool, typer.Option("--plain", help="Also load it with its own code through AutoModel and compare.")
     ] = False,
@@ -59,6 +67,8 @@ def check(
         folder,
         device=device,
         dtype=dtype,
+        kind=kind,
+        output=output,
         trust_remote_code=trust_remote_code,
         plain=plain,
         chat_template=read_chat_template(chat_template),

@@ -19,7 +19,7 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
         RunError: `fresh` is asked for, but the run folder holds a run.
     """
     from ups_rm.reward.doctor import check_rm
-    from ups_rm.reward.open import entry_names, kind_of, open_entry, probe
+    from ups_rm.reward.open import EXAMINED, entry_names, kind_of, open_entry, probe, template_of
 
     folder, entries = Path(recipe.trainer.default_local_dir), recipe.reward_model.entries()
     if (folder / "policy").exists() and (fresh or find_checkpoint(recipe) is None):
@@ -34,14 +34,24 @@ def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = F
         return
     device = str(torch_device(recipe.trainer.device))
     for name, entry in zip(entry_names(entries), entries, strict=True):  # none: `load_scorer` says what is missing
-        if kind_of(entry) != "myrm":
+        kind = kind_of(entry)
+        if kind not in EXAMINED:
             probe(open_entry(entry, device, recipe.reward_model.max_batch_tokens), name)
             continue
-        report = check_rm(entry.path, device=device, dtype=entry.dtype, trust_remote_code=entry.trust_remote_code)
+        report = check_rm(
+            entry.path,
+            device=device,
+            dtype=entry.dtype,
+            kind=kind,
+            output=entry.output,
+            trust_remote_code=entry.trust_remote_code,
+            chat_template=template_of(entry),
+        )
         failed = [check for check in report.checks if check.verdict == "fail"]
         if failed:
             reasons = "\n".join(f"  {check.name}: {check.finding}" for check in failed)
+            more = "" if entry.output == "unsafety" else f" --output {entry.output}"
             raise RMError(
                 f"{entry.path} fails its check; nothing was trained\n{reasons}\n"
-                f"  fix: ups-rm rm check {entry.path}, or --skip-rm-check"
+                f"  fix: ups-rm rm check {entry.path}{more}, or --skip-rm-check"
             )

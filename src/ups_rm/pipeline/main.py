@@ -100,7 +100,7 @@ def _check(this: Run, skip: bool) -> None:
     from ups_rm.data.check import check_parquet
     from ups_rm.reward.doctor import check_rm
     from ups_rm.reward.doctor.table import print_report
-    from ups_rm.reward.open import entry_names, kind_of, open_entry, probe
+    from ups_rm.reward.open import EXAMINED, entry_names, kind_of, open_entry, probe, template_of
 
     entries, batch_tokens = this.recipe.reward_model.entries(), this.recipe.reward_model.max_batch_tokens
     model = this.recipe.reward_model.model
@@ -116,10 +116,12 @@ def _check(this: Run, skip: bool) -> None:
             raise RunError("the prompts can't be trained on, see above\n  fix: ups-rm data check FILE shows each row")
         reports: dict[str, Any] = {}
         for name, entry in zip(entry_names(entries), entries, strict=True):
-            if kind_of(entry) != "myrm":
+            kind = kind_of(entry)
+            if kind not in EXAMINED:
                 reports[name] = {"ok": True, "logits": probe(open_entry(entry, this.device, batch_tokens), name)}
                 continue
-            how = {"dtype": entry.dtype, "trust_remote_code": entry.trust_remote_code}
+            how = {"dtype": entry.dtype, "trust_remote_code": entry.trust_remote_code, "kind": kind}
+            how |= {"output": entry.output, "chat_template": template_of(entry)}
             report = check_rm(entry.path, device=this.device, **how)  # type: ignore[arg-type]
             print_report(report)
             reports[name] = report.to_dict()

@@ -20,8 +20,7 @@ from ups_rm.reward.merge import DROPPABLE
 from ups_rm.reward.native import load_tokenizer, quiet_transformers, read_config, rm_folder
 from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages, special_pattern
 from ups_rm.reward.scorer import RewardScorer, default_max_length
-from ups_rm.reward.transforms import safe_score
-from ups_rm.types import Conversation, Score
+from ups_rm.types import Conversation
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +40,12 @@ class OneLogit:
         self.kind = kind
         # decoders keep their linear head in `score`; encoders pool before theirs, which may be `classifier`
         self.head = getattr(model, "score", None) if kind == "sequence" else None
+        self.is_encoder = kind == "sequence" and self.head is None
         if self.head is not None:
             self.head.float()
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-        if self.kind == "sequence" and self.head is None:
+        if self.is_encoder:
             return self.model(input_ids=input_ids, attention_mask=attention_mask)
         if self.kind == "token":
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits  # (B, T, 1), ours: (B, 1)
@@ -67,19 +67,18 @@ def last_attended(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
 class PairEncodingScorer(RewardScorer):
     """For encoders without a chat template: the tokenizer's own pair of (all before the reply, the reply)."""
 
-    def score(self, conversations: Sequence[Conversation], *, progress: bool = False) -> list[Score]:
-        """As RewardScorer.score; turns before the reply are joined by newlines, the oldest text is cut first."""
-        special = special_pattern(self.tokenizer)
-        rendered = [self._encode(checked_messages(one, i, special)) for i, one in enumerate(conversations)]
-        logits = self.logits(rendered, progress=progress)
-        return [
-            Score(logit=logit, safe_score=safe_score(logit), tokens=len(row.input_ids), truncated=row.truncated)
-            for row, logit in zip(rendered, logits, strict=True)
-        ]
+    def rendered(self, conversations: Sequence[Conversation], policy: RenderPolicy | None = None) -> list[Rendered]:
+        """As RewardScorer.rendered; turns before the reply are joined by newlines.
 
-    def _encode(self, messages: Conversation) -> Rendered:
+        Raises:
+            RMError: a malformed conversation; an encoder that tells the two parts apart by token types.
+        """
+        special, chosen = special_pattern(self.tokenizer), policy or self.policy
+        return [self._encode(checked_messages(one, i, special), chosen) for i, one in enumerate(conversations)]
+
+    def _encode(self, messages: Conversation, policy: RenderPolicy) -> Rendered:
         before = "\n".join(message["content"] for message in messages[:-1])
-        reply, limit = messages[-1]["content"], self.policy.max_length
+        reply, limit = messages[-1]["content"], policy.max_length
         # lists: of a single text the tokenizer takes an empty second part for none at all
         encoded = self.tokenizer([before], [reply], return_token_type_ids=True, verbose=False)
         if any(encoded["token_type_ids"][0]) and getattr(self.model.model.config, "type_vocab_size", 0) > 1:
@@ -90,7 +89,7 @@ class PairEncodingScorer(RewardScorer):
         ids = list(encoded["input_ids"][0])
         if len(ids) <= limit:
             return Rendered(ids, False)
-        self.tokenizer.truncation_side = "left"
+        self.tokenizer.truncation_side = policy.truncation_side
         cut = self.tokenizer([before], [reply], truncation="longest_first", max_length=limit, verbose=False)
         return Rendered(list(cut["input_ids"][0]), True)
 
@@ -175,9 +174,8 @@ def load_hf_scorer(
         )
     limit = default_max_length(config, tokenizer)
     wrapped = OneLogit(model, kind)
-    is_encoder = kind == "sequence" and wrapped.head is None
     made: type[RewardScorer] = RewardScorer
-    if is_encoder and not tokenizer.chat_template:
+    if wrapped.is_encoder and not tokenizer.chat_template:
         made, policy = PairEncodingScorer, RenderPolicy("none", None, "left", limit)
     else:
         policy = RenderPolicy.infer(tokenizer, max_length=limit)
@@ -189,5 +187,5 @@ def load_hf_scorer(
         dtype=number_format,
         max_batch_tokens=max_batch_tokens,
         native=False,
-        pad_id=(tokenizer.pad_token_id or 0) if is_encoder else 0,
+        pad_id=(tokenizer.pad_token_id or 0) if wrapped.is_encoder else 0,
     )

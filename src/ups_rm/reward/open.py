@@ -21,6 +21,8 @@ REFERENCE_PROMPTS = 64
 """Prompts of `reward_model.reference_data` that models are normalised on, two replies each."""
 PROBE_TOLERANCE = 0.05
 """Largest change of a logit between two calls, as a share of the largest logit: bf16 in other batches gives 0.02."""
+EXAMINED = ("myrm", "sequence", "token")
+"""Kinds that the doctor examines; the others must pass `probe`."""
 KIND_OF = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 
@@ -85,7 +87,7 @@ def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int) -> S
         "dtype": entry.dtype,
         "trust_remote_code": entry.trust_remote_code,
         "max_batch_tokens": max_batch_tokens,
-        "chat_template": _template(entry),
+        "chat_template": template_of(entry),
     }
     if kind == "myrm":
         from ups_rm.reward.scorer import RewardScorer
@@ -116,8 +118,9 @@ def kind_of(entry: RewardModelModel) -> str:
         if architecture.endswith(ending):
             return kind
     raise RMError(
-        f"{entry.path}/config.json: architecture {architecture or 'unknown'} is no reward model that is known here\n"
-        "  fix: reward_model.model.kind (a judge of pairs is kind=pairwise), or kind=function with a function of yours"
+        f"{entry.path}/config.json: architecture {architecture or 'unknown'} is no reward model that is known here: known are "
+        "folders of `ups-rm rm merge`, ...ForSequenceClassification and ...ForTokenClassification with one label\n"
+        "  fix: say what it is (kind: sequence, token; a judge of pairs is pairwise), or kind=function with your function"
     )
 
 
@@ -234,13 +237,14 @@ def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int) 
             dtype=entry.dtype,
             trust_remote_code=entry.trust_remote_code,
             max_batch_tokens=max_batch_tokens,
-            template=_template(entry),
+            template=template_of(entry),
         )
     references = read_references(Path(entry.reference_replies)) if entry.reference_replies else None
     return PairwiseScorer(judge, references)
 
 
-def _template(entry: RewardModelModel) -> str | None:
+def template_of(entry: RewardModelModel) -> str | None:
+    """The text of the entry's template file; None if it names none. Raises RMError when it can't be read."""
     if not entry.template:
         return None
     try:

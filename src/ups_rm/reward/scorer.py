@@ -138,13 +138,21 @@ class RewardScorer:
         Raises:
             RMError: a malformed conversation, or a logit that is not finite.
         """
-        rendered = render(self.tokenizer, conversations, self.policy)
+        rendered = self.rendered(conversations)
         prompts = [str(conversation[:-1]) for conversation in conversations]
         logits = self.logits(rendered, prompts=prompts, progress=progress)
         return [
             Score(logit=logit, safe_score=safe_score(logit), tokens=len(row.input_ids), truncated=row.truncated)
             for row, logit in zip(rendered, logits, strict=True)
         ]
+
+    def rendered(self, conversations: Sequence[Conversation], policy: RenderPolicy | None = None) -> list[Rendered]:
+        """Token ids of conversations as this RM reads them, in input order; by another policy if one is given.
+
+        Raises:
+            RMError: a malformed conversation, see `render`.
+        """
+        return render(self.tokenizer, conversations, policy or self.policy)
 
     @property
     def enough_tokens(self) -> int:

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.card import RMCard
-from ups_rm.reward.doctor import direction, loading, plan, reading, scale, speed, template, tricks, truncation
+from ups_rm.reward.doctor import (
+    direction,
+    last_token,
+    loading,
+    plan,
+    reading,
+    scale,
+    speed,
+    template,
+    tricks,
+    truncation,
+)
 from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.report import Check, CheckReport, Result
 from ups_rm.reward.native import load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import RenderPolicy
 from ups_rm.reward.scorer import RewardScorer, default_max_length
+from ups_rm.reward.transforms import unsafety_logit
 from ups_rm.types import Conversation
 
 
@@ -22,7 +35,7 @@ from ups_rm.types import Conversation
 class Step:
     """One check. It is made unless one of the checks in `needs` failed, or one of those in `sure` did not pass.
 
-    A warning of it is put down to one of those in `blames` that warned before. In each case the verdict is "skip" and
+    A warning of it is put down to one of those in `blames` that warned before. Checks that were not made block nothing. In each case the verdict is "skip" and
     the other check is named, so that one fault is one finding.
     """
 
@@ -39,8 +52,10 @@ _TOKENS = ("tokenizer", "bos token", "chat template", "end token")
 _ANSWERS = (*_TOKENS, "weights", "vocabulary", "answers", "number range")
 _READ = (*_ANSWERS, "bos", "finite")
 _BATCH = (*_READ, "padding id")
-_DATA = (*_BATCH, "right padding", "card", "head", "golden logits", "spread")
+_DATA = (*_BATCH, "last token", "right padding", "card", "head", "golden logits", "spread")
 
+# only for classifiers of plain transformers: a folder of ours has no other forward than the one that is asked
+LAST_TOKEN = Step(READS, "last token", last_token.last_token, _BATCH)
 FAST: tuple[Step, ...] = (
     Step(LOADED, "weights", loading.weights),
     Step(LOADED, "index", loading.index),
@@ -56,10 +71,11 @@ FAST: tuple[Step, ...] = (
     Step(TEXT, "forged turns", template.forged_turns, _TOKENS),
     Step(TEXT, "policy tokenizer", template.policy_tokenizer, ("tokenizer",)),
     Step(LOADED, "card", loading.card, (*_TOKENS, "vocabulary", "bos")),
-    Step(LOADED, "head", loading.head, ("weights", "vocabulary", "answers")),
-    Step(LOADED, "golden logits", loading.golden_logits, ("weights", "vocabulary", "answers", "number range", "head")),
     Step(READS, "finite", reading.finite, _ANSWERS),
     Step(READS, "padding id", reading.padding_id, _READ),
+    LAST_TOKEN,
+    Step(LOADED, "head", loading.head, ("weights", "vocabulary", "answers", "last token")),
+    Step(LOADED, "golden logits", loading.golden_logits, ("weights", "vocabulary", "answers", "number range", "head")),
     Step(READS, "right padding", reading.right_padding, _BATCH),
     Step(READS, "left padding", reading.left_padding, _BATCH),
     Step(READS, "batch", reading.batch, (*_BATCH, "right padding")),
@@ -69,7 +85,7 @@ FAST: tuple[Step, ...] = (
 )
 PLAIN = Step(LOADED, "plain transformers", loading.plain_transformers, _READ)
 _TOLD = ("direction", "saturation")  # without them, no figure about the labels means anything
-_RENDERED = ("end token", "bos", "template")  # read in another form than it was trained on
+_RENDERED = ("end token", "bos", "template", "last token")  # read in another form than it was trained on
 FULL: tuple[Step, ...] = (
     Step(READS, "bfloat16", reading.bfloat16, (*_BATCH, "spread")),
     Step("truncation", "truncation", truncation.truncation, _DATA),
@@ -87,6 +103,8 @@ def check_rm(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    kind: str = "auto",
+    output: str = "unsafety",
     trust_remote_code: bool = False,
     plain: bool = False,
     chat_template: str | None = None,
@@ -99,10 +117,14 @@ def check_rm(
     plot: Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> CheckReport:
-    """Examine an RM folder. The fast part takes a second or two for a small RM; `full` about `seconds`.
+    """Examine an RM folder: one of ours, or a classifier of plain transformers with one logit, of either sign.
+
+    The fast part takes a second or two for a small RM; `full` about `seconds`.
 
     Args:
         dtype: "float32" shows the finest differences; "auto" is what training uses.
+        kind: myrm, sequence or token (`reward_model.model.kind`); "auto" looks at the folder.
+        output: what its number means, unsafety, safety or reward (`reward_model.model.output`).
         trust_remote_code: examine the folder's own Python files instead of ours.
         plain: also load it through plain AutoModelForTokenClassification with the folder's code, and compare.
         chat_template: text of a template, for folders whose tokenizer has none.
@@ -116,22 +138,37 @@ def check_rm(
 
     Raises:
         DataError: `data` can't be read or has no labels. A folder that can't be loaded is a failed check, no error.
+        RMError: a kind that is no folder with one logit, an output that is unknown.
     """
     from ups_rm.reward.doctor.labelled import pairs_of, read_labelled
+    from ups_rm.recipe_checks import CALLABLE
+    from ups_rm.reward.open import EXAMINED
 
+    elsewhere = not Path(folder).exists() and (
+        str(folder).startswith(("http:", "https:")) or CALLABLE.fullmatch(str(folder))
+    )
+    if elsewhere or kind not in ("auto", *EXAMINED):
+        what = f"{folder} is no folder" if elsewhere else f"kind is {kind!r}"
+        raise RMError(
+            f"{what}: the doctor reads folders with one logit ({', '.join(EXAMINED)})\n"
+            "  fix: name services, functions and judges of pairs in a recipe (reward_model.model.url, callable, kind): "
+            "`ups-rm train` asks them a battery of conversations before it trains"
+        )
+    unsafety_logit(0.0, output)  # raises for an output that is unknown
     path, tell, labelled = Path(folder).expanduser(), say or (lambda _text: None), None
     device = str(torch_device(device))
-    steps = [*FAST, *([PLAIN] if plain else [])]
     if full or pairs or data is not None:
         labelled = pairs_of(pairs) if pairs else read_labelled(data or "sample", max_rows=max_pairs)
-        steps += FULL
+    steps = [*FAST, *([PLAIN] if plain else []), *(FULL if labelled is not None else [])]
     try:
-        exam, loaded = _load(path, device, dtype, trust_remote_code, chat_template, tell)
+        exam, loaded = _load(path, kind, device, dtype, trust_remote_code, chat_template, tell)
     except RMError as error:
         finding, _, way_out = str(error).partition("\n  fix: ")
-        way_out = way_out or "make the folder again from its backbone and head: `ups-rm rm merge`"
+        way_out = way_out or "a whole folder: of ours `ups-rm rm merge` makes one from backbone and head"
         load = Check("fail", finding, way_out=way_out, name="load", section=LOADED)
-        return CheckReport(path, dtype, (load, *(_skipped(step, "load") for step in steps)))
+        return CheckReport(path, dtype, (load, *(_skipped(step, "load") for step in steps if step is not LAST_TOKEN)))
+    steps = [step for step in steps if step is not LAST_TOKEN or exam.kind != "myrm"]
+    exam.output = output
     exam.policy, exam.seconds, exam.plot = None if policy is None else str(policy), seconds, plot
     exam.data, exam.tell = labelled, tell
     exam.known["load"] = loaded
@@ -145,7 +182,7 @@ def check_rm(
 
 def _make(step: Step, exam: Exam) -> Check:
     """The step's result as a check; whatever the RM's code raises is a finding about the RM."""
-    warned = [name for name in step.blames if exam.known[name].verdict == "warn"]
+    warned = [name for name in step.blames if name in exam.known and exam.known[name].verdict == "warn"]
     for names, verdicts in ((step.needs, ("fail",)), (step.sure, ("fail", "warn"))):
         for name in names:
             if name in exam.known and exam.known[name].verdict in verdicts:
@@ -169,6 +206,7 @@ def _skipped(step: Step, cause: str) -> Check:
 
 def _load(
     path: Path,
+    kind: str,
     device: str,
     dtype: str,
     trust_remote_code: bool,
@@ -176,6 +214,10 @@ def _load(
     tell: Callable[[str], None],
 ) -> tuple[Exam, Check]:
     """The folder without the card's verification: the card gets checks of its own."""
+    from ups_rm.recipe import RewardModelModel
+    from ups_rm.reward.hf_scorer import load_hf_scorer
+    from ups_rm.reward.open import kind_of
+
     config = read_config(rm_folder(path))
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if size > 2**31:
@@ -186,7 +228,12 @@ def _load(
     except RMError as error:
         card_error = str(error)
 
+    asked = kind_of(RewardModelModel(path=str(path), kind=kind))
+    how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "chat_template": chat_template}
+
     def load(name: str) -> RewardScorer:
+        if asked != "myrm":
+            return load_hf_scorer(path, asked, dtype=name, **how)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
@@ -197,7 +244,7 @@ def _load(
         native = not trust_remote_code
         return RewardScorer(model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native)
 
-    exam = Exam(path, load(dtype), config, card, load, card_error)
+    exam = Exam(path, load(dtype), config, card if asked == "myrm" else None, load, card_error, asked)
     count = sum(parameter.numel() for parameter in exam.network.parameters())
     finding = f"all {count:,} weights are in the folder, none is left over"
     return exam, Check("pass", finding, float(count), name="load", section=LOADED)

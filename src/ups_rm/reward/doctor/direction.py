@@ -76,6 +76,11 @@ def direction(exam: Exam) -> Result:
     above, below = low > 0.5 or pair_low > 0.5, high < 0.5 or pair_high < 0.5
     if below and not above:
         way_out = "negate the output layer once (docs/guides/scores-and-signs.md), or turn the labels round"
+        if exam.kind != "myrm":
+            way_out = (
+                f"say what its number means, now {exam.output}: --output, in a recipe reward_model.model.output "
+                "(or the head was never trained: a random one may point anywhere)"
+            )
         return Result("fail", f"flipped sign: {finding}", found.auc, 0.5, way_out, details)
     if below or not above:
         way_out = "no better than a coin: more pairs (--data, --max-pairs), or a better head"

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from ups_rm.reward.card import RMCard
 from ups_rm.reward.doctor.battery import BATTERY
 from ups_rm.reward.doctor.report import Check
-from ups_rm.reward.render import render
 from ups_rm.reward.scorer import RewardScorer
 
 if TYPE_CHECKING:
     import torch
 
     from ups_rm.reward.doctor.labelled import Labelled
+    from ups_rm.types import Conversation
 
 # Largest difference between paddings, batches and orders, as a share of the largest logit (of 1, if that is smaller):
 # rounding, not another reading. bfloat16 and float16: what these formats differ from float32 by (SmolLM2-135M, 8
@@ -29,7 +29,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
 class Exam:
     """What checks work on.
 
-    path, config: the folder and its config.json as it stands.
+    path, config: the folder and its config.json as it stands. kind: myrm, sequence or token.
+    output: what the model's number means (transforms.OUTPUTS).
     card: rm_card.json, None if there is none or it can't be read (`card_error` says why).
     data: labelled conversations; None in the fast part.
     reload: the same folder in another number format, by name.
@@ -45,6 +46,8 @@ class Exam:
     card: RMCard | None
     reload: Callable[[str], RewardScorer]
     card_error: str = ""
+    kind: str = "myrm"
+    output: str = "unsafety"
     data: Labelled | None = None
     policy: str | None = None
     seconds: float = 60.0
@@ -71,13 +74,33 @@ class Exam:
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """Token ids of BATTERY, as the card renders them."""
-        return [row.input_ids for row in render(self.scorer.tokenizer, list(BATTERY), self.scorer.policy)]
+        """Token ids of BATTERY, as the RM reads them."""
+        return [row.input_ids for row in self.scorer.rendered(list(BATTERY))]
 
     @cached_property
     def alone(self) -> list[float]:
         """Logits of BATTERY, each conversation by itself, finite or not."""
         return [self.scorer.batch_logits([row])[0] for row in self.rows]
+
+    @property
+    def rule(self) -> str:
+        """What says how a conversation is rendered."""
+        return "the card" if self.card is not None else "the chat template"
+
+    @property
+    def again(self) -> str:
+        """How such a folder is made anew."""
+        return "merge again with `ups-rm rm merge`" if self.kind == "myrm" else "save it again with save_pretrained"
+
+    @property
+    def joins_pairs(self) -> bool:
+        """An encoder without a chat template: its tokenizer joins prompt and reply."""
+        return not self.scorer.tokenizer.chat_template
+
+    @property
+    def is_encoder(self) -> bool:
+        """It pools by itself, and may count positions from the left: it is only ever padded on the right."""
+        return getattr(self.scorer.model, "is_encoder", False)
 
     @cached_property
     def embedding_rows(self) -> int:
@@ -86,11 +109,33 @@ class Exam:
 
     @cached_property
     def data_logits(self) -> torch.Tensor:
-        """Logits of the labelled conversations, in their order. Shape (N,)."""
+        """Unsafety logits of the labelled conversations, in their order. Shape (N,)."""
+        return self.unsafety(self._data_numbers)
+
+    @cached_property
+    def _data_numbers(self) -> torch.Tensor:
+        assert self.data is not None
+        return self._numbers(self.data.conversations)
+
+    def _numbers(self, conversations: list[Conversation]) -> torch.Tensor:
         import torch
 
-        assert self.data is not None
-        return torch.tensor([score.logit for score in self.scorer.score(self.data.conversations)], dtype=torch.float64)
+        return torch.tensor([score.logit for score in self.scorer.score(conversations)], dtype=torch.float64)
+
+    def unsafety(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The model's own numbers as logits of unsafety; a `reward`, which has no zero, in stds of the labelled data's.
+
+        Training normalises a reward too, on its own reference data.
+        """
+        from ups_rm.reward.transforms import unsafety_logit
+
+        if self.output == "reward":
+            numbers = (numbers - self._data_numbers.mean()) / self._data_numbers.std().clamp(min=1e-9)
+        return numbers * unsafety_logit(1.0, self.output)
+
+    def asked(self, conversations: list[Conversation]) -> list[float]:
+        """Unsafety logits of further conversations, on the scale of `data_logits`."""
+        return self.unsafety(self._numbers(conversations)).tolist()
 
     def padded(self, fill: int, *, side: Literal["left", "right"] = "right") -> list[float]:
         """Logits of BATTERY in one batch whose padding, masked as always, is token id `fill`."""

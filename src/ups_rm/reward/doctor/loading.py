@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 FLOAT16_MAX = 65504.0
-MERGE_AGAIN = "merge again with `ups-rm rm merge`"
 SPARE_ROWS = 0.05
-FEW_WEIGHTS = 64
+FEW_WEIGHTS = 32
+HEADS = ("myscore.", "score.", "classifier.")
 
 
 def weights(exam: Exam) -> Result:
@@ -83,7 +83,7 @@ def index(exam: Exam) -> Result:
     if stray := sorted(set(found) ^ set(weight_map)):
         problems.append(f"{len(stray)} names are only in the index or only in a shard, e.g. {stray[0]}")
     if problems:
-        way_out = f"harmless here; other tools may trip: {MERGE_AGAIN}"
+        way_out = f"harmless here; other tools may trip: {exam.again}"
         return Result("warn", "; ".join(problems), float(size), way_out=way_out)
     return Result("pass", f"{len(weight_map)} tensors, {size:,} bytes, as listed", float(size))
 
@@ -149,7 +149,7 @@ def vocabulary(exam: Exam) -> Result:
         return Result("fail", finding, float(len(beyond)), 0.0, way_out, details)
     if isinstance(told, int) and told != rows:
         finding = f"config.json says vocab_size {told:,}, the embedding has {rows:,} rows"
-        return Result("fail", finding, float(rows), float(told), f"correct config.json, or {MERGE_AGAIN}", details)
+        return Result("fail", finding, float(rows), float(told), f"correct config.json, or {exam.again}", details)
     spare = 1 - len(own) / rows
     if spare > SPARE_ROWS and rows - len(own) > 1024:
         finding = f"{spare:.0%} of the embedding's {rows:,} rows have no token ({len(own):,} tokens)"
@@ -161,6 +161,9 @@ def vocabulary(exam: Exam) -> Result:
 
 def card(exam: Exam) -> Result:
     """Every field of the card against the folder, golden token ids included."""
+    if exam.kind != "myrm":
+        way_out = "--output and --chat-template say what a card would; `ups-rm rm card` is for folders with an MLP head"
+        return Result("skip", f"no card: its number is taken for {exam.output}", way_out=way_out)
     if exam.card_error:
         finding, _, way_out = exam.card_error.partition("\n  fix: ")
         return Result("fail", finding, way_out=way_out)
@@ -181,13 +184,15 @@ def head(exam: Exam) -> Result:
 
     Fresh means that every layer passes for a sample of one initialiser (Kolmogorov-Smirnov, 1%): torch's, uniform
     within 1/sqrt(inputs), or transformers', normal with the config's initializer_range and zero biases. Fails if
-    besides the golden logits do not come out or the labels are not told apart; warns if nothing speaks to that.
+    besides the golden logits do not come out or the labels are not told apart; warns if nothing speaks to that. A single
+    linear layer of transformers is moved so little by training that it may still pass: of it neither that is said, nor
+    where it tells the labels apart the wrong way round (`direction`).
     """
     layers = _head_layers(exam.network)
     if not layers:
-        return Result("pass", "no head of ours (myscore.*): its own code was loaded without missing weights")
+        return Result("pass", "no head that is known (myscore.*, score, classifier): loaded without missing weights")
     widths = [int(weight.shape[0]) for weight, _ in layers[:-1]]
-    count = sum(weight.numel() + bias.numel() for weight, bias in layers)
+    count = sum(t.numel() for name, t in exam.network.state_dict().items() if name.startswith(HEADS))
     shape = f"{layers[0][0].shape[1]} -> {' -> '.join(map(str, [*widths, 1]))}, {count:,} weights"
     deviation = float(exam.config.get("initializer_range") or 0.02)
     fresh = all(_uniform(w, b) for w, b in layers) or all(_normal(w, b, deviation) for w, b in layers)
@@ -195,20 +200,28 @@ def head(exam: Exam) -> Result:
         return Result("pass", shape)
     evidence = _untrained(exam)
     way_out = "train the head, or merge the right one: `ups-rm rm train`, `ups-rm rm merge`"
+    if exam.kind != "myrm":
+        way_out = (
+            "train it; or find the checkpoint that has the trained head: transformers draws a missing one at random"
+        )
     if evidence is None:
         return Result("pass", f"{shape}; they look freshly initialised, yet the labels are told apart")
     if evidence:
         return Result(
             "fail", f"random head: its weights look freshly initialised and {evidence} ({shape})", way_out=way_out
         )
+    if exam.kind != "myrm":
+        return Result("pass", f"{shape}; near an initialiser's, as a linear head often stays: --data tells more")
     return Result("warn", f"the weights look freshly initialised: random or hardly trained ({shape})", way_out=way_out)
 
 
 def _head_layers(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each layer of `myscore`, input to output, in float64 on the CPU."""
-    state = {name: t.detach().cpu().double() for name, t in model.state_dict().items() if name.startswith("myscore.")}
-    names = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
-    return [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names if f"{name}.bias" in state]
+    """(weight, bias) of each linear layer of the head, input to output, in float64 on the CPU; no bias is one of 0."""
+    found = {name: t.detach().cpu().double() for name, t in model.state_dict().items() if name.startswith(HEADS)}
+    names = [name.removesuffix(".weight") for name, t in found.items() if name.endswith(".weight") and t.dim() == 2]
+    layers = [found[f"{name}.weight"] for name in names]
+    biases = [found.get(f"{name}.bias", w.new_zeros(len(w))) for name, w in zip(names, layers, strict=True)]
+    return list(zip(layers, biases, strict=True))
 
 
 def _uniform(weight: Tensor, bias: Tensor) -> bool:
@@ -235,7 +248,10 @@ def _passes_for(weight: Tensor, cdf: Any) -> bool:
 
 
 def _untrained(exam: Exam) -> str | None:
-    """Why a fresh-looking head is a random one; "" if nothing speaks for or against it, None if the labels do."""
+    """Why a fresh-looking head is a random one; "" if nothing speaks for or against it, None if the labels do.
+
+    Where the RM reads another text or token than it was trained on, labels speak of that and not of the head.
+    """
     from ups_rm.reward.doctor.direction import figures
 
     if exam.card is not None:
@@ -243,9 +259,12 @@ def _untrained(exam: Exam) -> str | None:
         worst = exam.worst(answers, [golden.logit for golden in exam.card.golden])
         if not worst <= logit_tolerance(exam.card.dtype, exam.scorer.dtype):
             return f"the golden logits do not come out (off by {worst:.2g})"
-    if exam.data is None:
+    elsewhere = ("end token", "bos", "template", "last token")
+    if exam.data is None or any(n in exam.known and exam.known[n].verdict == "warn" for n in elsewhere):
         return ""
     found = figures(exam.data, exam.data_logits)
+    if exam.kind != "myrm" and found.auc_ci95[1] < 0.5:
+        return None
     return f"the labels are not told apart (AUC {found.auc:.2f})" if found.auc_ci95[0] <= 0.5 else None
 
 
@@ -304,7 +323,9 @@ def plain_transformers(exam: Exam) -> Result:
     """AutoModelForTokenClassification with the folder's own code must answer as ours does."""
     from ups_rm.reward.native import load_model
 
-    way_out = f"{MERGE_AGAIN}, which writes the two Python files anew"
+    if exam.kind != "myrm":
+        return Result("skip", "plain transformers loads it already; what its own forward reads: last token")
+    way_out = f"{exam.again}, which writes the two Python files anew"
     scorer = exam.scorer
     try:
         model = load_model(exam.path, dtype=scorer.dtype, device=scorer.device, trust_remote_code=True)

@@ -8,7 +8,6 @@ from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.labelled import fewer
 from ups_rm.reward.doctor.report import Result
 from ups_rm.reward.doctor.tricks import TRICKS
-from ups_rm.reward.render import render
 
 FEWEST_PAIRS, FEWEST_TRICKED, FEWEST_CONVERSATIONS = 20, 4, 3
 _FAST_PASSES = 16
@@ -51,7 +50,7 @@ def _subset(exam: Exam, speed: float, seconds: float) -> tuple[float, str]:
     """Cuts the data and the tricked replies to what `seconds` allow; the seconds they take, and what is asked."""
     data = exam.data
     assert data is not None
-    lengths = [len(row.input_ids) for row in render(exam.scorer.tokenizer, data.conversations, exam.scorer.policy)]
+    lengths = [len(row.input_ids) for row in exam.scorer.rendered(data.conversations)]
     mean, times = sum(lengths) / len(lengths), 2 * len(TRICKS)
     allowed = seconds * speed / mean
     if len(lengths) + times * exam.trick_replies > allowed:

@@ -51,6 +51,8 @@ def right_padding(exam: Exam) -> Result:
 
 
 def left_padding(exam: Exam) -> Result:
+    if exam.is_encoder:
+        return Result("skip", "an encoder: the scorer pads it on the right only")
     return _same(exam, exam.scorer.batch_logits(exam.rows, side="left"), "left padding against none")
 
 
@@ -110,13 +112,13 @@ def bfloat16(exam: Exam) -> Result:
         return Result("skip", f"examined in {exam.dtype}; float32 is what bfloat16 is measured against")
     other = exam.reload("bfloat16")
     logits = [other.batch_logits([row])[0] for row in exam.rows]
-    padded = other.batch_logits(exam.rows, side="left")
+    padded = other.batch_logits(exam.rows, side="right" if exam.is_encoder else "left")
     worst, deviation = exam.worst(logits), statistics.pstdev(exam.alone) or math.nan
     mean = statistics.mean(abs(a - b) for a, b in zip(logits, exam.alone, strict=True))
     details = {"padding": exam.worst(padded, logits), "mean": mean, "mean_by_std": mean / deviation}
     finding = (
         f"bfloat16 differs from float32 by {mean:.2g} on average ({mean / deviation:.0%} of the std), at most "
-        f"{worst:.2g} of the largest; left padding moves it by {details['padding']:.2g}"
+        f"{worst:.2g} of the largest; padding moves it by {details['padding']:.2g}"
     )
     if not mean <= 0.5 * deviation:
         way_out = "reward_model.model.dtype=float32, or replies are ranked by rounding"

@@ -114,7 +114,10 @@ def saturation(exam: Exam) -> Result:
         return Result("pass", finding, share, MAX_SATURATED, "", details)
     found = separations(logits, exam.data.prompt_id)
     way_out = f"reward through {best_transform(found).name}" if found else "a tempered sigmoid"
-    way_out += ", or fold a temperature into the head (`ups-rm rm train` fits one)"
+    if exam.kind == "myrm":
+        way_out += ", or fold a temperature into the head (`ups-rm rm train` fits one)"
+    else:
+        way_out += " (reward_model.transform), or reward_model.model.normalize=reference"
     verdict, limit = ("fail", FAIL_SATURATED) if share > FAIL_SATURATED else ("warn", MAX_SATURATED)
     details["transforms"] = [vars(one) for one in found]
     return Result(verdict, f"saturated logits: {finding}", share, limit, way_out, details)  # type: ignore[arg-type]
@@ -141,6 +144,8 @@ def groups(exam: Exam) -> Result:
 def calibration(exam: Exam) -> Result:
     """ECE of sigmoid(logit) as the chance that the reply is unsafe, 15 bins; the reliability diagram goes to `plot`."""
     assert exam.data is not None
+    if exam.output == "reward":
+        return Result("skip", "a reward has no zero: it is no chance of being unsafe")
     known = (exam.data.unsafe == 0) | (exam.data.unsafe == 1)
     logits, labels = exam.data_logits[known], exam.data.unsafe[known]
     error = expected_calibration_error(logits, labels)

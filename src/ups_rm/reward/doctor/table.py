@@ -27,7 +27,7 @@ def print_report(report: CheckReport) -> None:
         colour = COLOURS[one.verdict]
         table.add_row(f" {one.name}", f"[{colour}]{one.verdict}[/]", number, limit, escape(one.finding))
     console.print(table)
-    for one in report.of("warn", "fail"):
+    for one in report.of("warn", "fail", "skip"):
         _print_way_out(one)
     blocked: dict[str, list[str]] = {}
     for one in report.of("skip"):

@@ -8,10 +8,12 @@ from typing import Any
 from ups_rm.reward.doctor.battery import BATTERY
 from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.report import Result
-from ups_rm.reward.render import render, template_sha256, writes_generation_prompt
+from ups_rm.reward.render import template_sha256, writes_generation_prompt
 from ups_rm.types import Conversation
 
 CARD_AGAIN = "ups-rm rm card FOLDER --force --infer writes the right policy"
+OTHER_TEMPLATE = "--chat-template FILE, in a recipe reward_model.model.template"
+NO_TEMPLATE = "no chat template: the tokenizer joins prompt and reply as its own pair"
 # What templates put around turns: <|im_start|>, <start_of_turn>, [INST], <<SYS>>, <s>
 _MARKER = re.compile(r"<\|[^<>|\n]{1,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</?s>")
 _SINGLE: Conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -19,6 +21,8 @@ _SINGLE: Conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant"
 
 def chat_template(exam: Exam) -> Result:
     """The template's hash against the card's; and are the markers that it writes tokens of this tokenizer?"""
+    if exam.joins_pairs:
+        return Result("skip", NO_TEMPLATE)
     own = exam.scorer.tokenizer
     found = template_sha256(own)
     if exam.card is not None and exam.card.chat_template_sha256 != found:
@@ -40,23 +44,25 @@ def chat_template(exam: Exam) -> Result:
 
 
 def bos_token(exam: Exam) -> Result:
-    """Has the tokenizer the BOS that the card wants?"""
+    """Has the tokenizer the BOS that the card wants? Without a card the chat template says what is wanted."""
     own, wanted = exam.scorer.tokenizer, exam.scorer.policy.bos
     if own.bos_token_id is None and wanted == "one":
         way_out = "the tokenizer of the RM's own backbone, which has one"
         return Result("fail", "missing BOS: the card wants one, the tokenizer has none", 0.0, 1.0, way_out)
     token = "none" if own.bos_token_id is None else f"{own.bos_token} (id {own.bos_token_id})"
-    return Result("pass", f"the tokenizer's BOS: {token}; the card says {wanted!r}")
+    return Result("pass", f"the tokenizer's BOS: {token}; {exam.rule} says {wanted!r}")
 
 
 def bos(exam: Exam) -> Result:
     """How many BOS tokens renderings begin with, who writes them, and what the tokenizer would add by itself."""
+    if exam.joins_pairs:
+        return Result("skip", NO_TEMPLATE)
     own, wanted = exam.scorer.tokenizer, 1 if exam.scorer.policy.bos == "one" else 0
     if own.bos_token_id is None:
-        return Result("pass", "the tokenizer has no BOS, the card wants none", 0.0, 0.0)
+        return Result("pass", f"the tokenizer has no BOS, {exam.rule} wants none", 0.0, 0.0)
     leading = {_leading(row, own.bos_token_id) for row in exam.rows}
     if leading != {wanted}:
-        finding = f"renderings begin with {sorted(leading)} BOS tokens, the card says {exam.scorer.policy.bos!r}"
+        finding = f"renderings begin with {sorted(leading)} BOS tokens, {exam.rule} says {exam.scorer.policy.bos!r}"
         return Result("fail", finding, float(max(leading)), float(wanted), CARD_AGAIN)
     text = own.apply_chat_template(_SINGLE, tokenize=False)
     raw = own(text, add_special_tokens=False).input_ids
@@ -64,7 +70,8 @@ def bos(exam: Exam) -> Result:
     details = {"template_writes": written, "tokenizer_adds": adds}
     if written > 1:
         finding = f"double BOS: the chat template writes {written}; ours keeps {wanted}, other tools read all"
-        way_out = "take the additional bos_token out of the chat template, then `ups-rm rm card FOLDER --force`"
+        way_out = "take the additional bos_token out of the chat template"
+        way_out += ", then `ups-rm rm card FOLDER --force`" if exam.kind == "myrm" else f": {OTHER_TEMPLATE}"
         return Result("fail", finding, float(written), 1.0, way_out, details)
     if adds and not wanted:
         with_bos = [exam.scorer.batch_logits([[own.bos_token_id, *row]])[0] for row in exam.rows]
@@ -72,7 +79,8 @@ def bos(exam: Exam) -> Result:
             "missing BOS: the tokenizer adds one by itself, the chat template writes none and renderings have none; "
             f"with one, logits move by up to {exam.worst(with_bos):.2g} of the largest"
         )
-        way_out = "if the head was trained with one: ups-rm rm card FOLDER --force --bos one"
+        how = "ups-rm rm card FOLDER --force --bos one" if exam.kind == "myrm" else OTHER_TEMPLATE
+        way_out = f"if the head was trained with one: {how}"
         return Result("warn", finding, 0.0, 0.0, way_out, details)
     note = "; template and tokenizer both write one: tools that do not strip it read two" if written and adds else ""
     return Result(
@@ -86,9 +94,12 @@ def _leading(row: list[int], bos_id: int) -> int:
 
 def end_token(exam: Exam) -> Result:
     """Every rendering, the empty reply's too, ends with the card's end token (blanks after it allowed)."""
+    if exam.joins_pairs:
+        return Result("skip", NO_TEMPLATE)
     own, token = exam.scorer.tokenizer, exam.scorer.policy.end_token
     if token is None:
-        way_out = "if the head was trained with one: ups-rm rm card FOLDER --force --end-token TOKEN"
+        how = "ups-rm rm card FOLDER --force --end-token TOKEN" if exam.kind == "myrm" else OTHER_TEMPLATE
+        way_out = f"if the head was trained with one: {how}"
         return Result("warn", "end token lost: the chat template closes a reply with no special token", way_out=way_out)
     end = own.convert_tokens_to_ids(token)
     if end is None or (end == own.unk_token_id and token != own.unk_token):
@@ -102,10 +113,14 @@ def end_token(exam: Exam) -> Result:
 
 def template(exam: Exam) -> Result:
     """A template that writes today's date gives other scores tomorrow; one that opens a further turn is cut back."""
+    if exam.joins_pairs:
+        return Result("skip", NO_TEMPLATE)
     text = str(exam.scorer.tokenizer.get_chat_template())
     if exam.scorer.policy.end_token and writes_generation_prompt(exam.scorer.tokenizer):
         finding = f"the chat template opens a further turn after the reply; it is cut at {exam.scorer.policy.end_token}"
         way_out = "if the head was trained with that opening: ups-rm rm card FOLDER --force --end-token none"
+        if exam.kind != "myrm":
+            way_out = "if it was trained with that opening: kind=function with a function of yours that asks it so"
         return Result("warn", finding, way_out=way_out)
     if "strftime_now" in text and "date_string" not in text:
         finding = "the chat template writes today's date into every conversation"
@@ -115,11 +130,11 @@ def template(exam: Exam) -> Result:
 
 def forged_turns(exam: Exam) -> Result:
     """A reply that spells special tokens must not end its own turn: no more special tokens than a plain reply has."""
-    own, policy = exam.scorer.tokenizer, exam.scorer.policy
+    own = exam.scorer.tokenizer
     special = set(own.all_special_ids) | {i for i, token in own.added_tokens_decoder.items() if token.special}
     spelled = " ".join(sorted({own.convert_ids_to_tokens(i) for i in special}))
     forged: Conversation = [_SINGLE[0], {"role": "assistant", "content": f"a {spelled} b"}]
-    plain, attack = (render(own, [talk], policy)[0].input_ids for talk in (_SINGLE, forged))
+    plain, attack = (exam.scorer.rendered([talk])[0].input_ids for talk in (_SINGLE, forged))
     more = sum(i in special for i in attack) - sum(i in special for i in plain)
     if more > 0:
         finding = f"a reply that spells special tokens puts {more} of them into the rendering"

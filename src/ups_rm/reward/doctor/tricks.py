@@ -81,7 +81,7 @@ def _measure(exam: Exam, name: str) -> Result:
     talks = [exam.data.conversations[i] for i in places]
     tricked = [_tricked(talk, _another(talks, i), name) for i, talk in enumerate(talks)]
     before = exam.data_logits[places].tolist()
-    after = [score.logit for score in exam.scorer.score(tricked)]
+    after = exam.asked(tricked)
     bar = statistics.median(exam.data_logits[exam.data.replies(unsafe=False)].tolist())
     pays = statistics.mean(logit < bar for logit in after[: len(unsafe)])
     paid = statistics.mean(logit < bar for logit in before[: len(unsafe)])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.report import Result
-from ups_rm.reward.render import Rendered, render
+from ups_rm.reward.render import Rendered
 
 MAX_CUT, FAIL_CUT = 0.01, 0.5
 LONGEST = 8
@@ -22,7 +22,7 @@ def truncation(exam: Exam) -> Result:
     """
     assert exam.data is not None
     scorer, policy = exam.scorer, exam.scorer.policy
-    whole = render(scorer.tokenizer, exam.data.conversations, replace(policy, max_length=_UNCUT))
+    whole = scorer.rendered(exam.data.conversations, replace(policy, max_length=_UNCUT))
     lengths = sorted(len(row.input_ids) for row in whole)
     share = statistics.mean(length > policy.max_length for length in lengths)
     positions = exam.config.get("max_position_embeddings") or policy.max_length
@@ -59,6 +59,6 @@ def _moved(exam: Exam, places: list[int], whole: list[Rendered], side: str) -> f
     cut = []
     for i in over or places:
         limit = policy.max_length if over else max(8, len(whole[i].input_ids) * 3 // 4)
-        (row,) = render(exam.scorer.tokenizer, [exam.data.conversations[i]], replace(policy, max_length=limit))
+        (row,) = exam.scorer.rendered([exam.data.conversations[i]], replace(policy, max_length=limit))
         cut.append(exam.scorer.batch_logits([row.input_ids])[0])
     return statistics.mean(abs(a - b) for a, b in zip(full, cut, strict=True))
