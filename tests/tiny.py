@@ -209,7 +209,7 @@ def tiny_hf_rm(
     seed: int = 3,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """A plain transformers RM on 2 layers (Llama, "qwen2"): `sequence` or `token` classifier, or `causal` LM as judge."""
+    """A plain transformers RM, 2 layers (Llama, "qwen2"): `sequence` or `token` classifier, `causal` LM as judge."""
     import transformers
 
     tokenizer = tokenizer or llama3_tokenizer()

@@ -11,9 +11,7 @@ CHECK_EPILOG = "Example: ups-rm rm check merge/merged_model/Naive-RM-saferlhf --
 
 
 def check(
-    folder: Annotated[
-        Path, typer.Argument(help="RM folder: of ours, or a sequence or token classifier with one label.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="RM folder: ours, or a sequence or token classifier with one label.")],
     data: Annotated[
         str,
         typer.Option(

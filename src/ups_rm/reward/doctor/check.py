@@ -35,8 +35,8 @@ from ups_rm.types import Conversation
 class Step:
     """One check. It is made unless one of the checks in `needs` failed, or one of those in `sure` did not pass.
 
-    A warning of it is put down to one of those in `blames` that warned before. Checks that were not made block nothing. In each case the verdict is "skip" and
-    the other check is named, so that one fault is one finding.
+    A warning of it is put down to one of those in `blames` that warned before. In each case the verdict is "skip" and
+    the other check is named, so that one fault is one finding. Checks that were not made block nothing.
     """
 
     section: str
@@ -140,8 +140,8 @@ def check_rm(
         DataError: `data` can't be read or has no labels. A folder that can't be loaded is a failed check, no error.
         RMError: a kind that is no folder with one logit, an output that is unknown.
     """
-    from ups_rm.reward.doctor.labelled import pairs_of, read_labelled
     from ups_rm.recipe_checks import CALLABLE
+    from ups_rm.reward.doctor.labelled import pairs_of, read_labelled
     from ups_rm.reward.open import EXAMINED
 
     elsewhere = not Path(folder).exists() and (

@@ -55,15 +55,13 @@ def _compared(exam: Exam, theirs: RewardScorer, pad: int | None) -> Result:
     token = None if pad is None else own.convert_ids_to_tokens(pad)
     if alone > exam.tolerance and any(pad in row for row in exam.rows):
         finding = (
-            f"pad == eos bug: the pad id {pad} ({token}) is a token of the conversation, and transformers takes the last "
-            f"one that is not pad: it reads another token than ours, logits differ by {alone:.3g}"
+            f"pad == eos bug: the pad id {pad} ({token}) is a token of the conversation, and transformers takes the "
+            f"last one that is not pad: it reads another token than ours, logits differ by {alone:.3g}"
         )
         return _told_by_labels(exam, theirs, finding, alone, details)
     if alone > exam.tolerance:
         way_out = "kind=function with a function of yours that asks its own forward"
-        finding = (
-            f"its own forward answers differently, by {alone:.3g}: it is more than a linear head on the last token"
-        )
+        finding = f"its own forward answers differently, by {alone:.3g}: more than a linear head on the last token"
         return Result("fail", finding, alone, exam.tolerance, way_out, details)
     if pad is None:
         spare = "has none either" if own.pad_token_id is None else f"has {own.pad_token} (id {own.pad_token_id})"

@@ -184,9 +184,9 @@ def head(exam: Exam) -> Result:
 
     Fresh means that every layer passes for a sample of one initialiser (Kolmogorov-Smirnov, 1%): torch's, uniform
     within 1/sqrt(inputs), or transformers', normal with the config's initializer_range and zero biases. Fails if
-    besides the golden logits do not come out or the labels are not told apart; warns if nothing speaks to that. A single
-    linear layer of transformers is moved so little by training that it may still pass: of it neither that is said, nor
-    where it tells the labels apart the wrong way round (`direction`).
+    besides the golden logits do not come out or the labels are not told apart; warns if nothing speaks to that. A
+    single linear layer of transformers is moved so little by training that it may still pass: of it that is not said,
+    nor that it is random where it tells the labels apart the wrong way round (`direction`).
     """
     layers = _head_layers(exam.network)
     if not layers:
@@ -201,9 +201,7 @@ def head(exam: Exam) -> Result:
     evidence = _untrained(exam)
     way_out = "train the head, or merge the right one: `ups-rm rm train`, `ups-rm rm merge`"
     if exam.kind != "myrm":
-        way_out = (
-            "train it; or find the checkpoint that has the trained head: transformers draws a missing one at random"
-        )
+        way_out = "train it, or find the checkpoint with the trained head: transformers draws a missing one at random"
     if evidence is None:
         return Result("pass", f"{shape}; they look freshly initialised, yet the labels are told apart")
     if evidence:
