@@ -118,8 +118,8 @@ def kind_of(entry: RewardModelModel) -> str:
         if architecture.endswith(ending):
             return kind
     raise RMError(
-        f"{entry.path}/config.json: architecture {architecture or 'unknown'} is no reward model that is known here: known "
-        "are folders of `ups-rm rm merge`, ...ForSequenceClassification and ...ForTokenClassification of one label\n"
+        f"{entry.path}/config.json: architecture {architecture or 'unknown'} is no reward model that is known "
+        "here: folders of `ups-rm rm merge`, ...ForSequenceClassification and ...ForTokenClassification of one label\n"
         "  fix: reward_model.model.kind (a judge of pairs is kind=pairwise), or kind=function with a function of yours"
     )
 
