@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ups_rm.distributed.step_record import StepRecord, read_step, step_groups, step_metrics, validation_metrics
+from ups_rm.distributed.step_record import (
+    StepRecord,
+    check_scores,
+    read_step,
+    step_groups,
+    step_metrics,
+    validation_metrics,
+)
+from ups_rm.errors import RunError
 from ups_rm.reward.scorer import safe_score
 from ups_rm.tracking.group_log import GroupLog, read_group_log
 
@@ -123,6 +132,22 @@ def test_padding_rows_are_left_out_and_metrics_are_those_of_the_replies() -> Non
     assert metrics["score/rm_truncated_share"] == pytest.approx(1 / 20)
     assert metrics["response/truncated_share"] == pytest.approx(sum(record.truncated) / 20)
     assert metrics["group/zero_std_share"] == 0
+
+
+MISPLACED = {
+    "one token early": lambda scores: scores.roll(-1, dims=1),
+    "on every token": lambda scores: scores.sum(1, keepdim=True).expand_as(scores),
+    "sigmoid after placing": lambda scores: torch.where(scores == 0, 0.5, scores),
+    "another reply's": lambda scores: scores.roll(1, dims=0),
+}
+
+
+@pytest.mark.parametrize("change", MISPLACED.values(), ids=MISPLACED.keys())
+def test_a_score_that_is_not_on_the_last_token_alone_ends_the_run(change: Any) -> None:
+    record = record_of(1)
+    check_scores(record)
+    with pytest.raises(RunError, match=r"of 20 replies do not carry their safe score on the last token alone"):
+        check_scores(replace(record, token_level_scores=change(record.token_level_scores)))
 
 
 def test_held_out_replies_are_split_by_kind() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ups_rm.errors import RunError
 from ups_rm.evaluation.text import distinct_n
-from ups_rm.grpo import kl_penalty, model_metrics, rollout_metrics
+from ups_rm.grpo import kl_penalty, model_metrics, place_on_last_token, rollout_metrics
 from ups_rm.reward.transforms import score_range
 from ups_rm.tracking.group_log import GroupRecord, group_records
 from ups_rm.types import Conversation, Message, Score
@@ -121,6 +122,24 @@ def read_step(
         logprob_gap=gap,
         extras=extras,
     )
+
+
+def check_scores(record: StepRecord) -> None:
+    """Whether verl put each reply's safe score on its last token, and 0 on all others (to 1e-6).
+
+    Raises:
+        RunError: it did not, so rewards are not what they are said to be.
+    """
+    safe_scores = torch.tensor([extra["safe_score"] for extra in record.extras])  # (B,)
+    placed = place_on_last_token(safe_scores.to(record.token_level_scores.dtype), record.response_mask)
+    wrong = ((placed - record.token_level_scores).abs() > 1e-6).any(1)
+    if wrong.any():
+        reply = int(wrong.nonzero()[0])
+        raise RunError(
+            f"{int(wrong.sum())} of {len(wrong)} replies do not carry their safe score on the last token alone: "
+            f"{record.keys[reply]} has {record.token_level_scores[reply].tolist()}, expected {placed[reply].tolist()}\n"
+            "  fix: no reward setting of verl's own beside reward_model (verl.overrides)"
+        )
 
 
 def step_metrics(

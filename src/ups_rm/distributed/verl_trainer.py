@@ -21,7 +21,15 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from ups_rm.distributed.failures import BOARD_LIMIT_S, as_error, failure_board, write_failure
 from ups_rm.distributed.rm_workers import PoolSettings, RMPool, check_capacity
-from ups_rm.distributed.step_record import FIELDS, StepRecord, read_step, step_groups, step_metrics, validation_metrics
+from ups_rm.distributed.step_record import (
+    FIELDS,
+    StepRecord,
+    check_scores,
+    read_step,
+    step_groups,
+    step_metrics,
+    validation_metrics,
+)
 from ups_rm.errors import RunError
 from ups_rm.tracking.group_log import GroupLog
 
@@ -73,7 +81,7 @@ class SafetyTrainer(PPOTrainerSync):
         """One step of verl's, then its record: metrics into `metrics`, groups into the group log.
 
         Raises:
-            RMError: the reward model failed. RunError: replies are missing.
+            RMError: the reward model failed. RunError: replies are missing, or scores are not where they belong.
         """
         with self._not_hidden():
             batch = super().step(metrics, timing_raw)
@@ -87,6 +95,7 @@ class SafetyTrainer(PPOTrainerSync):
             kl_estimator=algorithm.kl_penalty,
         )
         self._check_complete(record)
+        check_scores(record)
         metrics.update(
             step_metrics(
                 record,
