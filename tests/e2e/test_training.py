@@ -51,7 +51,6 @@ VARIANTS = {
     "Dr. GRPO": [
         f"{ALGORITHM}norm_adv_by_std_in_grpo=false",
         f"{ACTOR}loss_agg_mode=seq-mean-token-sum-norm",
-        f"{ACTOR}optim.lr=2e-2",
     ],
     "two epochs, two mini batches": [f"{ACTOR}ppo_epochs=2", f"{ACTOR}ppo_mini_batch_size=4"],
     "KL as loss": [f"{ALGORITHM}use_kl_in_reward=false", f"{ACTOR}use_kl_loss=true"],
