@@ -77,7 +77,8 @@ def features(
     max_length: MaxLength = None,
     pooling: Pooling = "last",
     degenerate: Annotated[
-        int, typer.Option(help="Add so many good replies with their spoiled forms, for `rm train --degenerate`.")
+        int,
+        typer.Option(min=0, help="Add so many good replies with their spoiled forms, for `rm train --degenerate`."),
     ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

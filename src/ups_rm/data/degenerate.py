@@ -85,12 +85,17 @@ def degenerate_rows(
     }
     chosen = rng.sample(list(good.items()), min(count, len(good)))
     refusals = sorted({reply for _, reply in good if refuses(reply)})
+    places: dict[str, list[int]] = {}
+    for i, ((prompt, _), _) in enumerate(chosen):
+        places.setdefault(prompt, []).append(i)
     made: list[Row] = []
     for (prompt, reply), row in chosen:
-        words = reply.split()
-        others = [other for (asked, other), _ in chosen if asked != prompt]
+        words, other = reply.split(), list[str]()
+        others = len(chosen) - len(places[prompt])
         spoil = rng.choice(SPOILS if others else (looped, stuttered))
-        spoiled = [spoil(rng, words, rng.choice(others).split() if others else [])]
+        if others:
+            other = chosen[_skipping(rng.randrange(others), places[prompt])][0][1].split()
+        spoiled = [spoil(rng, words, other)]
         if kind_of(row.prompt_source) == "benign" and not refuses(reply):
             stock = not refusals or rng.random() < 1 / 3
             text = " ".join(rng.sample(REFUSALS, rng.randint(1, 3))) if stock else rng.choice(refusals)
@@ -114,6 +119,13 @@ def _row(source: Row, spoiled: str, good: str, line: int) -> Row:
         file=DEGENERATE,
         line=line + 1,
     )
+
+
+def _skipping(number: int, left_out: Sequence[int]) -> int:
+    """The place of the `number`-th item when those at some places, in ascending order, are not counted."""
+    for place in left_out:
+        number += number >= place
+    return number
 
 
 def _opener(rng: random.Random) -> str:

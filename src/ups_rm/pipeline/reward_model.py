@@ -155,8 +155,8 @@ def head_settings(settings: RewardTraining) -> HeadSettings:
     """`reward_training` as the head's settings; what is not given is the head's own default."""
     from ups_rm.reward.head_objective import HeadSettings, parse_dims
 
-    given = {name: getattr(settings, name) for name in ("lr", "weight_decay", "dropout", "max_epochs")}
-    given |= {name: getattr(settings, name) for name in ("helpful", "degenerate")}
+    names = ("lr", "weight_decay", "dropout", "max_epochs", "helpful", "degenerate")
+    given = {name: getattr(settings, name) for name in names}
     return HeadSettings(
         hidden_dims=parse_dims(settings.hidden_dims),
         loss=settings.loss,  # type: ignore[arg-type]
