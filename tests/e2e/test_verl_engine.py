@@ -64,7 +64,8 @@ def planned(folder: Path, policy: Path, rm: Path, *, verb: str, workers: int) ->
         "algorithm.kl_ctrl.kl_coef=0.05",
         *(f"actor_rollout_ref.{part}.log_prob_micro_batch_size_per_gpu=8" for part in ("rollout", "ref")),
         # AdamW's first step is lr * g / (|g| + 1e-8): where g is rounding, a larger lr would show it in the weights
-        "actor_rollout_ref.actor.optim.lr=1e-4",
+        # (1e-4 did on a machine that sampled other replies)
+        "actor_rollout_ref.actor.optim.lr=2e-5",
         *(f"evaluation.{key}" for key in ("max_unsafe_prompts=2", "max_benign_prompts=2", "n=1", "max_new_tokens=4")),
     ]
     file, data = recipe_yaml(folder), ["--train-data", folder / "train.parquet", "--val-data", folder / "val.parquet"]
@@ -221,7 +222,7 @@ def test_the_same_rollouts_give_the_same_numbers(
         }  # fmt: skip
         for metric, value in ours.items():
             assert theirs[metric] == pytest.approx(float(value), rel=1e-4, abs=1e-6), metric
-    assert float(records[1].kl.abs().max()) > 1e-4, "the KL of step 2 shows nothing if it is 0"
+    assert float(records[1].kl.abs().max()) > 2e-5, "the KL of step 2 shows nothing if it is 0"
 
 
 @RUNS
@@ -270,7 +271,7 @@ def test_a_step_leads_to_the_same_weights(name: str, request: pytest.FixtureRequ
     start = torch.nn.utils.parameters_to_vector(Trainer(run.recipe).policy.model.parameters())
     moved = torch.cat([value.flatten() for value in weights.values()])[: len(start)]
     assert len(moved) == len(start)
-    assert float((moved - start).abs().max()) > 5e-5, "nothing was learned"
+    assert float((moved - start).abs().max()) > 1e-5, "nothing was learned"
 
 
 def checkpoint_weights(actor: Path) -> dict[str, torch.Tensor]:
