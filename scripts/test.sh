@@ -3,6 +3,7 @@
 # Usage: bash scripts/test.sh [pytest arguments]
 #   bash scripts/test.sh -m "not slow"         a few minutes: no real model, no fresh environments
 #   bash scripts/test.sh tests/grpo -x         one folder, stop at the first failure
+# TEST_PROCESSES=N shares the tests out to N processes (2); 0 keeps them in one, as a debugger wants.
 # All four checks run even if one fails; the exit code is 0 only if all pass.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -21,7 +22,7 @@ check() {
 check "ruff check" "$venv/bin/ruff" check .
 check "ruff format" "$venv/bin/ruff" format --check .
 check "mypy" "$venv/bin/mypy"
-check "pytest" "$venv/bin/python" -m pytest "$@"
+check "pytest" "$venv/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2
   exit 1

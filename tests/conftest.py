@@ -12,6 +12,22 @@ from tiny import tiny_backbone, tiny_policy, tiny_rm
 REPO = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, and how tests are shared out where `-n` starts more than one process.
+
+    A file stays together, for its fixtures' sake; a page's commands are independent of another page's. What fills both
+    cores by itself (Ray, verl, the real model) stays in one process, so that no two of them meet.
+    """
+    rank: dict[str, int] = {}  # by group
+    for item in items:
+        alone = item.get_closest_marker("verl") or item.get_closest_marker("real_model")
+        page = "page" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow")
+        group = "alone" if alone else item.nodeid if page else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+        rank[group] = min(rank.get(group, 2), 0 if alone else 1 if item.get_closest_marker("slow") else 2)
+    items.sort(key=lambda item: rank[item.get_closest_marker("xdist_group").args[0]])  # type: ignore[union-attr]
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real rows beside the checkout; a test that wants it is skipped where it is absent."""
