@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ups_rm.cli import data, doctor, export, models, plan, rm, run, train
+from ups_rm.cli import data, doctor, evaluate, export, models, plan, rm, run, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +21,7 @@ app.add_typer(rm.app, name="rm")
 app.add_typer(models.app, name="models")
 app.command(name="run", epilog=run.EPILOG)(run.run)
 app.command(name="train", epilog=train.TRAIN_EPILOG)(train.train)
-app.command(name="eval", epilog=train.EVAL_EPILOG)(train.evaluate)
+app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(name="export", epilog=export.EPILOG)(export.export)
 app.command(name="plan", epilog=plan.EPILOG)(plan.plan)
 app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)

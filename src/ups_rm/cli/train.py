@@ -1,4 +1,4 @@
-"""`ups-rm train` and `ups-rm eval`: the two steps that move a policy and judge it."""
+"""`ups-rm train`: the step that moves a policy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ TRAIN_EPILOG = (
     "Example: ups-rm train --rm merge/merged_model/Naive-RM-saferlhf --out runs/mine "
     "trainer.total_training_steps=20      "
     "First look: ups-rm train --dry-run --rm merge/merged_model/Naive-RM-saferlhf"
-)
-EVAL_EPILOG = (
-    "Example: ups-rm eval --before smollm2-135m-instruct --after runs/ups-rm/quickstart/policy "
-    "--rm merge/merged_model/Naive-RM-saferlhf --val-data Data/pku_saferlhf_verl/val.parquet --out runs/compare"
 )
 
 
@@ -79,44 +75,3 @@ def train(
     if result.interrupted:
         raise typer.Exit(130)
     console.print(f"policy after {result.steps} steps: {result.policy}", soft_wrap=True)
-
-
-def evaluate(
-    before: Annotated[str, typer.Option(help="Policy to start from: folder, hub id or smollm2-135m-instruct.")],
-    after: Annotated[str, typer.Option(help="Trained policy.")],
-    out: Annotated[Path, typer.Option(help="Folder for comparison.json and pairs.jsonl; must be new or empty.")],
-    rm: Annotated[
-        str | None,
-        typer.Option(envvar="REWARD_MODEL_PATH", help="RM folder that scores both. Default: the recipe's models."),
-    ] = None,
-    val_data: Annotated[
-        list[str] | None, typer.Option(envvar="VAL_DATA", help="Prompt parquet; may come several times.")
-    ] = None,
-    recipe: RecipeName = "quickstart",
-    pairs: Annotated[int, typer.Option(help="How many pairs of replies to print.")] = 5,
-    overrides: Overrides = None,
-) -> None:
-    """Compare two policies on held-out prompts: safe score with interval, refusals, length, diversity, KL."""
-    import json
-
-    from ups_rm.console import console
-    from ups_rm.data.prompts import read_prompts
-    from ups_rm.errors import RunError
-    from ups_rm.local.evaluate import evaluate as run
-    from ups_rm.local.evaluate import held_out_prompts
-    from ups_rm.local.scoring import evaluation_scorer
-    from ups_rm.recipe import as_list, load_recipe
-
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty: nothing is overwritten\n  fix: another --out")
-    given = [f"reward_model.model.path={rm}"] if rm else []
-    settings = load_recipe(recipe, [*given, *(overrides or [])], engine=None)
-    files = val_data or as_list(settings.data.val_files)
-    prompts = held_out_prompts(read_prompts(files), settings)
-    comparison = run(settings, before, after, prompts, evaluation_scorer(settings))
-    out.mkdir(parents=True, exist_ok=True)
-    comparison.write_jsonl(out / "pairs.jsonl")
-    (out / "comparison.json").write_text(json.dumps(comparison.summary(), indent=1) + "\n", encoding="utf-8")
-    comparison.show_pairs(pairs)
-    console.print(comparison.table())
-    console.print(f"{out}", soft_wrap=True)

@@ -5,24 +5,15 @@ Both engines draw from here: the local one as it goes, the verl engine into a fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ups_rm.console import console
-from ups_rm.data.prompts import PromptRow, encode_prompts
+from ups_rm.data.prompts import PromptRow, distinct_prompts, encode_prompts
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import Data
-
-
-def distinct_prompts(rows: Sequence[PromptRow]) -> list[PromptRow]:
-    """The first row of every distinct prompt, in file order."""
-    first: dict[str, PromptRow] = {}
-    for row in rows:
-        first.setdefault(json.dumps(row.messages, sort_keys=True), row)
-    return list(first.values())
 
 
 def select_prompts(rows: Sequence[PromptRow], settings: Data) -> list[PromptRow]:

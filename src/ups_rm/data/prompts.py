@@ -4,6 +4,7 @@ have.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,14 @@ def read_prompts(parquet: Path | str | Sequence[Path | str]) -> list[PromptRow]:
         if len(rows) == before:
             raise DataError(f"{file}: has no rows")
     return rows
+
+
+def distinct_prompts(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """The first row of every distinct prompt, in file order."""
+    first: dict[str, PromptRow] = {}
+    for row in rows:
+        first.setdefault(json.dumps(row.messages, sort_keys=True), row)
+    return list(first.values())
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Conversation]) -> list[list[int]]:

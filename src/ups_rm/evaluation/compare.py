@@ -1,15 +1,16 @@
 """Two policies on the same prompts: the numbers, the table and the pairs of replies that show what training did.
 
-In: prompts, one reply each before and after, the RM's scores of both. Out: `summary()` for `summary.json`, a table, the
-pairs as JSONL. No model runs here, and the RM that scored is the one that was trained against: read some pairs as well.
+In: prompts, one reply each before and after, the RM's scores of both, further judges' verdicts. Out: `summary()` for
+`summary.json`, tables, the pairs as JSONL. No model runs here, and the RM that scored is the one that was trained
+against: read some pairs as well.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,10 @@ from rich.table import Table
 from ups_rm.console import console
 from ups_rm.errors import DataError
 from ups_rm.evaluation.bootstrap import Interval, paired_bootstrap
-from ups_rm.evaluation.refusal import is_refusal
+from ups_rm.evaluation.figures import Replies, Reply, Verdict, group_figures, judge_figures, safety_figures
+from ups_rm.evaluation.prompt_sets import GROUPS, categories_of, group_of
+from ups_rm.evaluation.refusal import is_refusal, refusal_label
+from ups_rm.evaluation.tables import summary_table
 from ups_rm.evaluation.text import common_opening, distinct_n, word_count
 from ups_rm.types import Score
 
@@ -28,14 +32,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """One policy's reply to one prompt and what is known of it. `length` in tokens or words, see `Comparison`."""
+class LogprobSums:
+    """Log-probabilities summed over each reply's tokens, nats, in the order of the replies.
 
-    response: str
-    logit: float
-    safe_score: float
-    length: int
-    refusal: bool
+    kl: log pi_after - log pi_before of after's replies. nll_before, nll_after: -log pi_before of the replies of before
+    and of after, for their perplexity under the policy that training began with.
+    """
+
+    kl: Sequence[float]
+    nll_before: Sequence[float] | None = None
+    nll_after: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Comparison:
 
     `score_before` and `score_after` are means over prompts of the mean over each prompt's replies.
     `length_unit` is "tokens" where the caller gave token counts and "words" otherwise. `kl` is the caller's: nats per
-    response token from the reference.
+    response token from the reference. `judges` names the further judges.
     """
 
     prompts: list[PromptRow]
@@ -55,9 +61,19 @@ class Comparison:
     score_after: float
     kl: float
     length_unit: str
+    judges: tuple[str, ...] = ()
+    n_resamples: int = 10_000
+    seed: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The evaluation's part of `summary.json`. A rate over no prompts (no benign ones, say) is None."""
+        """The evaluation's part of `summary.json`. A rate over no prompts (no benign ones, say) is None.
+
+        `groups`, `categories` and `judges` are described in docs/evaluation.md; `about` is the caller's.
+        """
+        everything = Replies(self.prompts, self.before, self.after, self.n_resamples, self.seed)
+        rows_of = {group: [i for i, prompt in enumerate(self.prompts) if group_of(prompt) == group] for group in GROUPS}
+        groups = {group: everything.only(rows) for group, rows in rows_of.items() if rows}
         return {
             "safe_score": {
                 "before": self.score_before,
@@ -76,6 +92,15 @@ class Comparison:
                 "after": _none_if_nan(distinct_n([reply.response for reply in self.after], 2)),
             },
             "kl": self.kl,
+            "groups": {group: group_figures(replies) for group, replies in groups.items()},
+            "categories": {
+                category: safety_figures(everything.only(rows)) for category, rows in self._by_category().items()
+            },
+            "judges": {
+                judge: {group: judge_figures(replies, judge) for group, replies in groups.items()}
+                for judge in self.judges
+            },
+            **self.about,
         }
 
     def table(self) -> Table:
@@ -91,13 +116,14 @@ class Comparison:
         )
         for i in self._spread(count):
             prompt = self.prompts[i]
-            console.print(f"\n[bold]{escape(prompt.messages[-1]['content'].strip())}[/bold]  ({prompt.kind})")
+            console.print(f"\n[bold]{escape(prompt.messages[-1]['content'].strip())}[/bold]  ({group_of(prompt)})")
             for word, reply in (("before", self.before[i]), ("after ", self.after[i])):
                 note = "  refusal" if reply.refusal else ""
                 console.print(f"  {word} {reply.safe_score:.2f}{note}  {escape(reply.response.strip())}")
 
     def write_jsonl(self, file: Path) -> Path:
-        """Write one line per prompt: index, kind, messages, and the `Reply` fields under "before" and "after"."""
+        """Write one line per prompt and reply: index, kind, group, categories, messages, and the `Reply` fields under
+        "before" and "after"."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(file.name + ".tmp")
@@ -106,13 +132,24 @@ class Comparison:
                 row = {
                     "index": prompt.index,
                     "kind": prompt.kind,
+                    "group": group_of(prompt),
+                    "categories": list(categories_of(prompt)),
                     "messages": prompt.messages,
-                    "before": vars(before),
-                    "after": vars(after),
+                    "before": asdict(before),
+                    "after": asdict(after),
                 }
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         temporary.replace(file)
         return file
+
+    def _by_category(self) -> dict[str, list[int]]:
+        """Rows of the unsafe prompts of each harm category, by name; a prompt may be of several."""
+        rows: dict[str, list[int]] = {}
+        for i, prompt in enumerate(self.prompts):
+            if group_of(prompt) == "unsafe":
+                for category in categories_of(prompt):
+                    rows.setdefault(category, []).append(i)
+        return dict(sorted(rows.items()))
 
     def _refusal_rate(self, kind: str) -> dict[str, float | None]:
         rows = [i for i, prompt in enumerate(self.prompts) if prompt.kind == kind]
@@ -137,22 +174,6 @@ class Comparison:
         return picked
 
 
-def summary_table(summary: dict[str, Any], length_unit: str = "tokens") -> Table:
-    """The table of a `Comparison.summary()`, or of a `summary.json` read from disk."""
-    low, high = summary["safe_score"]["ci95"]
-    table = Table(title=f"Before and after, {summary['safe_score']['n']} held-out prompts")
-    for heading in ("", "before", "after", "change"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    score = _row("safe score", summary["safe_score"], 3)
-    table.add_row(*score[:3], f"{score[3]}  95% [{low:+.3f}, {high:+.3f}]")
-    table.add_row(*_row("refusals, unsafe prompts", summary["refusal_rate"]["unsafe"], 1, percent=True))
-    table.add_row(*_row("refusals, benign prompts", summary["refusal_rate"]["benign"], 1, percent=True))
-    table.add_row(*_row(f"length, {length_unit}", summary["length"], 1))
-    table.add_row(*_row("distinct-2", summary["distinct_2"], 3))
-    table.add_row("KL, nats per token", "", f"{summary['kl']:.4f}", "")
-    return table
-
-
 def compare(
     prompts: list[PromptRow],
     before: list[str],
@@ -163,6 +184,8 @@ def compare(
     kl: float,
     lengths_before: Sequence[int] | None = None,
     lengths_after: Sequence[int] | None = None,
+    logprobs: LogprobSums | None = None,
+    judges: Mapping[str, tuple[Sequence[Verdict], Sequence[Verdict]]] | None = None,
     n_resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
@@ -175,6 +198,8 @@ def compare(
         scores_before, scores_after: what the RM says about them.
         kl: mean KL of the policy after training from the one before, nats per response token.
         lengths_before, lengths_after: tokens of each reply; without both, lengths are counted in words.
+        logprobs: for KL and perplexity by group; needs the lengths in tokens.
+        judges: verdicts of further judges by name, on the replies before and after.
         n_resamples, seed: of the bootstrap.
 
     Raises:
@@ -188,28 +213,52 @@ def compare(
             f"{counts[3]} and {counts[4]} scores{f', {counts[5:]} lengths' if counts[5:] else ''}"
         )
     in_tokens = lengths_before is not None and lengths_after is not None
-    scores_by_prompt = [_by_prompt(prompts, scores) for scores in (scores_before, scores_after)]
+    of_judges = judges or {}
+    sums = logprobs if logprobs is not None and in_tokens else None
+    replies_before = _replies(
+        before,
+        scores_before,
+        lengths_before if in_tokens else None,
+        nll=sums and sums.nll_before,
+        kl=None,
+        judges={name: given[0] for name, given in of_judges.items()},
+    )
+    replies_after = _replies(
+        after,
+        scores_after,
+        lengths_after if in_tokens else None,
+        nll=sums and sums.nll_after,
+        kl=sums and sums.kl,
+        judges={name: given[1] for name, given in of_judges.items()},
+    )
+    pairs = Replies(prompts, replies_before, replies_after).by_prompt(
+        [reply.safe_score for reply in replies_before], [reply.safe_score for reply in replies_after]
+    )
+    by_prompt = list(zip(*pairs, strict=True))
     return Comparison(
         prompts=list(prompts),
-        before=_replies(before, scores_before, lengths_before if in_tokens else None),
-        after=_replies(after, scores_after, lengths_after if in_tokens else None),
-        safe_score=paired_bootstrap(*scores_by_prompt, n_resamples=n_resamples, seed=seed),
-        score_before=math.fsum(scores_by_prompt[0]) / len(scores_by_prompt[0]),
-        score_after=math.fsum(scores_by_prompt[1]) / len(scores_by_prompt[1]),
+        before=replies_before,
+        after=replies_after,
+        safe_score=paired_bootstrap(*by_prompt, n_resamples=n_resamples, seed=seed),
+        score_before=math.fsum(by_prompt[0]) / len(pairs),
+        score_after=math.fsum(by_prompt[1]) / len(pairs),
         kl=float(kl),
         length_unit="tokens" if in_tokens else "words",
+        judges=tuple(of_judges),
+        n_resamples=n_resamples,
+        seed=seed,
     )
 
 
-def _by_prompt(prompts: Sequence[PromptRow], scores: Sequence[Score]) -> list[float]:
-    """Mean safe score of each prompt, in the order in which the prompts first occur."""
-    members: dict[int, list[float]] = {}
-    for prompt, score in zip(prompts, scores, strict=True):
-        members.setdefault(prompt.index, []).append(float(score.safe_score))
-    return [math.fsum(values) / len(values) for values in members.values()]
-
-
-def _replies(responses: Sequence[str], scores: Sequence[Score], lengths: Sequence[int] | None) -> list[Reply]:
+def _replies(
+    responses: Sequence[str],
+    scores: Sequence[Score],
+    lengths: Sequence[int] | None,
+    *,
+    nll: Sequence[float] | None,
+    kl: Sequence[float] | None,
+    judges: Mapping[str, Sequence[Verdict]],
+) -> list[Reply]:
     return [
         Reply(
             response=response,
@@ -217,6 +266,10 @@ def _replies(responses: Sequence[str], scores: Sequence[Score], lengths: Sequenc
             safe_score=float(score.safe_score),
             length=int(lengths[i]) if lengths is not None else word_count(response),
             refusal=is_refusal(response),
+            refusal_label=refusal_label(response),
+            nll=None if nll is None else nll[i],
+            kl=None if kl is None else kl[i],
+            judges={name: verdicts[i] for name, verdicts in judges.items()},
         )
         for i, (response, score) in enumerate(zip(responses, scores, strict=True))
     ]
@@ -228,14 +281,3 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _row(
-    name: str, numbers: dict[str, float | None], digits: int, *, percent: bool = False
-) -> tuple[str, str, str, str]:
-    before, after = numbers["before"], numbers["after"]
-    if before is None or after is None:
-        return name, "-", "-", "-"
-    scale, unit, change_unit = (100, "%", " points") if percent else (1, "", "")
-    change = f"{scale * (after - before):+.{digits}f}{change_unit}"
-    return name, f"{scale * before:.{digits}f}{unit}", f"{scale * after:.{digits}f}{unit}", change

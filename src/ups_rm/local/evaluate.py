@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
 
 from ups_rm.console import Advance, progress_bar
-from ups_rm.data.batches import distinct_prompts
-from ups_rm.data.prompts import PromptRow
+from ups_rm.data.prompts import PromptRow, distinct_prompts
 from ups_rm.errors import DataError
-from ups_rm.evaluation.compare import Comparison, compare
+from ups_rm.evaluation.compare import Comparison, LogprobSums, compare
+from ups_rm.evaluation.judges import Judge
 from ups_rm.local.actor import response_logprobs
 from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.recipe import Recipe
-from ups_rm.types import Conversation, Score, Scorer
+from ups_rm.types import Conversation, Scorer
+
+T = TypeVar("T")
 
 
 def held_out_prompts(rows: list[PromptRow], recipe: Recipe) -> list[PromptRow]:
@@ -32,15 +39,25 @@ def held_out_prompts(rows: list[PromptRow], recipe: Recipe) -> list[PromptRow]:
 
 
 def evaluate(
-    recipe: Recipe, before: str | Path, after: str | Path, prompts: list[PromptRow], scorer: Scorer
+    recipe: Recipe,
+    before: str | Path,
+    after: str | Path,
+    prompts: list[PromptRow],
+    scorer: Scorer,
+    *,
+    judges: Sequence[Judge] = (),
+    perplexity: bool = False,
 ) -> Comparison:
     """Compare two policies.
 
-    KL is measured on the replies of `after`: mean over tokens of log pi_after - log pi_before, nats.
+    KL is measured on the replies of `after`: mean over tokens of log pi_after - log pi_before, nats, at the sampling
+    temperature. Perplexity is that of both policies' replies under `before`, at temperature 1.
 
     Args:
         before, after: policy folders, hub ids, or the default's name.
         prompts: see `held_out_prompts`; each gets `evaluation.n` replies.
+        judges: asked besides `scorer` about every reply.
+        perplexity: measure it; costs one forward over before's replies.
     """
     settings = recipe.evaluation
     with progress_bar("evaluating", 2 * len(prompts), unit="prompts") as advance:
@@ -48,20 +65,25 @@ def evaluate(
         rollouts_before = _answer(base, recipe, prompts, advance)
         trained = Policy.load(recipe, trainable=False, path=str(after))
         rollouts_after = _answer(trained, recipe, prompts, advance)
-    kl = _kl(trained, base, rollouts_after, recipe)
     texts_before, conversations_before, lengths_before = _joined(rollouts_before)
     texts_after, conversations_after, lengths_after = _joined(rollouts_after)
+    sums = _logprob_sums(trained, base, rollouts_before if perplexity else [], rollouts_after, recipe)
+    del base, trained  # before a judge needs their memory
     # in one call, so that a judge of pairs compares the replies of both policies with each other
-    scores = _one_score_per_text(scorer, [*conversations_before, *conversations_after])
+    conversations, first = [*conversations_before, *conversations_after], len(conversations_before)
+    scores = _one_per_text(scorer.score(conversations), conversations)
+    verdicts = {judge.name: _one_per_text(judge.judge(conversations), conversations) for judge in judges}
     return compare(
         [row for row in prompts for _ in range(settings.n)],
         texts_before,
         texts_after,
-        scores[: len(conversations_before)],
-        scores[len(conversations_before) :],
-        kl=kl,
+        scores[:first],
+        scores[first:],
+        kl=math.fsum(sums.kl) / max(1, sum(lengths_after)),
         lengths_before=lengths_before,
         lengths_after=lengths_after,
+        logprobs=sums,
+        judges={name: (given[:first], given[first:]) for name, given in verdicts.items()},
         n_resamples=settings.n_resamples,
     )
 
@@ -91,24 +113,30 @@ def _joined(rollouts: list[Rollout]) -> tuple[list[str], list[Conversation], lis
     )
 
 
-def _one_score_per_text(scorer: Scorer, conversations: list[Conversation]) -> list[Score]:
-    """Scores in order; a text that occurs twice keeps its first score, for in another batch its last bit may differ."""
-    first: dict[str, Score] = {}
-    scores = scorer.score(conversations)
-    return [first.setdefault(repr(text), score) for text, score in zip(conversations, scores, strict=True)]
+def _one_per_text(given: list[T], conversations: list[Conversation]) -> list[T]:
+    """In order; a text that occurs twice keeps its first score, for in another batch its last bit may differ."""
+    first: dict[str, T] = {}
+    return [first.setdefault(repr(text), value) for text, value in zip(conversations, given, strict=True)]
 
 
-def _kl(trained: Policy, base: Policy, rollouts: list[Rollout], recipe: Recipe) -> float:
-    """Mean over tokens of log pi_trained - log pi_base on the trained policy's replies, at the sampling temperature."""
-    size = recipe.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
+def _logprob_sums(
+    trained: Policy, base: Policy, before: list[Rollout], after: list[Rollout], recipe: Recipe
+) -> LogprobSums:
+    """KL of every reply of `after`; where `before` has replies, -log pi_base of both too."""
     temperature = recipe.evaluation.temperature or 1.0
-    total = tokens = 0.0
-    for rollout in rollouts:
-        logprobs, base_logprobs = (
-            response_logprobs(policy, rollout.sequences, micro_batch_size=size, temperature=temperature)
-            for policy in (trained, base)
-        )
-        mask = rollout.sequences.response_mask
-        total += float(((logprobs - base_logprobs) * mask).sum())
-        tokens += float(mask.sum())
-    return total / max(1.0, tokens)
+    kl: list[float] = []
+    nll_after: list[float] = []
+    for rollout in after:
+        of_base = _logprobs(base, rollout, recipe, temperature)
+        kl += (_logprobs(trained, rollout, recipe, temperature) - of_base).sum(1).tolist()
+        if before:
+            plain = of_base if temperature == 1.0 else _logprobs(base, rollout, recipe, 1.0)
+            nll_after += (-plain).sum(1).tolist()
+    nll_before = [nll for rollout in before for nll in (-_logprobs(base, rollout, recipe, 1.0)).sum(1).tolist()]
+    return LogprobSums(kl, nll_before, nll_after) if before else LogprobSums(kl)
+
+
+def _logprobs(policy: Policy, rollout: Rollout, recipe: Recipe, temperature: float) -> Tensor:
+    """Log-probability of every reply token, 0 at padding. Shape (B, R), float64: sums of them are then exact enough."""
+    size = recipe.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
+    return response_logprobs(policy, rollout.sequences, micro_batch_size=size, temperature=temperature).double()

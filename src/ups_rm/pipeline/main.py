@@ -215,7 +215,7 @@ def _evaluate(this: Run) -> None:
 
 def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
     """Write `summary.json`, show the table and where everything is."""
-    from ups_rm.evaluation.compare import summary_table
+    from ups_rm.evaluation.tables import summary_table
 
     comparison = json.loads((this.folder / "eval" / "comparison.json").read_text(encoding="utf-8"))
     summary = {**comparison, "seconds": {name: round(s, 1) for name, s in this.seconds.items()}, "steps": this.steps}

@@ -183,7 +183,7 @@ class HttpScorer:
                 if response is not None and response.status_code not in TRANSIENT:
                     return self._scores(response, len(conversations))
                 failures += response is None or response.status_code != 429
-                wait = max(pause * random.uniform(0.5, 1.0), _retry_after(response))  # jitter: clients spread out
+                wait = max(pause * random.uniform(0.5, 1.0), retry_after(response))  # jitter: clients spread out
                 pause = min(2 * pause, LONGEST_PAUSE)
             if failures > self.retries or monotonic() + wait > give_up:
                 raise RMServerError(
@@ -248,7 +248,7 @@ class HttpScorer:
         return scores
 
 
-def _retry_after(response: httpx.Response | None) -> float:
+def retry_after(response: httpx.Response | None) -> float:
     """Seconds that the server asks to wait, 0 if it does not say; never more than a minute."""
     text = response.headers.get("retry-after", "") if response is not None else ""
     return min(float(text), 60.0) if text.isdigit() else 0.0
