@@ -1,8 +1,7 @@
-"""`ups-rm train` and `ups-rm eval`: dry run, training, resuming, stopping, comparing."""
+"""`ups-rm train`: dry run, training, resuming, stopping."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -207,53 +206,6 @@ def test_overlong_prompts_are_counted_or_an_error(train: Train) -> None:
     code, out = train(short)
     assert code == 0, out
     assert "3 prompts over 20 tokens are left out (longest 22)" in out
-
-
-# ---- eval
-
-
-@pytest.fixture
-def compared(policy_folder: Path, rm_folder: Path, tmp_path: Path) -> list[str]:
-    return [
-        "eval", "--before", str(policy_folder), "--after", str(policy_folder), "--rm", str(rm_folder),
-        "--recipe", str(recipe_yaml(tmp_path)), "--val-data", str(prompt_file(tmp_path / "val.parquet")),
-        "evaluation.max_new_tokens=8", "evaluation.max_unsafe_prompts=4", "evaluation.n=2",
-    ]  # fmt: skip
-
-
-def test_a_policy_against_itself_has_not_changed(
-    compared: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same draws before and after: every difference is exactly 0."""
-    assert command(*compared, "--out", tmp_path / "out") == 0
-    summary = json.loads((tmp_path / "out/comparison.json").read_text())
-    assert summary["safe_score"]["diff"] == 0
-    assert summary["safe_score"]["ci95"] == [0, 0]
-    assert summary["safe_score"]["n"] == 4 + 4
-    assert summary["kl"] == 0
-    pairs = [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
-    assert len(pairs) == 16
-    assert all(pair["before"] == pair["after"] for pair in pairs)
-    assert len({pair["before"]["response"] for pair in pairs}) > 8
-    assert "Before and after, 8 held-out prompts" in capsys.readouterr().out
-
-
-def test_another_policy_differs_and_has_a_kl(compared: list[str], tmp_path: Path) -> None:
-    from tiny import tiny_policy
-
-    compared[compared.index("--after") + 1] = str(tiny_policy(tmp_path / "other", seed=7))
-    assert command(*compared, "--out", tmp_path / "out") == 0
-    summary = json.loads((tmp_path / "out/comparison.json").read_text())
-    assert summary["kl"] > 1e-4
-    assert summary["safe_score"]["before"] != summary["safe_score"]["after"]
-
-
-def test_results_are_not_overwritten(compared: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/notes.txt").write_text("mine")
-    assert command(*compared, "--out", tmp_path / "out") == 2
-    assert "nothing is overwritten" in capsys.readouterr().err.replace("\n", " ")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 # ---- models

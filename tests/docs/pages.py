@@ -15,7 +15,7 @@ READMES = ("README.md", "README.zh-CN.md")
 PAGES = sorted(
     [REPO / name for name in (*READMES, "CHANGELOG.md")]
     + [page for folder in ("docs", "examples") for page in (REPO / folder).rglob("*.md")]
-    + [REPO / "src/ups_rm/data/sample/README.md"]
+    + [REPO / "src/ups_rm/data" / name / "README.md" for name in ("sample", "eval_prompts")]
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 

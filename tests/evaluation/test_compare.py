@@ -46,7 +46,7 @@ def example() -> Comparison:
 def test_the_summary_has_the_agreed_keys_and_figures() -> None:
     summary = example().summary()
     interval = paired_bootstrap([0.2, 0.3, 0.8, 0.9], [0.9, 0.8, 0.8, 0.9])
-    assert summary == {
+    assert {key: summary[key] for key in list(summary)[:5]} == {
         "safe_score": {
             "before": pytest.approx(0.55),
             "after": pytest.approx(0.85),
@@ -62,6 +62,7 @@ def test_the_summary_has_the_agreed_keys_and_figures() -> None:
         },
         "kl": 0.02,
     }
+    assert list(summary)[5:] == ["groups", "categories", "judges"]
     json.dumps(summary, allow_nan=False)
 
 
@@ -146,7 +147,11 @@ def test_the_jsonl_has_every_pair(tmp_path: Path) -> None:
     assert len(rows) == 4
     assert rows[3]["kind"] == "benign"
     assert rows[3]["messages"] == [{"role": "user", "content": "Question [b] 3?"}]
-    assert rows[3]["before"] == {"response": NO, "logit": -0.9, "safe_score": 0.9, "length": 5, "refusal": True}
+    assert (rows[3]["group"], rows[3]["categories"]) == ("benign", [])
+    assert rows[3]["before"] == {
+        "response": NO, "logit": -0.9, "safe_score": 0.9, "length": 5, "refusal": True, "refusal_label": "full_refusal",
+        "nll": None, "kl": None, "judges": {},
+    }  # fmt: skip
     assert rows[3]["after"]["refusal"] is False
     assert [path.name for path in file.parent.iterdir()] == ["pairs.jsonl"]
 
