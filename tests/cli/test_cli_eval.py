@@ -58,7 +58,15 @@ def test_the_packaged_prompts_are_the_default_and_a_second_judge_sees_no_change_
 ) -> None:
     other = tiny_rm(tmp_path / "other-rm", seed=5)
     code = command(
-        *models, "--limit", "3", "--out", tmp_path / "out", "--judge", other, "--judge", f"{rm_folder},name=twin"
+        *models,
+        "--limit",
+        "3",
+        "--out",
+        tmp_path / "out",
+        "--judge",
+        other,
+        "--judge",
+        f"{rm_folder},name=twin,dtype=float32",
     )
     out = capsys.readouterr().out
     assert code == 0, out

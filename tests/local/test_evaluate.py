@@ -26,7 +26,7 @@ def test_kl_and_perplexity_of_every_reply(temperature: float, tmp_path: Path, po
     before, after = (
         RolloutEngine(policy).generate(PROMPTS, n=2, max_new_tokens=6, sampling=sampling) for policy in (base, trained)
     )
-    sums = _logprob_sums(trained, base, [before], [after], recipe)
+    kl, nll_before, nll_after = _logprob_sums(trained, base, [before], [after], recipe)
     ids = encode_prompts(base.tokenizer, PROMPTS)
     at = temperature or 1.0
 
@@ -37,9 +37,9 @@ def test_kl_and_perplexity_of_every_reply(temperature: float, tmp_path: Path, po
         ).sum()
 
     for row in range(6):
-        kl = logprobs(trained, after, row, at) - logprobs(base, after, row, at)
-        assert sums.kl[row] == pytest.approx(float(kl), abs=1e-3)
-        assert sums.nll_before[row] == pytest.approx(-float(logprobs(base, before, row, 1.0)), abs=1e-3)
-        assert sums.nll_after[row] == pytest.approx(-float(logprobs(base, after, row, 1.0)), abs=1e-3)
-    assert _logprob_sums(trained, base, [], [after], recipe).nll_after is None
-    assert set(_logprob_sums(base, base, [], [before], recipe).kl) == {0.0}
+        expected = logprobs(trained, after, row, at) - logprobs(base, after, row, at)
+        assert kl[row] == pytest.approx(float(expected), abs=1e-3)
+        assert nll_before[row] == pytest.approx(-float(logprobs(base, before, row, 1.0)), abs=1e-3)
+        assert nll_after[row] == pytest.approx(-float(logprobs(base, after, row, 1.0)), abs=1e-3)
+    assert _logprob_sums(trained, base, [], [after], recipe)[1:] == ([], [])
+    assert set(_logprob_sums(base, base, [], [before], recipe)[0]) == {0.0}

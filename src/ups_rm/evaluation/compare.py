@@ -36,10 +36,10 @@ class LogprobSums:
     """Log-probabilities summed over each reply's tokens, nats, in the order of the replies.
 
     kl: log pi_after - log pi_before of after's replies. nll_before, nll_after: -log pi_before of the replies of before
-    and of after, for their perplexity under the policy that training began with.
+    and of after, for their perplexity under the policy that training began with. None where not measured.
     """
 
-    kl: Sequence[float]
+    kl: Sequence[float] | None = None
     nll_before: Sequence[float] | None = None
     nll_after: Sequence[float] | None = None
 
@@ -214,12 +214,12 @@ def compare(
         )
     in_tokens = lengths_before is not None and lengths_after is not None
     of_judges = judges or {}
-    sums = logprobs if logprobs is not None and in_tokens else None
+    sums = logprobs if logprobs is not None and in_tokens else LogprobSums()
     replies_before = _replies(
         before,
         scores_before,
         lengths_before if in_tokens else None,
-        nll=sums and sums.nll_before,
+        nll=sums.nll_before,
         kl=None,
         judges={name: given[0] for name, given in of_judges.items()},
     )
@@ -227,8 +227,8 @@ def compare(
         after,
         scores_after,
         lengths_after if in_tokens else None,
-        nll=sums and sums.nll_after,
-        kl=sums and sums.kl,
+        nll=sums.nll_after,
+        kl=sums.kl,
         judges={name: given[1] for name, given in of_judges.items()},
     )
     pairs = Replies(prompts, replies_before, replies_after).by_prompt(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.evaluation.bootstrap import paired_bootstrap
@@ -63,8 +63,12 @@ class Replies:
 
     def only(self, rows: Sequence[int]) -> Replies:
         """The same for some rows."""
-        parts = ([part[i] for i in rows] for part in (self.prompts, self.before, self.after))
-        return Replies(*parts, n_resamples=self.n_resamples, seed=self.seed)  # type: ignore[arg-type]
+        prompts, before, after = (
+            [self.prompts[i] for i in rows],
+            [self.before[i] for i in rows],
+            [self.after[i] for i in rows],
+        )
+        return replace(self, prompts=prompts, before=before, after=after)
 
     def by_prompt(self, before: Sequence[float | None], after: Sequence[float | None]) -> list[tuple[float, float]]:
         """(mean before, mean after) per prompt, in the order in which the prompts first occur; a prompt without any

@@ -66,7 +66,8 @@ def open_judges(
 
 def _entry(text: str) -> RewardModelModel:
     place, *settings = text.split(",")
-    entry = RewardModelModel(**{"url" if place.startswith(("http://", "https://")) else "path": place})
+    remote = place.startswith(("http://", "https://"))
+    entry = RewardModelModel(url=place) if remote else RewardModelModel(path=place)
     known = [field.name for field in dataclasses.fields(entry) if isinstance(getattr(entry, field.name), str)]
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -67,7 +67,9 @@ def evaluate(
         rollouts_after = _answer(trained, recipe, prompts, advance)
     texts_before, conversations_before, lengths_before = _joined(rollouts_before)
     texts_after, conversations_after, lengths_after = _joined(rollouts_after)
-    sums = _logprob_sums(trained, base, rollouts_before if perplexity else [], rollouts_after, recipe)
+    kl, nll_before, nll_after = _logprob_sums(
+        trained, base, rollouts_before if perplexity else [], rollouts_after, recipe
+    )
     del base, trained  # before a judge needs their memory
     # in one call, so that a judge of pairs compares the replies of both policies with each other
     conversations, first = [*conversations_before, *conversations_after], len(conversations_before)
@@ -79,10 +81,10 @@ def evaluate(
         texts_after,
         scores[:first],
         scores[first:],
-        kl=math.fsum(sums.kl) / max(1, sum(lengths_after)),
+        kl=math.fsum(kl) / max(1, sum(lengths_after)),
         lengths_before=lengths_before,
         lengths_after=lengths_after,
-        logprobs=sums,
+        logprobs=LogprobSums(kl, nll_before or None, nll_after or None),
         judges={name: (given[:first], given[first:]) for name, given in verdicts.items()},
         n_resamples=settings.n_resamples,
     )
@@ -121,8 +123,8 @@ def _one_per_text(given: list[T], conversations: list[Conversation]) -> list[T]:
 
 def _logprob_sums(
     trained: Policy, base: Policy, before: list[Rollout], after: list[Rollout], recipe: Recipe
-) -> LogprobSums:
-    """KL of every reply of `after`; where `before` has replies, -log pi_base of both too."""
+) -> tuple[list[float], list[float], list[float]]:
+    """KL of every reply of `after`; where `before` has replies, also -log pi_base of its and of after's."""
     temperature = recipe.evaluation.temperature or 1.0
     kl: list[float] = []
     nll_after: list[float] = []
@@ -133,7 +135,7 @@ def _logprob_sums(
             plain = of_base if temperature == 1.0 else _logprobs(base, rollout, recipe, 1.0)
             nll_after += (-plain).sum(1).tolist()
     nll_before = [nll for rollout in before for nll in (-_logprobs(base, rollout, recipe, 1.0)).sum(1).tolist()]
-    return LogprobSums(kl, nll_before, nll_after) if before else LogprobSums(kl)
+    return kl, nll_before, nll_after
 
 
 def _logprobs(policy: Policy, rollout: Rollout, recipe: Recipe, temperature: float) -> Tensor:
