@@ -130,7 +130,8 @@ def test_the_whole_way_in_under_a_minute(finished: tuple[Path, float, int]) -> N
 def test_summary_has_exactly_the_agreed_form(finished: tuple[Path, float, int]) -> None:
     summary = json.loads((finished[0] / RUN / "summary.json").read_text())
     pair = {"before": "float", "after": "float"}
-    assert schema(summary) == {
+    more = {"groups", "categories", "judges"}  # docs/evaluation.md; their figures have tests of their own
+    assert schema({key: value for key, value in summary.items() if key not in more}) == {
         "safe_score": {**pair, "diff": "float", "ci95": "list", "n": "int"},
         "refusal_rate": {"unsafe": pair, "benign": pair},
         "length": pair,
@@ -139,6 +140,9 @@ def test_summary_has_exactly_the_agreed_form(finished: tuple[Path, float, int]) 
         "seconds": dict.fromkeys(STAGES, "float"),
         "steps": "int",
     }
+    assert list(summary["groups"]) == ["unsafe", "benign"]
+    assert {figures["n"] for figures in summary["groups"].values()} == {4}
+    assert summary["categories"] == summary["judges"] == {}
     assert summary["steps"] == 3
     score = summary["safe_score"]
     assert score["diff"] == pytest.approx(score["after"] - score["before"])

@@ -74,7 +74,7 @@ def evaluate(
     from ups_rm.errors import RunError
     from ups_rm.evaluation.endpoint import EndpointJudge
     from ups_rm.evaluation.judges import open_judges
-    from ups_rm.evaluation.tables import group_tables
+    from ups_rm.evaluation.tables import group_tables, summary_table
     from ups_rm.local.evaluate import evaluate as run
     from ups_rm.local.scoring import evaluation_scorer
     from ups_rm.pipeline.reward_model import RM_FOLDER
@@ -116,8 +116,7 @@ def evaluate(
     comparison.write_jsonl(out / "pairs.jsonl")
     (out / "comparison.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     comparison.show_pairs(pairs)
-    console.print(comparison.table())
-    for table in group_tables(summary):
+    for table in (summary_table(summary, comparison.length_unit), *group_tables(summary)):
         console.print(table)
     console.print(f"{out}", soft_wrap=True)
 
