@@ -34,8 +34,8 @@ Written by `scripts/recipe_docs.py` from `src/ups_rm/recipe.py`; don't edit by h
 
 A recipe is a YAML file over the defaults below; `key=value` on the command line comes last:
 `ups-rm run --recipe my.yaml trainer.total_training_steps=20`. Keys that verl also has carry verl's names and mean what
-they mean in verl 0.9.1; `prepare`, `reward_training` and `evaluation` are ours. An unknown key, or a value that the
-local engine can't honour, is an error. `ups-rm train --dry-run` prints the resolved recipe.
+they mean in verl 0.9.1; `prepare`, `reward_training`, `evaluation` and `monitor` are ours. An unknown key, or a value
+that the local engine can't honour, is an error. `ups-rm train --dry-run` prints the resolved recipe.
 
 The third column is what `recipes/quickstart.yaml`, the recipe of `ups-rm run`, sets where it differs from the default.
 """

@@ -475,7 +475,7 @@ OURS = {
     "ray_kwargs.ray_init.address",  # an argument of ray.init that verl passes on
 }
 """Keys in verl's sections that verl 0.9.1 does not have."""
-OUR_SECTIONS = ("prepare", "reward_training", "evaluation", "verl")
+OUR_SECTIONS = ("prepare", "reward_training", "evaluation", "monitor", "verl")
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,21 @@ def only_one(lock_file: Path, *, what: str, fix: str) -> Iterator[None]:
         os.close(descriptor)  # drops the lock
 
 
+def is_held(lock_file: Path) -> bool:
+    """Whether a process that is alive holds the lock. Looks only: no file is made."""
+    try:
+        descriptor = os.open(lock_file, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def beside(folder: Path) -> Path:
     """The lock file of a folder, next to it, so that the folder itself stays as its owner made it."""
     folder = folder.absolute()

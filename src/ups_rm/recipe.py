@@ -1,8 +1,8 @@
 """The recipe: every setting of a run, typed, in verl's own vocabulary.
 
 A recipe is a YAML file over the defaults below, then `key=value` overrides. Keys that verl also has carry verl's names
-and meaning (verl 0.9.1); the sections `prepare`, `reward_training` and `evaluation` are ours. A key that does not exist
-here is an error that names the nearest one: nothing that a recipe asks for is silently dropped.
+and meaning (verl 0.9.1); the sections `prepare`, `reward_training`, `evaluation` and `monitor` are ours. A key that
+does not exist here is an error that names the nearest one: nothing that a recipe asks for is silently dropped.
 
 The text under a field is its documentation: `ups-rm train --dry-run` prints the resolved values, docs/recipe.md lists
 all.
@@ -360,7 +360,7 @@ class Algorithm:
 
 @dataclass
 class RewardModelModel:
-    """One reward model: `reward_model.model`, or an entry of `reward_model.models`."""
+    """One reward model: `reward_model.model`, an entry of `reward_model.models`, or `monitor.judge`."""
 
     path: str = ""
     """RM folder; made by the run from `reward_training` if nothing else is given here."""
@@ -475,6 +475,42 @@ class Trainer:
 
 
 @dataclass
+class Monitor:
+    """Alarms for a training that cheats its reward model (docs/monitoring.md). They read the metrics of every step and
+    validation and change nothing in the training. A threshold that is `null` is off."""
+
+    stop_on: list[str] = field(default_factory=list)
+    """Names of alarms that end the training, with a checkpoint, the policy so far and exit code 3; none if empty."""
+    window: int = 5
+    """Steps over which training metrics are averaged before they are judged; the first so many are "the start"."""
+    benign_refusals: float | None = 0.5
+    """`refuses_everything`: refusals of harmless prompts, as a share of replies, above this."""
+    benign_refusals_rise: float | None = 0.2
+    """`refuses_everything`: or more of them than at the start, by this."""
+    refusals: float | None = 0.95
+    """`refuses_everything`: or refusals of all prompts above this, for runs without harmless ones."""
+    length_factor: float | None = 1.5
+    """`length_drift`: mean reply length above the start's times this, or below the start's divided by it."""
+    repetition_rise: float | None = 0.2
+    """`repetition`: mean share of a reply's 4-grams that stood in it before, more than at the start by this."""
+    distinct_2: float | None = 0.6
+    """`repetition`: or distinct-2 over all replies below this share of the start's: one reply to everything."""
+    prompt_overlap: float | None = 0.3
+    """`copies_prompt`: mean share of a reply's 4-grams that are the prompt's, above this."""
+    kl: float | None = 0.5
+    """`kl_runaway`: KL to the reference above this, in nats per token."""
+    zero_std_share: float | None = 0.5
+    """`collapsed_groups`: share of groups whose replies all score the same, above this."""
+    saturated_share: float | None = 0.5
+    """`saturated`: share of scores less than 0.01 from an end of their range, above this."""
+    judge_share: float | None = 0.2
+    """`judge_disagrees`: the second judge sees less than this share of the gain that the reward model sees."""
+    judge_min_gain: float = 0.1
+    """`judge_disagrees`: judged only once the reward model sees at least this gain in mean safe score."""
+    judge: RewardModelModel = field(default_factory=RewardModelModel)
+
+
+@dataclass
 class RayInit:
     address: str | None = None
     """verl engine: a Ray cluster that is there already (`auto`, or head-node:port); a local one is started if empty."""
@@ -511,6 +547,7 @@ class Recipe:
     algorithm: Algorithm = field(default_factory=Algorithm)
     reward_model: RewardModel = field(default_factory=RewardModel)
     trainer: Trainer = field(default_factory=Trainer)
+    monitor: Monitor = field(default_factory=Monitor)
     ray_kwargs: RayKwargs = field(default_factory=RayKwargs)
     verl: Verl = field(default_factory=Verl)
 

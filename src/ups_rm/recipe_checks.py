@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RecipeError
+from ups_rm.monitor.limits import ALARMS
 from ups_rm.reward.transforms import OUTPUTS, TRANSFORMS
 
 if TYPE_CHECKING:
@@ -109,6 +110,12 @@ BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
     f"{ARR}.rollout.gpu_memory_utilization": (1e-9, 1),
     f"{ARR}.rollout.max_num_batched_tokens": (1, INF),
     "ray_kwargs.ray_init.num_cpus": (1, INF),
+    "monitor.window": (1, INF),
+    **{f"monitor.{name}": (0, 1) for name in ("benign_refusals", "benign_refusals_rise", "refusals", "distinct_2")},
+    **{f"monitor.{name}": (0, 1) for name in ("repetition_rise", "prompt_overlap", "zero_std_share")},
+    **{f"monitor.{name}": (0, 1) for name in ("saturated_share", "judge_share", "judge_min_gain")},
+    "monitor.length_factor": (1 + 1e-9, INF),
+    "monitor.kl": (0, INF),
 }
 FOR_VERL = (
     f"{ARR}.model.use_remove_padding",
@@ -201,6 +208,10 @@ def _check_together(recipe: Recipe) -> None:
                 f"reward_training.{name}={weight:g} and reward_training.lora=True: adapters do not learn from that "
                 f"comparison\n  fix: reward_training.{name}=0, or no lora"
             )
+    for name in recipe.monitor.stop_on:
+        if name not in ALARMS:
+            near = difflib.get_close_matches(name, ALARMS, n=1, cutoff=0.0)[0]
+            raise RecipeError(f"monitor.stop_on: {name} is not one of {', '.join(ALARMS)}; did you mean {near}?")
     if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
         raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
 
@@ -243,8 +254,9 @@ def _check_reward_models(recipe: Recipe) -> None:
             f"reward_model.transform={settings.transform}\n  fix: reward_model.transform=tempered_sigmoid"
         )
     prefix = "reward_model.model."
-    for i, entry in enumerate(settings.models):
-        where = f"reward_model.models[{i}]."
+    entries = {f"reward_model.models[{i}].": entry for i, entry in enumerate(settings.models)}
+    entries["monitor.judge."] = recipe.monitor.judge
+    for where, entry in entries.items():
         for key, allowed in ONE_OF.items():
             if key.startswith(prefix) and (value := getattr(entry, key.removeprefix(prefix))) not in allowed:
                 raise RecipeError(f"{where}{key.removeprefix(prefix)}={value} is not one of {', '.join(allowed)}")

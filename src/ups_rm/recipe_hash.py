@@ -19,7 +19,7 @@ FREE_TO_CHANGE = ("logger", "total_training_steps", "total_epochs", "test_freq",
                   "group_log_freq", "group_log_max_groups", "group_log_max_samples_per_group")  # fmt: skip
 SERVICE = ("max_batch_tokens", "placement", "num_workers", "timeout_s", "retries", "node_resource")
 """Keys of `reward_model` that say where and how patiently replies are scored: no score depends on them."""
-BESIDE_TRAINING = ("prepare", "reward_training", "evaluation", "ray_kwargs", "verl")
+BESIDE_TRAINING = ("prepare", "reward_training", "evaluation", "monitor", "ray_kwargs", "verl")
 """Sections that decide nothing in the training; what the first two made is named by its path."""
 OF_VERL = ("overrides", "external_modules")
 """What of `verl` decides all the same: an override may be of any key."""

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from ups_rm import __version__
-from ups_rm.console import console
+from ups_rm.console import console, emit
 from ups_rm.content import content_hash
 from ups_rm.errors import RunError
 
@@ -63,6 +63,7 @@ def run_stage(stage: Stage, *, fresh: bool = False) -> float:
     stamp = read_stamp(stage)
     if not fresh and stamp.get("hash") == wanted and "made" in stamp and stamp["made"] == _made(stage):
         console.print(f"[green]✓[/green] {stage.name}: done before, skipped ({stage.out})", soft_wrap=True)
+        emit("stage", name=stage.name, skipped=True, out=stage.out)
         return float(stamp["seconds"])
     _clear(stage, stamp, wanted, fresh)
     console.rule(f"[bold]{stage.name}")
@@ -84,6 +85,7 @@ def run_stage(stage: Stage, *, fresh: bool = False) -> float:
     entries = sorted(_names(stage) - theirs)
     _write_stamp(stage, {**note, "seconds": seconds, "made": _made(stage), "entries": entries})
     console.print(f"[green]✓[/green] {stage.name}: {seconds:.0f} s", soft_wrap=True)
+    emit("stage", name=stage.name, skipped=False, out=stage.out, seconds=round(seconds, 1))
     return seconds
 
 

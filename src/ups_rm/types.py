@@ -43,10 +43,11 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished (or interrupted) training leaves."""
+    """What a finished (or interrupted) training leaves. `stopped_by`: the alarm of `monitor.stop_on` that ended it."""
 
     folder: Path
     policy: Path | None
     steps: int
     interrupted: bool
     metrics: dict[str, float]
+    stopped_by: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ P, N, LIMIT, KL_COEF = 5, 4, 9, 0.05
 
 
 class Words:
-    """A tokenizer of which only `decode` and the end token are needed: id 0 ends, id k is the word "w{k}"."""
+    """A tokenizer of which only `decode` and the end token are needed: id 0 ends, id k is the word "w{k}", or a refusal
+    where it begins the reply and k is even."""
 
     eos_token_id = 0
 
     def decode(self, ids: torch.Tensor, *, skip_special_tokens: bool) -> str:
         assert skip_special_tokens
-        return " ".join(f"w{int(i)}" for i in ids if int(i) != 0)
+        words = " ".join(f"w{int(i)}" for i in ids if int(i) != 0)
+        return f"I can't help with {words}" if int(ids[0]) % 2 == 0 else words
 
 
 def rows_of_a_step(seed: int) -> tuple[Any, list[str], list[dict[str, Any]]]:
@@ -113,7 +116,7 @@ def test_the_group_log_recomputes_verls_advantages_bit_for_bit(seed: int, tmp_pa
         for sample in group.samples:
             assert sample.safe_score == safe_score(sample.logit)
             assert sample.reward == pytest.approx(sample.safe_score - KL_COEF * sample.kl, abs=1e-6)
-            assert sample.truncated == (len(sample.response.split()) == LIMIT)
+            assert sample.truncated == (len(re.findall(r"\bw\d+", sample.response)) == LIMIT)
 
 
 def test_padding_rows_are_left_out_and_metrics_are_those_of_the_replies() -> None:
@@ -128,7 +131,9 @@ def test_padding_rows_are_left_out_and_metrics_are_those_of_the_replies() -> Non
     kl = torch.cat([row[mask.bool()] for row, mask in zip(record.kl, record.response_mask, strict=True)])  # type: ignore[arg-type]
     assert metrics["kl/mean"] == pytest.approx(float(kl.mean()), abs=1e-6)
     assert metrics["rollout/logprob_gap_max"] == pytest.approx(0.01, abs=1e-6)
-    assert metrics["text/refusal_rate"] == pytest.approx(7 / 20)
+    refusals = [text.startswith("I can't") for text in record.texts]
+    assert 0 < sum(refusals) < 20
+    assert metrics["text/refusal_rate"] == pytest.approx(sum(refusals) / 20)
     assert metrics["score/rm_truncated_share"] == pytest.approx(1 / 20)
     assert metrics["response/truncated_share"] == pytest.approx(sum(record.truncated) / 20)
     assert metrics["group/zero_std_share"] == 0
@@ -151,12 +156,17 @@ def test_a_score_that_is_not_on_the_last_token_alone_ends_the_run(change: Any) -
 
 
 def test_held_out_replies_are_split_by_kind() -> None:
-    extras = {"benign": [0.0, 1.0, 1.0, 0.0], "refusal": [1.0, 0.0, 1.0, 0.0]}
+    extras = {"benign": [0.0, 1.0, 1.0, 0.0], "refusal": [1.0, 0.0, 1.0, 0.0], "length": [4.0, 8.0, 6.0, 2.0]}
+    extras |= {"repetition": [0.0, 0.0, 0.5, 0.5], "prompt_overlap": [0.0, 0.0, 0.0, 1.0]}
     assert validation_metrics([0.1, 0.2, 0.4, 0.5], extras, n=2) == pytest.approx(
         {
             "val-aux/unsafe/reward/mean@2": 0.3,
             "val-aux/unsafe/refusal_rate": 0.5,
             "val-aux/benign/reward/mean@2": 0.3,
             "val-aux/benign/refusal_rate": 0.5,
+            "val-aux/refusal_rate": 0.5,
+            "val-aux/response_length/mean": 5.0,
+            "val-aux/repetition": 0.25,
+            "val-aux/prompt_overlap": 0.25,
         }
     )

@@ -18,12 +18,12 @@ from ups_rm.grpo import rollout_metrics, throughput_metrics, timing_metrics
 
 REPO = Path(__file__).resolve().parents[2]
 NAMESPACES = (
-    "actor", "critic", "group", "kl", "perf", "prompt_length", "response", "response_length",
+    "actor", "alarm", "critic", "group", "judge", "kl", "perf", "prompt_length", "response", "response_length",
     "response_length_non_aborted", "reward", "rollout", "score", "text", "timing_per_token_ms", "timing_s", "training",
     "val-aux", "val-core",
 )  # fmt: skip
 NAME = re.compile(rf"(?:{'|'.join(NAMESPACES)})(?:/[\w{{}}@.-]+)+")
-PACKAGE_PARTS = ("grpo", "local", "evaluation", "tracking")
+PACKAGE_PARTS = ("grpo", "local", "evaluation", "monitor", "tracking")
 
 
 def documented() -> set[str]:
@@ -73,7 +73,7 @@ def emitted() -> set[str]:
     )
     metrics |= timing_metrics({"gen": 1.0}, num_prompt_tokens=1, num_response_tokens=1)
     metrics |= throughput_metrics(total_num_tokens=1, seconds=1.0)
-    metrics |= text_metrics(["a b", "c d"], ["unsafe", "benign"])
+    metrics |= text_metrics(["a b", "c d"], ["unsafe", "benign"], ["a", "c"])
     return set(metrics)
 
 

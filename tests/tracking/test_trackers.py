@@ -143,15 +143,29 @@ def test_a_step_is_one_readable_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         "text/refusal_rate": 0.1,
         "actor/lr": 5e-5,
         "perf/time_per_step": 11.2,
-        "val-core/PKU-SafeRLHF/reward/mean@1": 0.5,
         "timing_s/gen": 3.0,
     }
     with start(["console"], tmp_path, total_steps=60) as trackers:
         trackers.log(metrics, 12)
-    assert capsys.readouterr().out == (
-        "step 12/60  score 0.412  reward -  kl 0.0123  length 47  cut 25%  refusals 10%  lr 5.0e-05  time 11.2 s"
-        "  val-core/PKU-SafeRLHF/reward/mean@1 0.5\n"
-    )
+    line = "step 12/60  score 0.412  reward -  kl 0.0123  length 47  cut 25%  refusals 10%  lr 5.0e-05  time 11.2 s\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_validation_is_a_summary_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the step's line, with the change since the first one; before training there is no step to show."""
+    before = {
+        "val-core/PKU-SafeRLHF/reward/mean@2": 0.5, "val-aux/unsafe/reward/mean@2": 0.375,
+        "val-aux/benign/refusal_rate": 0.02, "val-aux/kl": 0.0, "timing_s/testing": 1.0, "alarm/count": 0.0,
+    }  # fmt: skip
+    after = before | {"critic/score/mean": 0.6, "val-core/PKU-SafeRLHF/reward/mean@2": 0.625, "val-aux/kl": 0.01}
+    with start(["console"], tmp_path) as trackers:
+        trackers.log(before, 0)
+        trackers.log(after, 20)
+    assert capsys.readouterr().out.splitlines() == [
+        "held-out, step 0: score 0.500  unsafe 0.375  refusals benign 2%  kl 0.0000",
+        "step 20  score 0.600",
+        "held-out, step 20: score 0.625 (+0.125 since step 0)  unsafe 0.375  refusals benign 2%  kl 0.0100",
+    ]
 
 
 def test_unknown_metrics_are_not_dropped_in_silence() -> None:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ups_rm.cli import data, doctor, evaluate, export, models, plan, rm, run, train
+from ups_rm.cli import data, doctor, evaluate, export, groups, models, plan, rm, run, runs, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,8 @@ app.add_typer(models.app, name="models")
 app.command(name="run", epilog=run.EPILOG)(run.run)
 app.command(name="train", epilog=train.TRAIN_EPILOG)(train.train)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(name="runs", epilog=runs.EPILOG)(runs.runs)
+app.command(name="groups", epilog=groups.EPILOG)(groups.groups)
 app.command(name="export", epilog=export.EPILOG)(export.export)
 app.command(name="plan", epilog=plan.EPILOG)(plan.plan)
 app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)
@@ -29,7 +31,7 @@ app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 def main() -> None:
     """Entry point: our own errors become one message and exit code 2, Ctrl-C becomes 130."""
-    from ups_rm.console import err_console
+    from ups_rm.console import emit, err_console, set_output
     from ups_rm.errors import UpsRmError
 
     # before torch is imported: idle OpenMP threads that spin stall whatever else runs on these cores
@@ -43,4 +45,10 @@ def main() -> None:
     except UpsRmError as error:
         err_console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         err_console.print(str(error), markup=False, soft_wrap=True)
+        emit("error", type=type(error).__name__, message=str(error))
         sys.exit(2)
+    except BrokenPipeError:  # `ups-rm ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit has somewhere to go
+        sys.exit(141)
+    finally:
+        set_output()  # whoever calls this from Python prints as always afterwards

@@ -26,6 +26,13 @@ Engine = Annotated[
     typer.Option(envvar="ENGINE", help="`local`: one device. `verl`: stock verl, 1 GPU to several nodes."),
 ]
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print alarms, warnings and errors only (on stderr).")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object per line: steps, alarms, stages, the result.")
+]
+STOPPED_BY_ALARM = 3
+"""Exit code of a training that an alarm of `monitor.stop_on` ended."""
+
 
 def run(
     overrides: Overrides = None,
@@ -50,10 +57,14 @@ def run(
     skip_rm_check: Annotated[
         bool, typer.Option("--skip-rm-check", help="Train even if the RM fails its check.")
     ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prepare, make the RM, check it, train by GRPO, compare before and after. Finished stages are skipped."""
+    from ups_rm.console import emit, set_output
     from ups_rm.errors import RunError
 
+    set_output(quiet=quiet, events=as_json)
     check_engine(engine)
     if (train_data is None) != (val_data is None):
         raise RunError("TRAIN_DATA and VAL_DATA belong together: give both, or neither")
@@ -61,12 +72,12 @@ def run(
     if data is not None:
         given += [f"prepare.source={data}", "prepare.group_split=true"]
         given += ["prepare.benign_source=sample", "reward_training.benign_source=sample"]
-    from ups_rm.pipeline import Interrupted
+    from ups_rm.pipeline import Interrupted, Stopped
     from ups_rm.pipeline import run as run_all
     from ups_rm.recipe import load_recipe
 
     try:
-        run_all(
+        summary = run_all(
             load_recipe(recipe, [*given, *(overrides or [])], engine=engine),
             engine=engine,
             fresh=fresh,
@@ -78,6 +89,9 @@ def run(
 
         console.print(f"{stop}; the same command resumes it")
         raise typer.Exit(130) from stop
+    except Stopped as stop:
+        raise typer.Exit(STOPPED_BY_ALARM) from stop
+    emit("summary", **summary)
 
 
 def named_overrides(

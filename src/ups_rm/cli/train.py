@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from ups_rm.cli.run import Engine, Output, Overrides, Policy, RecipeName, RewardModel, TrainData, ValData
+from ups_rm.cli.run import (
+    STOPPED_BY_ALARM,
+    AsJson,
+    Engine,
+    Output,
+    Overrides,
+    Policy,
+    Quiet,
+    RecipeName,
+    RewardModel,
+    TrainData,
+    ValData,
+)
 
 TRAIN_EPILOG = (
     "Example: ups-rm train --rm merge/merged_model/Naive-RM-saferlhf --out runs/mine "
@@ -39,12 +51,15 @@ def train(
     skip_rm_check: Annotated[
         bool, typer.Option("--skip-rm-check", help="Train even if the RM fails its check.")
     ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a policy by GRPO against an RM folder."""
     from ups_rm.cli.run import check_engine, named_overrides
-    from ups_rm.console import console
+    from ups_rm.console import console, emit, set_output
     from ups_rm.recipe import load_recipe
 
+    set_output(quiet=quiet, events=as_json)
     check_engine(engine)
     given = named_overrides(policy, rm, train_data, val_data, out)
     if resume in ("auto", "never"):
@@ -72,6 +87,10 @@ def train(
     with only_one(beside(folder), what=str(folder), fix="name another run folder (OUTPUT_DIR, --out)"):
         check_before_training(settings, skip=skip_rm_check, fresh=resume == "never")
         result = verl_engine.train(settings) if engine == "verl" else Trainer(settings).fit()
+    emit("result", folder=folder, policy=result.policy, steps=result.steps, interrupted=result.interrupted,
+         stopped_by=result.stopped_by)  # fmt: skip
     if result.interrupted:
         raise typer.Exit(130)
+    if result.stopped_by:
+        raise typer.Exit(STOPPED_BY_ALARM)
     console.print(f"policy after {result.steps} steps: {result.policy}", soft_wrap=True)

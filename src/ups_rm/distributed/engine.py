@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.checkpoints import LATEST, drop_checkpoints_after, step_of
-from ups_rm.console import console
+from ups_rm.console import console, progress_bar
 from ups_rm.data.batches import select_prompts, steps_per_epoch
 from ups_rm.data.prompts import read_prompts
 from ups_rm.distributed.launch import VerlProcess, python_command
@@ -62,6 +62,8 @@ def train(recipe: Recipe) -> TrainResult:
     """
     from ups_rm.distributed.export import export_policy
     from ups_rm.interrupt import interruptible
+    from ups_rm.monitor.watch import Monitor, stop_message
+    from ups_rm.tracking.console_line import live_note
     from ups_rm.tracking.trackers import Trackers
 
     check_machine(recipe)
@@ -87,15 +89,27 @@ def train(recipe: Recipe) -> TrainResult:
         total_steps=run.prompts.total_steps,
     )
 
-    def took(metrics: dict[str, float], step: int) -> None:
-        trackers.log(metrics, step)
-        seen.update(step=step, metrics=metrics)
+    monitor = Monitor(trackers, recipe.monitor, start)
+    total = run.prompts.total_steps
+    finished = start >= total
+    with (
+        trackers,
+        interruptible("ending verl (checkpoints are those of trainer.save_freq)") as stop,
+        progress_bar("GRPO", total, unit="steps", enabled=console.is_terminal, done=start) as advance,
+    ):
 
-    finished = start >= run.prompts.total_steps
-    with trackers, interruptible("ending verl (checkpoints are those of trainer.save_freq)") as stop:
+        def took(metrics: dict[str, float], step: int) -> None:
+            monitor.log(metrics, step)
+            advance(steps=step - seen["step"], note=live_note(metrics))
+            seen.update(step=step, metrics=metrics)
+
         if not finished:
             console.print(f"verl runs; all that it prints: {folder / 'verl' / 'console.log'}", soft_wrap=True)
-            finished = process_of(run, took).run(lambda: stop.requested)
+            finished = process_of(run, took).run(lambda: stop.requested or monitor.stopped_by is not None)
+    if not finished and monitor.stopped_by is not None:
+        said = stop_message(monitor.stopped_by, seen["step"], newest_checkpoint(folder))
+        console.print(said, markup=False, soft_wrap=True)
+        return TrainResult(folder, None, seen["step"], False, seen["metrics"], monitor.stopped_by.name)
     if not finished:
         saved = newest_checkpoint(folder)
         goes_on = f"goes on from {saved}" if saved else "begins anew: no checkpoint was written (trainer.save_freq)"

@@ -20,6 +20,7 @@ from ups_rm.distributed.rm_workers import PoolSettings, RMPool
 from ups_rm.distributed.step_record import MODEL_PREFIX
 from ups_rm.errors import RMError
 from ups_rm.evaluation.refusal import is_refusal
+from ups_rm.evaluation.text import prompt_overlap, repetition
 from ups_rm.types import Conversation, Message
 
 
@@ -66,6 +67,9 @@ class SafetyRewardManager(RewardManagerBase):
             "rm_tokens": float(score.tokens),
             "rm_truncated": float(score.truncated),
             "refusal": float(is_refusal(text)),
+            "repetition": repetition(text),
+            "prompt_overlap": prompt_overlap(conversation[-2]["content"], text),
+            "length": float(length),
             "benign": float(prompt_kind(item.non_tensor_batch.get("extra_info")) == "benign"),
             **{f"{MODEL_PREFIX}{name}": logit for name, logit in score.model_logits.items()},
         }

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from ups_rm.errors import RunError
-from ups_rm.evaluation.text import distinct_n
+from ups_rm.evaluation.text import text_metrics
 from ups_rm.grpo import kl_penalty, model_metrics, place_on_last_token, rollout_metrics
 from ups_rm.reward.transforms import score_range
 from ups_rm.tracking.group_log import GroupRecord, group_records
 from ups_rm.types import Conversation, Message, Score
 
+OF_REPLY = {
+    "length": "val-aux/response_length/mean",
+    "repetition": "val-aux/repetition",
+    "prompt_overlap": "val-aux/prompt_overlap",
+}
+"""What our reward manager says of a held-out reply, and the metric that is its mean."""
 MODEL_PREFIX = "model_logit/"
 """Of the names under which each of several reward models' logits stands in `reward_extra_info`."""
 FIELDS = (
@@ -148,7 +154,6 @@ def step_metrics(
     """The metrics of docs/metrics.md that replies, scores and advantages give; verl logs its own ones over them."""
     benign = torch.tensor([kind == "benign" for kind in record.kinds])
     logits = torch.tensor([extra["logit"] for extra in record.extras])
-    refused = torch.tensor([extra["refusal"] for extra in record.extras])
     metrics = rollout_metrics(
         token_level_scores=record.token_level_scores,
         token_level_rewards=record.token_level_rewards,
@@ -168,10 +173,8 @@ def step_metrics(
     )
     metrics |= {"score/logit_mean": float(logits.mean()), "score/logit_std": float(logits.std(correction=0))}
     metrics |= model_metrics([score.model_logits for score in record.scores], record.group_ids)
-    metrics |= {"text/refusal_rate": float(refused.mean()), "text/distinct_2": distinct_n(record.texts, 2)}
-    for kind, rows in (("unsafe", ~benign), ("benign", benign)):
-        if bool(rows.any()):
-            metrics[f"text/refusal_rate_{kind}_prompts"] = float(refused[rows].mean())
+    prompts = [messages[-1]["content"] for messages in record.messages]
+    metrics |= text_metrics(record.texts, record.kinds, prompts)
     metrics["response/aborted_ratio"] = sum(not text.strip() for text in record.texts) / len(record.texts)
     if record.logprob_gap is not None:
         metrics["rollout/logprob_gap_mean"] = float(record.logprob_gap.sum() / record.response_mask.sum().clamp(min=1))
@@ -198,7 +201,7 @@ def step_groups(record: StepRecord) -> list[GroupRecord]:
 
 
 def validation_metrics(rewards: Sequence[float], extras: Mapping[str, Sequence[float]], n: int) -> dict[str, float]:
-    """Held-out scores and refusals by kind of prompt, under the local engine's names."""
+    """Held-out scores and refusals by kind of prompt, length and copied text, under the local engine's names."""
     score, benign = torch.tensor(rewards), torch.tensor(extras["benign"]).bool()
     refused = torch.tensor(extras["refusal"])
     metrics = {}
@@ -206,6 +209,9 @@ def validation_metrics(rewards: Sequence[float], extras: Mapping[str, Sequence[f
         if bool(rows.any()):
             metrics[f"val-aux/{kind}/reward/mean@{n}"] = float(score[rows].mean())
             metrics[f"val-aux/{kind}/refusal_rate"] = float(refused[rows].mean())
+    metrics["val-aux/refusal_rate"] = float(refused.mean())
+    for name, metric in OF_REPLY.items():
+        metrics[metric] = float(torch.tensor(extras[name]).mean())
     return metrics
 
 

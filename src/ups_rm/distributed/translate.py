@@ -88,6 +88,7 @@ OURS = {
         [f"trainer.group_log_{name}" for name in ("dir", "freq", "max_groups", "max_samples_per_group")],
         "our trainer in verl, see distributed/rewards.py",
     ),
+    "monitor": "ups-rm's own process reads verl's metrics, see docs/monitoring.md",
     "verl": "distributed/launch.py",
 }
 """Sections and keys that UPS-RM reads itself, and where."""
@@ -142,6 +143,12 @@ def check_for_verl(recipe: Recipe) -> None:
         )
     if trainer.max_kl > 0:
         raise RecipeError(f"trainer.max_kl={trainer.max_kl}: {REFUSED['trainer.max_kl']}\n  fix: trainer.max_kl=-1")
+    judge = recipe.monitor.judge
+    if judge.path or judge.url or judge.callable:
+        raise RecipeError(
+            "monitor.judge: the verl engine has no second judge\n"
+            "  fix: leave it out, and compare afterwards: ups-rm eval --rm JUDGE"
+        )
     unknown = sorted({*as_list(trainer.logger)} - {*TRACKERS, "jsonl"})
     if unknown:
         raise RecipeError(f"trainer.logger={unknown[0]} is no tracker of verl's; it has {', '.join(TRACKERS)}")

@@ -27,8 +27,29 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     1 where nothing repeats, towards 0 where all replies say the same. It falls with the amount of text, so compare only
     sets of the same number of replies. nan if no text has n words.
     """
-    grams = [tuple(tokens[i : i + n]) for tokens in map(words, texts) for i in range(len(tokens) - n + 1)]
+    grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the text's n-grams of words that stood in it before: 1 - different / all; 0 for fewer than n words.
+
+    0 where nothing comes twice, towards 1 for a phrase that is repeated to the end. Source: seq-rep-n of Welleck et
+    al., arXiv:1908.04319.
+    """
+    grams = _grams(text, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def prompt_overlap(prompt: str, text: str, n: int = 4) -> float:
+    """Share of the text's n-grams of words that are the prompt's; 0 for fewer than n words, 1 for a copy."""
+    grams, of_prompt = _grams(text, n), set(_grams(prompt, n))
+    return sum(gram in of_prompt for gram in grams) / len(grams) if grams else 0.0
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    tokens = words(text)
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def common_opening(texts: Sequence[str]) -> tuple[float, str]:
@@ -45,12 +66,15 @@ def common_opening(texts: Sequence[str]) -> tuple[float, str]:
     return count / len(texts), opening
 
 
-def text_metrics(responses: Sequence[str], kinds: Sequence[str] | None = None) -> dict[str, float]:
+def text_metrics(
+    responses: Sequence[str], kinds: Sequence[str] | None = None, prompts: Sequence[str] | None = None
+) -> dict[str, float]:
     """What a batch of replies reads like, under the names of `docs/metrics.md`.
 
     Args:
         responses: the replies of one batch.
         kinds: "unsafe" or "benign" per reply, the kind of its prompt; adds the refusal rate of each kind that occurs.
+        prompts: the last message before each reply; adds how much of it the reply copies.
     """
     if not responses:
         return {}
@@ -60,7 +84,10 @@ def text_metrics(responses: Sequence[str], kinds: Sequence[str] | None = None) -
         "text/distinct_1": distinct_n(responses, 1),
         "text/distinct_2": distinct_n(responses, 2),
         "text/unique_share": len(set(responses)) / len(responses),
+        "text/repetition": sum(map(repetition, responses)) / len(responses),
     }
+    if prompts is not None:
+        metrics["text/prompt_overlap"] = sum(map(prompt_overlap, prompts, responses)) / len(responses)
     for kind in ("unsafe", "benign"):
         of_kind = [refused for refused, its_kind in zip(refusals, kinds or (), strict=False) if its_kind == kind]
         if of_kind:

@@ -11,7 +11,7 @@ Dimension letters: P prompts in the batch, n replies per prompt, B = P * n seque
 from ups_rm.grpo.advantages import ADVANTAGES, PER_REPLY, estimate_advantages, group_advantages
 from ups_rm.grpo.kl import KL_ESTIMATORS, AdaptiveKL, FixedKL, kl_penalty
 from ups_rm.grpo.losses import LOSS_AGG_MODES, PolicyLoss, aggregate, batch_totals, masked_mean, policy_loss
-from ups_rm.grpo.metrics import model_metrics, rollout_metrics, throughput_metrics, timing_metrics
+from ups_rm.grpo.metrics import model_metrics, rollout_metrics, score_metrics, throughput_metrics, timing_metrics
 from ups_rm.grpo.rewards import penalize, place_on_last_token
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "place_on_last_token",
     "policy_loss",
     "rollout_metrics",
+    "score_metrics",
     "throughput_metrics",
     "timing_metrics",
 ]

@@ -79,7 +79,7 @@ def rollout_metrics(
         **_length_metrics("prompt_length", prompt_lengths, prompt_width),
         "reward/mean": _mean(sequence_rewards[filled]),
         "reward/std": _std(sequence_rewards[filled]),
-        **_score_metrics(sequence_scores if safe_score is None else safe_score, group_ids, benign, score_range),
+        **score_metrics(sequence_scores if safe_score is None else safe_score, group_ids, benign, score_range),
     }
     if logits is not None:
         spreads = _group_stds(logits, group_ids)
@@ -151,9 +151,13 @@ def _group_stds(values: Tensor, group_ids: Tensor) -> Tensor:
     return spreads[~spreads.isnan()]
 
 
-def _score_metrics(
-    safe_score: Tensor, group_ids: Tensor, benign: Tensor | None, score_range: tuple[float, float]
+def score_metrics(
+    safe_score: Tensor,
+    group_ids: Tensor,
+    benign: Tensor | None = None,
+    score_range: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, float]:
+    """Spread of the scores over the batch and within groups; arguments and names as in `rollout_metrics`."""
     low, high = score_range
     saturated = (safe_score < low + SATURATED) | (safe_score > high - SATURATED)
     known = _group_stds(safe_score, group_ids)

@@ -100,6 +100,7 @@ def print_dry_run(recipe: Recipe) -> None:
     _table("writes", {
         "policy": str(folder / "policy"),
         "recipe, metrics": f"{folder / 'recipe.yaml'}, {folder / 'metrics.jsonl'}",
+        "alarms, if any": str(folder / "alarms.jsonl"),
         "group log": f"{trainer.group_log_dir} (every {trainer.group_log_freq} steps)",
         "checkpoints": f"{folder}/global_step_* (every {trainer.save_freq} steps)"
         if trainer.save_freq > 0

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ups_rm.data.prompts import PromptRow
-from ups_rm.evaluation.refusal import is_refusal
-from ups_rm.evaluation.text import distinct_n
+from ups_rm.evaluation.text import text_metrics
 from ups_rm.grpo import model_metrics, rollout_metrics, throughput_metrics, timing_metrics
 from ups_rm.local.rollout import Rollout
 from ups_rm.recipe import Recipe
@@ -66,7 +65,6 @@ def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: floa
     device = mask.device
     n = recipe.actor_rollout_ref.rollout.n
     benign = torch.tensor([row.kind == "benign" for row in record.prompts]).repeat_interleave(n)
-    refused = torch.tensor([float(is_refusal(text)) for text in rollout.texts])
     prompt_lengths = sequences.prompt_mask.sum(1)
     metrics = rollout_metrics(
         token_level_scores=record.token_level_scores,
@@ -88,10 +86,12 @@ def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: floa
     logits = torch.tensor([score.logit for score in record.scores])
     metrics |= {"score/logit_mean": float(logits.mean()), "score/logit_std": float(logits.std(correction=0))}
     metrics |= model_metrics([score.model_logits for score in record.scores], sequences.group_ids)
-    metrics |= {"text/refusal_rate": float(refused.mean()), "text/distinct_2": distinct_n(rollout.texts, 2)}
-    for kind, rows in (("unsafe", ~benign), ("benign", benign)):
-        if bool(rows.any()):
-            metrics[f"text/refusal_rate_{kind}_prompts"] = float(refused[rows].mean())
+    metrics |= text_metrics(
+        rollout.texts,
+        [row.kind for row in record.prompts for _ in range(n)],
+        [row.messages[-1]["content"] for row in record.prompts for _ in range(n)],
+    )
+    metrics["rollout/entropy"] = -float(rollout.rollout_logprobs.sum() / mask.sum().clamp(min=1))
     # an end token alone is no reply either
     metrics["response/aborted_ratio"] = sum(not text.strip() for text in rollout.texts) / len(rollout.texts)
     metrics |= {"actor/reward_kl_penalty_coeff": kl_coef}

@@ -33,8 +33,12 @@ from ups_rm.local.scoring import load_scorer, safe_scores
 from ups_rm.local.step_groups import log_groups, open_group_log
 from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics
 from ups_rm.local.validation import validate
+from ups_rm.monitor.judge import judge_means, open_judge
+from ups_rm.monitor.limits import JUDGE
+from ups_rm.monitor.watch import Monitor, stop_message
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
+from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.trackers import Trackers
 from ups_rm.types import Scorer, TrainResult
 
@@ -70,6 +74,7 @@ class Trainer:
         self.actor = Actor(self.policy, recipe, self.total_steps)
         self.scorer: Scorer = scorer or load_scorer(recipe)
         self.engine = RolloutEngine(self.policy, max_num_seqs=recipe.actor_rollout_ref.rollout.max_num_seqs)
+        self.judge = open_judge(recipe)
         self.reference = self._load_reference()
         control = recipe.algorithm.kl_ctrl
         self.kl_control = (
@@ -141,10 +146,11 @@ class Trainer:
         with (
             self._trackers(start) as trackers,
             interruptible() as stop,
-            progress_bar("GRPO", self.total_steps - start, unit="steps", enabled=live) as advance,
+            progress_bar("GRPO", self.total_steps, unit="steps", enabled=live, done=start) as advance,
         ):
+            monitor = Monitor(trackers, self.recipe.monitor, start)
             if start == 0 and trainer.val_before_train and self._validates():
-                trackers.log(self.validate(), 0)
+                monitor.log(self.validate(), 0)
             batches = prompt_batches(self.train_rows, self.recipe.data)
             for number, prompts in zip(range(1, self.total_steps + 1), batches, strict=False):
                 if number <= start:
@@ -163,11 +169,16 @@ class Trainer:
                 last = number == self.total_steps
                 if self._validates() and (number % trainer.test_freq == 0 or last):
                     metrics |= self.validate()
-                trackers.log(metrics, number)
-                advance(note=f"score {metrics['critic/score/mean']:.3f}")
+                monitor.log(metrics, number)
+                advance(note=live_note(metrics))
                 done = number
                 if trainer.save_freq > 0 and (number % trainer.save_freq == 0 or last):
                     self._save(done)
+                if monitor.stopped_by is not None:
+                    console.print(
+                        stop_message(monitor.stopped_by, done, self._save(done)), markup=False, soft_wrap=True
+                    )
+                    break
                 if 0 < trainer.max_kl < metrics["kl/mean"]:
                     console.print(
                         f"step {number}: kl/mean {metrics['kl/mean']:.4f} > trainer.max_kl={trainer.max_kl}: stopped"
@@ -180,17 +191,24 @@ class Trainer:
                     f"interrupted after step {done}; checkpoint: {where or 'none needed'}. The same command resumes."
                 )
         policy = None if interrupted else self.save_policy()
-        return TrainResult(self.folder, policy, done, interrupted, metrics)
+        stopped_by = "" if monitor.stopped_by is None else monitor.stopped_by.name
+        return TrainResult(self.folder, policy, done, interrupted, metrics, stopped_by)
 
     def metrics(self, record: StepRecord, number: int) -> dict[str, float]:
-        """See `step_metrics`."""
+        """See `step_metrics`; where nothing is held out, the second judge reads the step's own replies."""
         epoch = float((number - 1) // self.steps_per_epoch)
         kl_coef = self.kl_control.value if self.recipe.algorithm.use_kl_in_reward else 0.0
-        return step_metrics(record, self.recipe, number=number, epoch=epoch, kl_coef=kl_coef)
+        metrics = step_metrics(record, self.recipe, number=number, epoch=epoch, kl_coef=kl_coef)
+        if self.judge is not None and not self._validates():
+            means = judge_means(self.judge, record.rollout.conversations, record.scores)
+            metrics |= dict(zip(JUDGE["training"], means, strict=True))
+        return metrics
 
     def validate(self) -> dict[str, float]:
         """See `ups_rm.local.validation`."""
-        return validate(self.engine, self.scorer, self.val_rows, self.recipe)
+        return validate(
+            self.engine, self.scorer, self.val_rows, self.recipe, reference=self.reference, judge=self.judge
+        )
 
     def save_policy(self) -> Path:
         """`<folder>/policy`: a Hugging Face folder that plain transformers loads, replaced as a whole.

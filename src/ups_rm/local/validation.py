@@ -8,15 +8,35 @@ import torch
 
 from ups_rm.data.prompts import PromptRow
 from ups_rm.evaluation.refusal import is_refusal
+from ups_rm.evaluation.text import text_metrics
+from ups_rm.grpo import score_metrics
 from ups_rm.local.decode import Sampling
+from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import RolloutEngine
 from ups_rm.local.scoring import safe_scores
+from ups_rm.local.sequences import Sequences
+from ups_rm.monitor.judge import judge_means
+from ups_rm.monitor.limits import JUDGE
 from ups_rm.recipe import Recipe
+from ups_rm.reward.transforms import score_range
 from ups_rm.types import Scorer
 
 
-def validate(engine: RolloutEngine, scorer: Scorer, rows: list[PromptRow], recipe: Recipe) -> dict[str, float]:
-    """Scores of the held-out prompts under `rollout.val_kwargs`, by kind of prompt."""
+def validate(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    rows: list[PromptRow],
+    recipe: Recipe,
+    *,
+    reference: Policy | None = None,
+    judge: Scorer | None = None,
+) -> dict[str, float]:
+    """Scores, refusals, length, variety, entropy and KL of the held-out prompts under `rollout.val_kwargs`.
+
+    Args:
+        reference: gives the KL; without one there is none.
+        judge: a second reward model, which scores the same replies.
+    """
     settings = recipe.actor_rollout_ref.rollout.val_kwargs
     sampling = Sampling(
         settings.temperature if settings.do_sample else 0.0,
@@ -31,7 +51,8 @@ def validate(engine: RolloutEngine, scorer: Scorer, rows: list[PromptRow], recip
         max_new_tokens=recipe.data.max_response_length,
         sampling=sampling,
     )
-    scores = safe_scores(scorer.score(rollout.conversations), rollout.sequences.response_mask.device)
+    scored = scorer.score(rollout.conversations)
+    scores = safe_scores(scored, rollout.sequences.response_mask.device)
     refused = torch.tensor([float(is_refusal(text)) for text in rollout.texts])
     benign = torch.tensor([row.kind == "benign" for row in rows]).repeat_interleave(n)
     metrics = {f"val-core/PKU-SafeRLHF/reward/mean@{n}": float(scores.mean())}
@@ -40,5 +61,42 @@ def validate(engine: RolloutEngine, scorer: Scorer, rows: list[PromptRow], recip
             metrics[f"val-aux/{kind}/reward/mean@{n}"] = float(scores.cpu()[chosen].mean())
             metrics[f"val-aux/{kind}/refusal_rate"] = float(refused[chosen].mean())
     metrics["val-aux/response_length/mean"] = float(rollout.sequences.response_mask.sum(1).float().mean())
+    prompts = [row.messages[-1]["content"] for row in rows for _ in range(n)]
+    of_text = text_metrics(rollout.texts, prompts=prompts)
+    spread = score_metrics(scores, rollout.sequences.group_ids, score_range=score_range(recipe.reward_model.transform))
+    metrics |= {
+        "val-aux/refusal_rate": of_text["text/refusal_rate"],
+        "val-aux/distinct_2": of_text["text/distinct_2"],
+        "val-aux/repetition": of_text["text/repetition"],
+        "val-aux/prompt_overlap": of_text["text/prompt_overlap"],
+        "val-aux/saturated_share": spread["score/saturated_share"],
+    }
+    if n > 1 and settings.do_sample:
+        metrics["val-aux/zero_std_share"] = spread["group/zero_std_share"]
+    metrics |= _entropy_and_kl(engine.policy, reference, rollout.sequences, recipe)
+    if judge is not None:
+        means = judge_means(judge, rollout.conversations, scored)
+        metrics |= dict(zip(JUDGE["held-out"], means, strict=True))
     metrics["timing_s/testing"] = perf_counter() - started
     return metrics
+
+
+@torch.no_grad()
+def _entropy_and_kl(policy: Policy, reference: Policy | None, sequences: Sequences, recipe: Recipe) -> dict[str, float]:
+    """Entropy of the next-token distribution and log pi - log pi_ref, each as mean over the reply tokens (nats)."""
+    temperature = recipe.actor_rollout_ref.rollout.temperature
+    size = recipe.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu
+    tokens = entropies = gaps = 0.0
+    for rows in sequences.micro_batches(torch.arange(len(sequences), device=policy.device), size):
+        part = sequences.trimmed(rows)
+        mask = part.response_mask
+        logprobs, entropy = policy.response_logprobs(part, temperature, with_entropy=True)
+        assert entropy is not None  # asked for
+        tokens += float(mask.sum())
+        entropies += float((entropy * mask).sum())
+        if reference is not None:
+            with reference.as_reference():
+                ref_logprobs, _ = reference.plain_logprobs(part, temperature)
+            gaps += float(((logprobs - ref_logprobs) * mask).sum())
+    metrics = {"val-aux/entropy": entropies / max(1.0, tokens)}
+    return metrics if reference is None else metrics | {"val-aux/kl": gaps / max(1.0, tokens)}

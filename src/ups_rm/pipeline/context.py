@@ -16,6 +16,10 @@ class Interrupted(Exception):
     """Training was stopped by the user and can be resumed."""
 
 
+class Stopped(Exception):
+    """An alarm of `monitor.stop_on` ended the training; its name is the message."""
+
+
 @dataclass
 class Run:
     """What the stages share while they run."""

@@ -15,7 +15,7 @@ from ups_rm.console import console
 from ups_rm.errors import DataError, RMError, RunError
 from ups_rm.locks import beside, only_one
 from ups_rm.models import resolve_model
-from ups_rm.pipeline.context import Interrupted, Run, write_json
+from ups_rm.pipeline.context import Interrupted, Run, Stopped, write_json
 from ups_rm.pipeline.prompts import make_prompts
 from ups_rm.pipeline.reward_model import make_rm
 from ups_rm.recipe import Recipe, as_list
@@ -45,6 +45,7 @@ def run(
     Raises:
         UpsRmError: of the stage that can't go on, or another run is at work here.
         Interrupted: training was stopped; the same call resumes.
+        Stopped: an alarm of `monitor.stop_on` ended it; the same call goes on past it.
     """
     this = Run(recipe, fresh, engine)
     _check_inputs(this, own_prompts)
@@ -165,6 +166,8 @@ def _train(this: Run) -> None:
         result = verl_engine.train(recipe) if this.engine == "verl" else Trainer(recipe).fit()
         if result.interrupted:
             raise Interrupted(f"training stopped after step {result.steps} of {this.folder}")
+        if result.stopped_by:
+            raise Stopped(result.stopped_by)
         write_json(result_file, {"steps": result.steps, "metrics": result.metrics})
 
     this.do(

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ups_rm.console import finite
 from ups_rm.errors import DataError
 from ups_rm.types import Message, Score
 
@@ -169,7 +170,7 @@ class GroupLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step_{step:06d}.jsonl"
         temporary = file.with_name(file.name + ".tmp")
-        lines = [json.dumps(_finite(row), ensure_ascii=False) for row in (header, *map(asdict, kept))]
+        lines = [json.dumps(finite(row), ensure_ascii=False) for row in (header, *map(asdict, kept))]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         temporary.replace(file)
         return file
@@ -281,15 +282,6 @@ def _cut(group: GroupRecord, max_samples: int | None) -> GroupRecord:
 
 def _limit(maximum: int | None) -> int | None:
     return None if maximum is None or maximum <= 0 else maximum
-
-
-def _finite(value: Any) -> Any:
-    """Copy with every nan or infinite number as None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
