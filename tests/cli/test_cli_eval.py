@@ -148,6 +148,7 @@ def test_an_endpoint_judges_over_a_real_socket(models: list[str], tmp_path: Path
     [
         (["--prompts", "xtest"], "did you mean xstest?"),
         (["--prompts", "sample", "--val-data", "x.parquet"], "two answers to one question"),
+        (["--val-data", "x.parquet", "--limit", "3"], "--limit counts prompts of --prompts"),
         (["--judge-url", "http://127.0.0.1:9/v1"], "belong together"),
         (["--judge", "nowhere"], "nowhere"),
         (["--judge", "x,weight=3"], "'weight=3' is not KEY=VALUE"),

@@ -126,12 +126,18 @@ def _rows(
 ) -> tuple[list[PromptRow], list[dict[str, Any]]]:
     """The prompts that were asked for, and what the results say of their sets."""
     from ups_rm.data.prompts import read_prompts
+    from ups_rm.errors import RunError
     from ups_rm.evaluation.prompt_sets import PACKAGED, load_prompts
     from ups_rm.local.evaluate import held_out_prompts
     from ups_rm.recipe import as_list
 
     if prompts or not named_in_recipe:
         return load_prompts(prompts or [PACKAGED], limit=limit)
+    if limit is not None:
+        raise RunError(
+            "--limit counts prompts of --prompts\n"
+            "  fix: for held-out files evaluation.max_unsafe_prompts and evaluation.max_benign_prompts"
+        )
     files = val_data or as_list(settings.data.val_files)
     rows = held_out_prompts(read_prompts(files), settings)
     return rows, [{"set": "held out", "place": ", ".join(map(str, files))}]
