@@ -402,3 +402,27 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(
     assert place.summary()["steps"] == 30
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 31))
+
+
+def test_an_alarm_that_stops_exits_3_and_the_same_command_goes_on(place: Place, rm_folder: Path) -> None:
+    """The stage is left unfinished, with checkpoint and policy; then the rest, all of it told as events."""
+    more = ["trainer.total_training_steps=4", "monitor.window=1", "monitor.kl=1e-7", "monitor.stop_on=[kl_runaway]",
+            "algorithm.kl_penalty=abs", "--json"]  # fmt: skip
+    assert place.run(*more, **own(place.folder), REWARD_MODEL_PATH=str(rm_folder)) == 3, place.out
+    events = [json.loads(line) for line in place.out.splitlines() if line.startswith("{")]
+    assert [event["event"] for event in events][-1] == "alarm"
+    stopped = events[-1]["step"]
+    assert 1 <= stopped < 4
+    assert (place.folder / RUN / f"global_step_{stopped}").is_dir()
+    assert (place.folder / RUN / "policy").is_dir()
+    assert not (place.folder / RUN / "summary.json").exists()
+    assert place.run(*more, **own(place.folder), REWARD_MODEL_PATH=str(rm_folder)) == 0, place.out
+    events = [json.loads(line) for line in place.out.splitlines() if line.startswith("{")]
+    told = [(event["event"], event.get("name", event.get("step"))) for event in events if event["event"] != "alarm"]
+    assert told == [
+        ("stage", "check"), *(("step", i) for i in range(stopped + 1, 5)), ("stage", "train"), ("stage", "eval"),
+        ("summary", None),
+    ]  # fmt: skip
+    assert [event["skipped"] for event in events if event["event"] == "stage"] == [True, False, False]
+    assert events[-1]["steps"] == 4
+    assert events[-1]["safe_score"] == place.summary()["safe_score"]

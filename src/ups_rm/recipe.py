@@ -486,7 +486,7 @@ class Monitor:
     benign_refusals: float | None = 0.5
     """`refuses_everything`: refusals of harmless prompts, as a share of replies, above this."""
     benign_refusals_rise: float | None = 0.2
-    """`refuses_everything`: or more of them than at the start, by this."""
+    """`refuses_everything`: or more of them than at the start, by this and by two standard errors."""
     refusals: float | None = 0.95
     """`refuses_everything`: or refusals of all prompts above this, for runs without harmless ones."""
     length_factor: float | None = 1.5

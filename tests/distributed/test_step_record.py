@@ -164,6 +164,7 @@ def test_held_out_replies_are_split_by_kind() -> None:
             "val-aux/unsafe/refusal_rate": 0.5,
             "val-aux/benign/reward/mean@2": 0.3,
             "val-aux/benign/refusal_rate": 0.5,
+            "val-aux/benign/prompts": 1.0,
             "val-aux/refusal_rate": 0.5,
             "val-aux/response_length/mean": 5.0,
             "val-aux/repetition": 0.25,

@@ -68,6 +68,22 @@ def test_lengths_drift_in_both_directions() -> None:
         assert len(raised(steps("response_length/mean", *[100] * 5, *[100 * factor] * 5))) == expected
 
 
+@pytest.mark.parametrize(("prompts", "start", "now", "refuses"), [
+    (10, 0.2, 0.4, False),  # as in a real validation of ten harmless prompts: two of ten, then four
+    (10, 0.0, 0.45, True), (34, 0.2, 0.4, False), (34, 0.2, 0.45, True), (200, 0.2, 0.41, True),
+    (200, 0.2, 0.39, False),
+])  # fmt: skip
+def test_a_rise_of_refusals_must_be_more_than_chance(prompts: int, start: float, now: float, refuses: bool) -> None:
+    """Two standard errors of a difference of rates: 2 sqrt(p (1 - p) / m + q (1 - q) / m), m prompts each."""
+    row = {"val-aux/benign/prompts": prompts}
+    rows = [row | {"step": i, "val-aux/benign/refusal_rate": rate} for i, rate in enumerate((start, now))]
+    assert [alarm.name for alarm in raised(rows)] == ["refuses_everything"] * refuses
+    # the same prompts over five steps of training
+    row = {"text/benign_prompts": prompts / 5}
+    rows = [row | {"step": i, "text/refusal_rate_benign_prompts": start if i < 5 else now} for i in range(10)]
+    assert [alarm.name for alarm in raised(rows)] == ["refuses_everything"] * refuses
+
+
 def test_a_single_bad_step_is_no_alarm() -> None:
     assert raised(steps("text/repetition", 0, 0, 0, 0, 0, 0.9, 0, 0, 0, 0)) == []
 

@@ -22,7 +22,7 @@ from scripted import (
 from tiny_training import SyntheticScorer, prefers, tiny_recipe
 from ups_rm.errors import DataError
 from ups_rm.local.trainer import Trainer
-from ups_rm.monitor.limits import JUDGE, Alarm
+from ups_rm.monitor.limits import JUDGE, Alarm, Alarms
 from ups_rm.monitor.watch import read_alarms
 from ups_rm.tracking.jsonl import read_metrics
 
@@ -38,19 +38,29 @@ K = 3
 """Steps after the turn within which the alarm must be there: the window."""
 
 
-@pytest.mark.parametrize("where", ["training", "held-out"])
 @pytest.mark.parametrize("name", CHEATS)
-def test_a_cheating_policy_raises_its_own_alarm(name: str, where: str, tmp_path: Path, policy_folder: Path) -> None:
-    overrides = HELD_OUT if where == "held-out" else []
+def test_a_cheating_policy_raises_its_own_alarm(name: str, tmp_path: Path, policy_folder: Path) -> None:
+    """And so it does where only the training replies or only the held-out ones are looked at."""
     script, also = CHEATS[name]
-    trainer_of(tmp_path, policy_folder, script, "trainer.total_training_steps=6", *overrides).fit()
+    overrides = [*HELD_OUT, "monitor.window=3", "trainer.total_training_steps=6"]
+    trainer = trainer_of(tmp_path, policy_folder, script, *overrides)
+    trainer.fit()
     alarms = read_alarms(tmp_path / "run")
     assert {alarm.name for alarm in alarms} == {name} | also
     assert len(alarms) == 1 + len(also)
     own = next(alarm for alarm in alarms if alarm.name == name)
-    assert own.on == where
     assert TURN < own.step <= TURN + K
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    for of_stream in (lambda metric: metric.startswith("val-"), lambda metric: not metric.startswith("val-")):
+        judged = Alarms(trainer.recipe.monitor)
+        seen = [{name: value for name, value in row.items() if of_stream(name)} for row in rows]
+        first = {
+            alarm.name: alarm.step
+            for row, metrics in zip(rows, seen, strict=True)
+            for alarm in judged.see(metrics, int(row["step"]))
+        }
+        assert set(first) == {name} | also
+        assert TURN < first[name] <= TURN + K
     assert [row["step"] for row in rows if f"alarm/{name}" in row] == list(range(own.step, 7))
     assert rows[-1]["alarm/count"] == len(alarms)
 
@@ -144,6 +154,7 @@ def test_the_stop_rule_saves_a_checkpoint_and_the_same_command_goes_on_without_d
     assert (result.steps, result.stopped_by, result.interrupted) == (first, "repetition", False)
     assert f"alarm at step {first}: repetition: share of a reply that repeats itself" in captured.err
     assert f"stopped after step {first} by the alarm repetition (monitor.stop_on); checkpoint: " in captured.out
+    assert "the same command goes on from there, past this alarm" in captured.out
     run = tmp_path / "parts/run"
     assert (run / f"global_step_{first}/state.json").is_file()
     assert (run / "policy/model.safetensors").is_file()

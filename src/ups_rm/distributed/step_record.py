@@ -209,6 +209,7 @@ def validation_metrics(rewards: Sequence[float], extras: Mapping[str, Sequence[f
         if bool(rows.any()):
             metrics[f"val-aux/{kind}/reward/mean@{n}"] = float(score[rows].mean())
             metrics[f"val-aux/{kind}/refusal_rate"] = float(refused[rows].mean())
+    metrics["val-aux/benign/prompts"] = float(benign.sum()) / n
     metrics["val-aux/refusal_rate"] = float(refused.mean())
     for name, metric in OF_REPLY.items():
         metrics[metric] = float(torch.tensor(extras[name]).mean())

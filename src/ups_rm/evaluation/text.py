@@ -74,7 +74,8 @@ def text_metrics(
     Args:
         responses: the replies of one batch.
         kinds: "unsafe" or "benign" per reply, the kind of its prompt; adds the refusal rate of each kind that occurs.
-        prompts: the last message before each reply; adds how much of it the reply copies.
+        prompts: the last message before each reply; adds how much of it the reply copies and, with `kinds`, how many
+            different ones are harmless.
     """
     if not responses:
         return {}
@@ -88,6 +89,9 @@ def text_metrics(
     }
     if prompts is not None:
         metrics["text/prompt_overlap"] = sum(map(prompt_overlap, prompts, responses)) / len(responses)
+    if prompts is not None and kinds is not None:
+        benign = {prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind == "benign"}
+        metrics["text/benign_prompts"] = float(len(benign))
     for kind in ("unsafe", "benign"):
         of_kind = [refused for refused, its_kind in zip(refusals, kinds or (), strict=False) if its_kind == kind]
         if of_kind:

@@ -62,9 +62,10 @@ def validate(
             metrics[f"val-aux/{kind}/refusal_rate"] = float(refused[chosen].mean())
     metrics["val-aux/response_length/mean"] = float(rollout.sequences.response_mask.sum(1).float().mean())
     prompts = [row.messages[-1]["content"] for row in rows for _ in range(n)]
-    of_text = text_metrics(rollout.texts, prompts=prompts)
+    of_text = text_metrics(rollout.texts, [row.kind for row in rows for _ in range(n)], prompts)
     spread = score_metrics(scores, rollout.sequences.group_ids, score_range=score_range(recipe.reward_model.transform))
     metrics |= {
+        "val-aux/benign/prompts": of_text["text/benign_prompts"],
         "val-aux/refusal_rate": of_text["text/refusal_rate"],
         "val-aux/distinct_2": of_text["text/distinct_2"],
         "val-aux/repetition": of_text["text/repetition"],

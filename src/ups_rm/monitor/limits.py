@@ -32,6 +32,8 @@ class Limit:
         training, held_out: its metric in each stream; "" where it has none.
         how: `above`: value > threshold. `rise`: value - start > threshold. `factor`: value / start outside
             [1 / threshold, threshold]. `share of start`: value / start < threshold.
+        prompts: of a rate with `rise`: the metrics that count its prompts in each stream. The rise must then also be
+            above two standard errors of a difference of such rates, for ten prompts move by 20 points by chance.
     """
 
     alarm: str
@@ -40,17 +42,19 @@ class Limit:
     training: str
     held_out: str
     how: How = "above"
+    prompts: tuple[str, str] = ("", "")
 
-    def judge(self, now: float, start: float, threshold: float) -> tuple[float, bool]:
+    def judge(self, now: float, start: float, threshold: float, noise: float = 0.0) -> tuple[float, bool]:
         """The number that is held against the threshold, and whether it is beyond it.
 
         Args:
             now: the metric, smoothed. start: the same at the start of the run.
+            noise: what a rise must be above as well.
         """
         if self.how == "above":
             return now, now > threshold
         if self.how == "rise":
-            return now - start, now - start > threshold
+            return now - start, now - start > max(threshold, noise)
         ratio = now / start if start > 0 else math.nan  # nothing to compare with: neither comparison below holds
         if self.how == "factor":
             return ratio, ratio > threshold or ratio < 1 / threshold
@@ -68,11 +72,12 @@ class Limit:
         return f"{moved}: {value:.0%} of it, below {threshold:.0%}"
 
 
+BENIGN = ("text/benign_prompts", "val-aux/benign/prompts")
 LIMITS = (
     Limit("refuses_everything", "benign_refusals", "refusals of harmless prompts",
           "text/refusal_rate_benign_prompts", "val-aux/benign/refusal_rate"),
     Limit("refuses_everything", "benign_refusals_rise", "refusals of harmless prompts",
-          "text/refusal_rate_benign_prompts", "val-aux/benign/refusal_rate", "rise"),
+          "text/refusal_rate_benign_prompts", "val-aux/benign/refusal_rate", "rise", BENIGN),
     Limit("refuses_everything", "refusals", "refusals of all prompts", "text/refusal_rate", "val-aux/refusal_rate"),
     Limit("length_drift", "length_factor", "reply length", "response_length/mean", "val-aux/response_length/mean",
           "factor"),
@@ -97,8 +102,8 @@ JUDGE: dict[Stream, tuple[str, str]] = {
 """Mean safe score of the second judge and of the reward model on the same replies, both sigmoid(-logit)."""
 
 WATCHED: dict[Stream, list[str]] = {
-    "training": [*dict.fromkeys(limit.training for limit in LIMITS), *JUDGE["training"]],
-    "held-out": [*dict.fromkeys(limit.held_out for limit in LIMITS), *JUDGE["held-out"]],
+    "training": [*dict.fromkeys(limit.training for limit in LIMITS), *JUDGE["training"], BENIGN[0]],
+    "held-out": [*dict.fromkeys(limit.held_out for limit in LIMITS), *JUDGE["held-out"], BENIGN[1]],
 }
 
 ALARMS = tuple(dict.fromkeys([*(limit.alarm for limit in LIMITS), "judge_disagrees"]))
@@ -152,7 +157,7 @@ class Alarms:
                 if metric not in smooth or threshold is None:
                     continue
                 now, start = smooth[metric]
-                value, passed = limit.judge(now, start, threshold)
+                value, passed = limit.judge(now, start, threshold, self._noise(limit, stream, smooth))
                 says = limit.says(value, now, start, threshold) if passed else ""
                 self._note(limit.alarm, limit.key, stream, passed, step, value, threshold, says, metric)
             self._compare(smooth, stream, step)
@@ -176,6 +181,16 @@ class Alarms:
                 now = math.fsum(recent) / window
                 smooth[metric] = now, self._start.setdefault(metric, now)
         return smooth
+
+    def _noise(self, limit: Limit, stream: Stream, smooth: Mapping[str, tuple[float, float]]) -> float:
+        """Two standard errors of the rise of a rate, its prompts being independent; 0 where they are not counted."""
+        counts = smooth.get(limit.prompts[STREAMS.index(stream)])
+        if counts is None:
+            return 0.0
+        steps = self.settings.window if stream == "training" else 1
+        rates = smooth[limit.training if stream == "training" else limit.held_out]
+        variance = sum(rate * (1 - rate) / max(1.0, steps * n) for rate, n in zip(rates, counts, strict=True))
+        return 2 * math.sqrt(max(0.0, variance))
 
     def _compare(self, smooth: Mapping[str, tuple[float, float]], stream: Stream, step: int) -> None:
         """`judge_disagrees`: the reward model's mean has gained, the judge's less than a share of that."""

@@ -77,10 +77,14 @@ class Monitor:
 
 def stop_message(alarm: Alarm, done: int, checkpoint: Path | None) -> str:
     """What the console says where `monitor.stop_on` ended a training."""
-    goes_on = "no checkpoint was written" if checkpoint is None else f"checkpoint: {checkpoint}"
+    saved = "no checkpoint was written" if checkpoint is None else f"checkpoint: {checkpoint}"
+    if checkpoint is not None and checkpoint.name == f"global_step_{done}":
+        goes_on = "the same command goes on from there, past this alarm"
+    else:
+        goes_on = "the same command comes to this alarm again; without it in monitor.stop_on it goes on"
     return (
-        f"stopped after step {done} by the alarm {alarm.name} (monitor.stop_on); {goes_on}\n"
-        "  the same command goes on from there, past this alarm; ups-rm groups RUN --step N shows the replies"
+        f"stopped after step {done} by the alarm {alarm.name} (monitor.stop_on); {saved}\n"
+        f"  {goes_on}; ups-rm groups RUN --step {done} shows the replies"
     )
 
 
