@@ -39,6 +39,12 @@ def set_output(*, quiet: bool = False, events: bool = False) -> None:
     _events, console.quiet = events, quiet or events
 
 
+def warn(message: str, style: str = "") -> None:
+    """One line on stderr; where that and stdout are one terminal, above the live line instead of into it."""
+    above = console.is_terminal and err_console.is_terminal and not console.quiet
+    (console if above else err_console).print(message, style=style, markup=False, soft_wrap=True)
+
+
 def emit(event: str, **fields: Any) -> None:
     """With `--json` one line on stdout: `{"event": ..., ...}`; else nothing. A number that is not finite is null."""
     if _events:

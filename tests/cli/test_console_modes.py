@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tiny_training import command, prefers, prompt_file, recipe_yaml, tiny_recipe
-from ups_rm.console import console, progress_bar
+from ups_rm.console import console, err_console, progress_bar
 from ups_rm.local.trainer import Trainer
 from ups_rm.locks import beside, only_one
 from ups_rm.monitor.runs import find_runs, read_run
@@ -75,7 +75,7 @@ def test_quiet_leaves_alarms_and_errors(arguments: list[str], capsys: pytest.Cap
     assert [line.partition(": ")[0] for line in captured.err.splitlines()] == ["alarm at step 2"]
 
 
-def test_in_a_pipe_there_are_plain_lines_and_whoever_stops_reading_ends_it(arguments: list[str]) -> None:
+def test_in_a_pipe_there_are_plain_lines_and_no_control_characters(arguments: list[str]) -> None:
     more = ["trainer.test_freq=3", "trainer.val_before_train=true"]
     env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
     command_line = [sys.executable, "-m", "ups_rm", *arguments, *more]
@@ -96,11 +96,14 @@ def test_on_a_terminal_one_line_is_live(tmp_path: Path, policy_folder: Path, mon
     monkeypatch.setattr(console, "_file", screen)
     monkeypatch.setattr(console, "_force_terminal", True)
     monkeypatch.setattr(console, "_width", 130)
-    more = ["trainer.logger=[console]", "trainer.test_freq=3", "trainer.total_training_steps=3"]
+    monkeypatch.setattr(err_console, "_force_terminal", True)
+    more = ["trainer.logger=[console]", "trainer.test_freq=3", "trainer.total_training_steps=3", "monitor.window=1"]
+    more += ["monitor.kl=1e-5", "algorithm.kl_penalty=abs", "actor_rollout_ref.actor.optim.lr=1e-2"]
     Trainer(tiny_recipe(tmp_path, policy_folder, *more), prefers("e")).fit()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert re.search(r"GRPO .* 3/3 steps +0:00:\d\d left 0:00:00 +score \d\.\d{3}  kl -?\d\.\d{4}  tokens/s \d+", text)
     assert "held-out, step 3: score" in text
+    assert re.search(r"^alarm at step 2: kl_runaway: .*$", text, re.M)  # above the live line, not into it
     assert not re.search(r"^step \d", text, re.M)
 
 
@@ -138,6 +141,7 @@ def test_runs_are_listed_with_their_result(tmp_path: Path, capsys: pytest.Captur
     safe_score = {"before": 0.5, "after": 0.7, "diff": 0.2, "ci95": [0.1, 0.3], "n": 9}
     (done / "summary.json").write_text(json.dumps({"safe_score": safe_score}))
     (done / "policy" / "recipe.yaml").write_text("")  # nothing is looked for within a run
+    (tmp_path / "runs" / "recipe.yaml").write_text("")  # and a recipe alone is no run
     (broken / "metrics.jsonl").write_text("not json\n{}\n")
     alarms = [{"step": 2, "name": name, "value": 1.0, "threshold": 0.5, "message": "", "metric": "", "on": "training",
                "stop": False} for name in ("repetition", "saturated", "repetition")]  # fmt: skip

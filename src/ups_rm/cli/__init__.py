@@ -47,8 +47,5 @@ def main() -> None:
         err_console.print(str(error), markup=False, soft_wrap=True)
         emit("error", type=type(error).__name__, message=str(error))
         sys.exit(2)
-    except BrokenPipeError:  # `ups-rm ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit has somewhere to go
-        sys.exit(141)
     finally:
         set_output()  # whoever calls this from Python prints as always afterwards

@@ -46,7 +46,7 @@ class RunInfo:
 
 
 def find_runs(folder: Path) -> list[RunInfo]:
-    """Every run folder at or below `folder` (one with recipe.yaml), the newest last.
+    """Every run folder at or below `folder` (one with recipe.yaml and metrics.jsonl), the newest last.
 
     A run is not looked for within another one.
     """
@@ -54,7 +54,7 @@ def find_runs(folder: Path) -> list[RunInfo]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    if (folder / "recipe.yaml").is_file():
+    if (folder / "recipe.yaml").is_file() and (folder / "metrics.jsonl").is_file():  # the first alone may be anyone's
         yield folder
         return
     for entry in sorted(folder.iterdir()):
@@ -64,10 +64,9 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 def read_run(folder: Path) -> RunInfo:
     """What a run folder says of its run."""
-    metrics = folder / "metrics.jsonl"
     state = "finished" if (folder / "policy").is_dir() else "unfinished"
     try:
-        rows, alarms = read_metrics(metrics) if metrics.is_file() else [], read_alarms(folder)
+        rows, alarms = read_metrics(folder / "metrics.jsonl"), read_alarms(folder)
     except DataError:
         rows, alarms, state = [], [], "unreadable"
     trained = [row for row in rows if "critic/score/mean" in row]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from ups_rm.console import emit, err_console, finite
+from ups_rm.console import emit, finite, warn
 from ups_rm.errors import DataError
 from ups_rm.monitor.limits import Alarm, Alarms
 from ups_rm.recipe import Monitor as MonitorSettings
@@ -53,8 +53,7 @@ class Monitor:
         self.trackers.log(logged, step)
         emit("step", step=step, metrics=logged)
         for alarm in begun:
-            line = f"alarm at step {alarm.step}: {alarm.name}: {alarm.message}"
-            err_console.print(line, style="bold red", markup=False, soft_wrap=True)
+            warn(f"alarm at step {alarm.step}: {alarm.name}: {alarm.message}", style="bold red")
             emit("alarm", **asdict(alarm))
         if begun:
             self.raised += begun
@@ -72,7 +71,7 @@ class Monitor:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
             temporary.replace(self.file)
         except OSError as error:
-            err_console.print(f"{self.file} can't be written, training goes on: {error}", markup=False)
+            warn(f"{self.file} can't be written, training goes on: {error}")
 
 
 def stop_message(alarm: Alarm, done: int, checkpoint: Path | None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from ups_rm.console import err_console
+from ups_rm.console import warn
 from ups_rm.errors import RunError
 from ups_rm.tracking.console_line import ConsoleLine
 from ups_rm.tracking.jsonl import MetricsFile
@@ -90,7 +90,7 @@ class Trackers:
                 try:
                     self._trackers[name] = _start(name, project_name, experiment_name, self.folder, config, resume_step)
                 except Exception as error:
-                    _warn(f"tracker {name} did not start, training goes on without it: {error}")
+                    warn(f"tracker {name} did not start, training goes on without it: {error}")
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +117,7 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                _warn(f"tracker {name} did not close properly: {error}")
+                warn(f"tracker {name} did not close properly: {error}")
 
     def __enter__(self) -> Trackers:
         return self
@@ -130,9 +130,9 @@ class Trackers:
     def _report(self, name: str, error: Exception) -> None:
         failures = self._failures[name] = self._failures.get(name, 0) + 1
         if failures == 1:
-            _warn(f"tracker {name} failed, training goes on: {error}")
+            warn(f"tracker {name} failed, training goes on: {error}")
         if failures == MAX_FAILURES:
-            _warn(f"tracker {name} failed {failures} times in a row and is left alone")
+            warn(f"tracker {name} failed {failures} times in a row and is left alone")
             del self._trackers[name]
 
 
@@ -239,15 +239,11 @@ def _start_wandb(
         if os.environ.get("WANDB_MODE") == "offline":
             raise
         reason = str(error).splitlines()[0]
-        _warn(f"wandb can't go online ({reason}); it writes offline now, upload later with:")
-        _warn(f"  wandb sync {folder}/wandb/offline-run-*")
+        warn(f"wandb can't go online ({reason}); it writes offline now, upload later with:")
+        warn(f"  wandb sync {folder}/wandb/offline-run-*")
         tracker = _started(tracker_class(project_name, **arguments, mode="offline"), config)
     id_file.write_text(f"{tracker.tracker.id}\n", encoding="utf-8")
     return tracker
-
-
-def _warn(message: str) -> None:
-    err_console.print(message, markup=False, soft_wrap=True)
 
 
 def _started(tracker: Any, config: Mapping[str, Any]) -> Any:
