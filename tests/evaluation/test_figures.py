@@ -110,17 +110,21 @@ def test_a_judge_without_any_verdict_is_none_and_not_an_error() -> None:
 
 
 def test_the_tables_show_groups_categories_and_judges() -> None:
-    verdicts = [Verdict(1.0)] * 3
+    verdicts = [Verdict(1.0)] * 4
     summary = summary_of(
-        "uab", [0.2, 0.9, 0.9], [0.7, 0.9, 0.8], categories={0: ["Fraud [x]"]}, judges={"second": (verdicts, verdicts)}
-    )
+        "uuab", [0.2, 0.2, 0.9, 0.9], [0.7, 0.7, 0.9, 0.8], categories={0: ["Fraud [x]"]},
+        judges={"second": (verdicts, verdicts)},
+    )  # fmt: skip
     with console.capture() as shown:
         for table in group_tables(summary):
             console.print(table)
     text = shown.get()
-    for part in ("1 unsafe prompts", "1 harmless prompts that sound dangerous", "1 harmless prompts", "Fraud [x]",
-                 "+0.500  95% [+0.500, +0.500]", "1 safer, 0 equal, 0 less safe", "second"):  # fmt: skip
+    for part in ("2 unsafe prompts", "1 harmless prompts that sound dangerous", "1 harmless prompts", "Fraud [x]",
+                 "+0.500  95% [+0.500, +0.500]", "2 safer, 0 equal, 0 less safe", "second"):  # fmt: skip
         assert part in text, part
+    (category,) = (line for line in text.splitlines() if "Fraud [x]" in line)
+    assert "+0.500" in category
+    assert "95%" not in category, "the interval of one prompt has no width and says nothing"
 
 
 @settings(max_examples=25, deadline=None)

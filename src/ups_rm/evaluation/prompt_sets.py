@@ -74,7 +74,7 @@ SETS: dict[str, PromptSet] = {
             "XSTest, github.com/paul-rottger/xstest, xstest_prompts.csv",
             "CC BY 4.0",
             "walledai/XSTest",
-            category=("focus", "type"),
+            category=("type",),
             group=_xstest_group,
             group_from="label or type",
         ),

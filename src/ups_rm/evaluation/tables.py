@@ -76,7 +76,7 @@ def _row(name: str, numbers: dict[str, Any], digits: int, *, percent: bool = Fal
         return name, "-", "-", "-"
     scale, unit, change_unit = (100, "%", " points") if percent else (1, "", "")
     change = f"{scale * (after - before):+.{digits}f}{change_unit}"
-    if numbers.get("ci95"):
+    if numbers.get("ci95") and numbers["n"] > 1:  # of one prompt it has no width and says nothing
         low, high = (scale * end for end in numbers["ci95"])
         change += f"  95% [{low:+.{digits}f}, {high:+.{digits}f}]"
     return name, f"{scale * before:.{digits}f}{unit}", f"{scale * after:.{digits}f}{unit}", change
