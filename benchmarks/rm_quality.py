@@ -159,9 +159,9 @@ def _from_sample(features: dict[str, FeatureSet], settings: HeadSettings) -> Fin
 def policy_replies(inputs: Inputs) -> list[Row]:
     """REPLIES replies of the default policy, sampled as the default recipe samples, to PROMPTS prompts of the sample's
     test split, half of them harmless; two rows of two replies for each prompt."""
-    from ups_rm.local.decode import Sampling
     from ups_rm.local.policy import Policy
     from ups_rm.local.rollout import RolloutEngine
+    from ups_rm.local.sampling import Sampling
     from ups_rm.recipe import load_recipe
 
     file = inputs.cache / "replies.jsonl"

@@ -48,8 +48,9 @@ def sides(case: Case) -> tuple[Side, Side, float]:
     from transformers import GenerationConfig
 
     from ups_rm.data.prompts import encode_prompts
-    from ups_rm.local.decode import FastDecoder, Sampling
+    from ups_rm.local.decode import FastDecoder
     from ups_rm.local.policy import load_model
+    from ups_rm.local.sampling import Sampling
     from ups_rm.models import fetch
 
     model, tokenizer = load_model(str(fetch()), dtype=getattr(torch, case.dtype))

@@ -14,8 +14,9 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from tiny import qwen_tokenizer
 from tiny_training import FAST, UNKNOWN, causal_lm, policy_of, random_prompts, slow_logprobs
 from ups_rm.errors import PolicyError
-from ups_rm.local.decode import FastDecoder, Sampling, draw
+from ups_rm.local.decode import FastDecoder
 from ups_rm.local.rollout import Rollout, RolloutEngine
+from ups_rm.local.sampling import Sampling, draw
 from ups_rm.types import Message
 
 GREEDY = Sampling(temperature=0.0)

@@ -1,7 +1,8 @@
 """A decode loop for Llama- and Qwen-type models: prompt computed once per group, preallocated KV cache, no `generate`.
 
-Weights are read from the transformers model itself (LoRA merged in on `refresh`), the rotary table is its own module,
-so biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. Finished rows leave the batch.
+Weights are read from the transformers model itself (LoRA merged in) and packed on `refresh`, the rotary table is its
+own module, so biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. Finished rows leave
+the batch.
 Sampling inverts the CDF with uniforms drawn beforehand per row and position: a row's reply does not depend on which
 other rows are in its batch or when they end.
 
@@ -16,6 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ups_rm.local.group_cache import GroupCache
+from ups_rm.local.projection import Projection
+from ups_rm.local.sampling import Sampling, draw
 
 KNOWN = ("llama", "qwen2", "qwen3")
 
@@ -34,55 +39,13 @@ def is_known(model: Any) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. temperature 0 is greedy; top_k -1 and top_p 1 keep all tokens."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    seed: int = 0
-
-    def uniforms(self, rows: int, length: int) -> Tensor:
-        """Uniform draws in [0, 1), one per row and position, from the seed alone. Shape (rows, length)."""
-        return torch.rand(rows, length, generator=torch.Generator().manual_seed(self.seed))
-
-
-def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability under the tempered, untruncated distribution.
-
-    Args:
-        logits: (b, V) fp32; changed in place.
-        uniform: (b,) in [0, 1).
-    """
-    if sampling.temperature == 0:
-        token = logits.argmax(dim=-1)
-        return token, logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
-    logits /= sampling.temperature
-    logsumexp = logits.logsumexp(dim=-1, keepdim=True)
-    kept = logits
-    if 0 < sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        kept = logits.masked_fill(logits < least, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, order = kept.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        outside = probs.cumsum(dim=-1) - probs >= sampling.top_p  # the token that crosses top_p stays
-        kept = torch.full_like(kept, float("-inf")).scatter_(1, order, ordered.masked_fill(outside, float("-inf")))
-    cdf = (kept - logsumexp).exp_().cumsum_(dim=-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    token = token.clamp_(max=int(logits.shape[1]) - 1)
-    return token, (logits.gather(1, token[:, None]) - logsumexp).squeeze(1)
-
-
 @dataclass
 class _Layer:
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    gate_up: Tensor
-    down: Tensor
+    qkv: Projection
+    out: Projection
+    gate: Projection
+    up: Projection
+    down: Projection
     norm1: Tensor
     norm2: Tensor
     q_norm: Tensor | None
@@ -90,7 +53,7 @@ class _Layer:
 
 
 class FastDecoder:
-    """See the module. Letters: b rows, S heads, K key/value heads, D head size, H hidden size."""
+    """See the module. Letters: b rows, N tokens, S heads, K key/value heads, D head size, H hidden size."""
 
     def __init__(self, model: Any) -> None:
         self.causal = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -110,20 +73,21 @@ class FastDecoder:
         """Take over the model's present weights."""
         base = self.causal.model
         self.embed, self.norm, self.rotary = base.embed_tokens.weight, base.norm.weight, base.rotary_emb
-        self.head, self.dtype = _weight(self.causal.lm_head), self.embed.dtype
-        self.layers = []
+        self.head, self.dtype = Projection(_weight(self.causal.lm_head)), self.embed.dtype
+        self.layers: list[_Layer] = []
         for layer in base.layers:
             attention, mlp = layer.self_attn, layer.mlp
             qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
             bias = [part.bias for part in qkv]
             self.layers.append(
                 _Layer(
-                    qkv=torch.cat([_weight(part) for part in qkv]),
-                    qkv_bias=None if bias[0] is None else torch.cat(bias),
-                    out=_weight(attention.o_proj),
-                    out_bias=attention.o_proj.bias,
-                    gate_up=torch.cat([_weight(mlp.gate_proj), _weight(mlp.up_proj)]),
-                    down=_weight(mlp.down_proj),
+                    qkv=Projection(
+                        torch.cat([_weight(part) for part in qkv]), None if bias[0] is None else torch.cat(bias)
+                    ),
+                    out=Projection(_weight(attention.o_proj), attention.o_proj.bias),
+                    gate=Projection(_weight(mlp.gate_proj)),
+                    up=Projection(_weight(mlp.up_proj)),
+                    down=Projection(_weight(mlp.down_proj)),
                     norm1=layer.input_layernorm.weight,
                     norm2=layer.post_attention_layernorm.weight,
                     q_norm=getattr(getattr(attention, "q_norm", None), "weight", None),
@@ -131,47 +95,54 @@ class FastDecoder:
                 )
             )
 
+    def copies(self, *, packed: bool) -> list[Tensor]:
+        """Weights that the decoder holds beside the model's own: all projections where they are packed, else fused."""
+        layers = [[layer.qkv, layer.out, layer.gate, layer.up, layer.down] for layer in self.layers]
+        if packed:
+            return [part.weight for part in (self.head, *(part for layer in layers for part in layer))]
+        return [layer[0].weight for layer in layers]
+
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.eps)
 
-    def _qkv(self, x: Tensor, layer: _Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, t, H) -> q (b, S, t, D), k and v (b, K, t, D), rotated."""
-        y = F.linear(self._rms(x, layer.norm1), layer.qkv, layer.qkv_bias)
-        y = y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
-        q, k, v = y.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+    def _qkv(self, x: Tensor, layer: _Layer, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (N, H) -> queries and keys, rotated, and values: (N, S + 2 K, D)."""
+        y = layer.qkv(self._rms(x, layer.norm1)).view(len(x), -1, self.head_dim)
+        turned = y[:, : self.heads + self.kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q, k = turned.split([self.heads, self.kv_heads], dim=1)
+            turned = torch.cat([self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)], dim=1)
+        return torch.cat([rotate(turned, cos, sin), y[:, self.heads + self.kv_heads :]], dim=1)
 
     def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
-        gate, up = F.linear(self._rms(x, layer.norm2), layer.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down)
+        """x (N, H) plus its multilayer perceptron."""
+        y = self._rms(x, layer.norm2)
+        return layer.down.onto(layer.up.times(y, layer.gate.silu(y)), x)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._rms(hidden, self.norm), self.head).float()
+        return self.head(self._rms(hidden, self.norm)).float()
 
-    def _prefill(self, prompts: list[list[int]], n: int, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run each prompt once, right-padded; (last hidden (B, H), keys, values (L, B, K, total, D), lengths (B,))."""
+    def _prefill(self, prompts: list[list[int]], n: int, reply_length: int) -> tuple[Tensor, Tensor, GroupCache]:
+        """Run each prompt once, right-padded; last hidden (P, H), lengths (P,), and the cache for n replies each."""
         device, count, width = self.embed.device, len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(row) for row in prompts], device=device)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=device)
-        x = F.embedding(ids, self.embed)  # (P, T, H)
-        cos, sin = self.rotary(x, torch.arange(width, device=device)[None])
-        shape = (len(self.layers), count * n, self.kv_heads, total, self.head_dim)
-        keys, values = (
-            torch.zeros(shape, dtype=self.dtype, device=device),
-            torch.zeros(shape, dtype=self.dtype, device=device),
-        )
+        x = F.embedding(ids.flatten(), self.embed)  # (N, H), N = P * T
+        cos, sin = self._rope(torch.arange(width, device=device).repeat(count))
+        shape = (len(self.layers), count, self.kv_heads, width, self.head_dim)
+        keys = torch.empty(shape, dtype=self.dtype, device=device)
+        values = torch.empty_like(keys)
         for i, layer in enumerate(self.layers):
-            q, k, v = self._qkv(x, layer, cos[:, None], sin[:, None])
+            qkv = self._qkv(x, layer, cos, sin).view(count, width, -1, self.head_dim).transpose(1, 2)
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            keys[i], values[i] = k, v
             # right padding and a causal mask: no real token sees a padded one
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            keys[i, :, :, :width] = k.repeat_interleave(n, 0)
-            values[i, :, :, :width] = v.repeat_interleave(n, 0)
-            x = x + F.linear(a.transpose(1, 2).flatten(2), layer.out, layer.out_bias)
-            x = x + self._mlp(x, layer)
-        last = x[torch.arange(count, device=device), lengths - 1]
-        return last.repeat_interleave(n, 0), keys, values, lengths.repeat_interleave(n)
+            x = layer.out.onto(a.transpose(1, 2).reshape(len(x), -1), x)
+            x = self._mlp(x, layer)
+        last = x.view(count, width, -1)[torch.arange(count, device=device), lengths - 1]
+        cache = GroupCache(keys, values, lengths, columns=n, reply_length=reply_length, heads=self.heads)
+        return last, lengths, cache
 
     @torch.no_grad()
     def generate(
@@ -192,13 +163,9 @@ class FastDecoder:
         Returns:
             (tokens, logprobs) per row on the CPU, the end token included, row i answering prompt i // n.
         """
-        device, width = self.embed.device, max(map(len, prompts))
-        total, batch = width + max_new_tokens, len(prompts) * n
-        hidden, keys, values, lengths = self._prefill(prompts, n, total)
-        slots = torch.arange(total, device=device)
-        seen = ((slots < lengths[:, None]) | (slots >= width))[
-            :, None, None
-        ]  # (B, 1, 1, total): prompt padding is hidden
+        device, batch = self.embed.device, len(prompts) * n
+        last, lengths, cache = self._prefill(prompts, n, max_new_tokens)
+        hidden, lengths = last.repeat_interleave(n, 0), lengths.repeat_interleave(n)
         end = torch.tensor(eos_ids, device=device)
         uniforms = uniforms.to(device)
         out = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
@@ -214,28 +181,25 @@ class FastDecoder:
             if t == max_new_tokens - 1 or not bool(alive.any()):
                 break
             if not bool(alive.all()):
-                keys, values, seen, rows = keys[:, alive], values[:, alive], seen[alive], rows[alive]
-                lengths, token = lengths[alive], token[alive]
-            hidden = self._decode(token, lengths + t, width + t, keys, values, seen)
+                cache.keep(alive)
+                rows, lengths, token = rows[alive], lengths[alive], token[alive]
+            hidden = self._decode(token, lengths + t, t, cache)
         out, logprobs = out.cpu(), logprobs.cpu()
         return [(out[i, :k], logprobs[i, :k]) for i, k in enumerate(count.tolist())]
 
-    def _decode(self, token: Tensor, position: Tensor, slot: int, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """One token per row at cache slot `slot`; returns the last hidden state (b, H)."""
-        x = F.embedding(token, self.embed)[:, None]  # (b, 1, H)
-        cos, sin = self.rotary(x, position[:, None])
-        mask, groups = seen[..., : slot + 1], self.heads // self.kv_heads
+    def _decode(self, token: Tensor, position: Tensor, t: int, cache: GroupCache) -> Tensor:
+        """Reply token t of every live row, at these positions; returns the last hidden state (b, H)."""
+        x = F.embedding(token, self.embed)  # (b, H)
+        cos, sin = self._rope(position)
         for i, layer in enumerate(self.layers):
-            q, k, v = self._qkv(x, layer, cos[:, None], sin[:, None])
-            keys[i, :, :, slot : slot + 1], values[i, :, :, slot : slot + 1] = k, v
-            # the heads that share a key head stand as rows of one query: no copy of the cache
-            q = q.view(-1, self.kv_heads, groups, self.head_dim)
-            a = F.scaled_dot_product_attention(
-                q, keys[i, :, :, : slot + 1], values[i, :, :, : slot + 1], attn_mask=mask
-            )
-            x = x + F.linear(a.reshape(x.shape[0], 1, -1), layer.out, layer.out_bias)
-            x = x + self._mlp(x, layer)
-        return x[:, 0]
+            x = layer.out.onto(cache.attend(i, self._qkv(x, layer, cos, sin), t), x)
+            x = self._mlp(x, layer)
+        return x
+
+    def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions (N,), each (N, 1, D) in the compute dtype."""
+        cos, sin = self.rotary(self.embed, position[None])
+        return cos[0, :, None], sin[0, :, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

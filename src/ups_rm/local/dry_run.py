@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,7 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
         decoder = FastDecoder.of(model)
     weights = list(model.parameters())
     trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad)
-    own = {id(parameter) for parameter in weights}
-    fused = [] if decoder is None else [t for layer in decoder.layers for t in vars(layer).values() if t is not None]
+    on_cpu = torch_device(recipe.trainer.device).type == "cpu"
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden  # GPT-2's name
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -64,6 +64,10 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     length = recipe.data.max_prompt_length + recipe.data.max_response_length
     tokens = settings.actor.ppo_micro_batch_size_per_gpu * length
     rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
+    # a known architecture keeps a prompt's keys and values once, in fp32 on a CPU; `generate` keeps them for each reply
+    prompt_rows = rows if decoder is None else math.ceil(rows / rollout.n)
+    cached = prompt_rows * recipe.data.max_prompt_length + rows * recipe.data.max_response_length
+    cache_width = 4 if on_cpu and decoder is not None else width
     kept_layers = 1 if settings.model.enable_gradient_checkpointing else layers
     return MemoryEstimate(
         {
@@ -72,8 +76,8 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
             "gradients": trained * 4,
             "optimizer (AdamW, two moments)": trained * 8,
             "reference": frozen if needs_reference(recipe) and not lora else 0,
-            "fused rollout weights": _bytes(tensor for tensor in fused if id(tensor) not in own),
-            "KV cache of the rollout": 2 * layers * rows * kv_heads * head * length * width,
+            "packed rollout weights": 0 if decoder is None else _bytes(decoder.copies(packed=on_cpu)),
+            "KV cache of the rollout": 2 * layers * cached * kv_heads * head * cache_width,
             "activations of a micro batch": kept_layers * tokens * 2 * (6 * hidden + 3 * inner) * width,
             "logits (one chunk)": max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width,
             "reward model": rm_bytes,

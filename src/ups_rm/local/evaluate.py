@@ -15,9 +15,9 @@ from ups_rm.errors import DataError
 from ups_rm.evaluation.compare import Comparison, LogprobSums, compare
 from ups_rm.evaluation.judges import Judge
 from ups_rm.local.actor import response_logprobs
-from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine
+from ups_rm.local.sampling import Sampling
 from ups_rm.recipe import Recipe
 from ups_rm.types import Conversation, Scorer
 

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 
 from ups_rm.data.prompts import encode_prompts
 from ups_rm.errors import PolicyError
-from ups_rm.local.decode import FastDecoder, Sampling, draw
+from ups_rm.local.decode import FastDecoder
 from ups_rm.local.policy import Policy
+from ups_rm.local.sampling import Sampling, draw
 from ups_rm.local.sequences import Sequences
 from ups_rm.types import Conversation, Message
 

@@ -26,9 +26,9 @@ from ups_rm.grpo import AdaptiveKL, FixedKL, estimate_advantages, kl_penalty, pe
 from ups_rm.interrupt import interruptible
 from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.checkpoint import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
-from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy, needs_reference
 from ups_rm.local.rollout import Rollout, RolloutEngine
+from ups_rm.local.sampling import Sampling
 from ups_rm.local.scoring import load_scorer, safe_scores
 from ups_rm.local.step_groups import log_groups, open_group_log
 from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics

@@ -10,9 +10,9 @@ from ups_rm.data.prompts import PromptRow
 from ups_rm.evaluation.refusal import is_refusal
 from ups_rm.evaluation.text import text_metrics
 from ups_rm.grpo import score_metrics
-from ups_rm.local.decode import Sampling
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import RolloutEngine
+from ups_rm.local.sampling import Sampling
 from ups_rm.local.scoring import safe_scores
 from ups_rm.local.sequences import Sequences
 from ups_rm.monitor.judge import judge_means

@@ -1,0 +1,113 @@
+"""Keys and values of a rollout: a prompt's once for all its replies, each reply's own beside it.
+
+Letters: P groups, m columns (replies per group), K key/value heads, g query heads per key head, D head size, T prompt
+tokens, R reply tokens at most, b live rows, L layers.
+
+Rows stand in the cells of a grid of P x m, so that the replies of a group are further query rows of one product with
+the prompt's keys: the prompt is read once per group, not once per reply. A row that has ended leaves its cell empty;
+when a quarter of the grid could be saved, the grid is made anew without empty groups and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHRINK_AT = 0.75
+"""The grid is made anew when the new one has at most this share of its cells."""
+
+
+class GroupCache:
+    """See the module.
+
+    On CPUs attention is computed in fp32: its products are too small for bf16 to pay.
+
+    Args:
+        keys, values: of the prompts, right-padded. Shape (L, P, K, T, D).
+        lengths: of the prompts. Shape (P,).
+        columns: replies per group.
+        reply_length: most tokens of a reply, R.
+        heads: query heads, K * g.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, lengths: Tensor, *, columns: int, reply_length: int, heads: int
+    ) -> None:
+        layers, groups, kv_heads, width, size = keys.shape
+        self.dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
+        self.prompt_keys, self.prompt_values = keys.to(self.dtype), values.to(self.dtype)
+        shape = (layers, groups, kv_heads, columns, reply_length, size)
+        self.keys = torch.zeros(shape, dtype=self.dtype, device=keys.device)
+        self.values = torch.zeros_like(self.keys)
+        self.heads, self.columns, self.scale = heads, columns, size**-0.5
+        padded = torch.arange(width, device=keys.device) >= lengths[:, None]  # (P, T)
+        self.hidden = torch.zeros(padded.shape, dtype=self.dtype, device=keys.device).masked_fill_(
+            padded, torch.finfo(self.dtype).min
+        )
+        self.cells = torch.arange(groups * columns, device=keys.device)
+        """The cell of each live row, group * m + column. Shape (b,)."""
+
+    @property
+    def groups(self) -> int:
+        return self.keys.shape[1]
+
+    def attend(self, layer: int, qkv: Tensor, position: int) -> Tensor:
+        """Write the rows' keys and values at reply position `position` and attend to all up to it.
+
+        Args:
+            qkv: rotated queries and keys, and values, of one token per live row. Shape (b, K * g + 2 * K, D).
+
+        Returns:
+            Shape (b, K * g * D), in qkv's dtype.
+        """
+        groups, columns, size = self.groups, self.columns, qkv.shape[-1]
+        kv_heads, seen = self.keys.shape[2], position + 1
+        if len(qkv) < groups * columns:
+            grid = qkv.new_zeros(groups * columns, *qkv.shape[1:]).index_copy_(0, self.cells, qkv)
+        else:
+            grid = qkv
+        q, k, v = grid.view(groups, columns, -1, size).transpose(1, 2).split([self.heads, kv_heads, kv_heads], dim=1)
+        self.keys[layer, :, :, :, position], self.values[layer, :, :, :, position] = k, v
+        # (P, K, m, g, D): a group's queries side by side for the prompt, a row's for its own reply
+        q = packed(q.unflatten(1, (kv_heads, -1)).transpose(2, 3), self.dtype)
+        as_group, as_row = q.view(groups * kv_heads, -1, size), q.view(groups * kv_heads * columns, -1, size)
+        hidden = self.hidden[:, None, None].expand(-1, kv_heads, 1, -1).reshape(groups * kv_heads, 1, -1)
+        keys, values = (part[layer].flatten(0, 1) for part in (self.prompt_keys, self.prompt_values))  # (P K, T, D)
+        own_keys, own_values = (part[layer].flatten(0, 2)[:, :seen] for part in (self.keys, self.values))
+        prompt = torch.baddbmm(hidden, as_group, keys.transpose(1, 2), alpha=self.scale)  # (P K, m g, T)
+        own = torch.bmm(as_row, own_keys.transpose(1, 2)).mul_(self.scale)  # (P K m, g, seen)
+        probs = torch.cat([prompt, own.view(*prompt.shape[:2], -1)], dim=-1).softmax(dim=-1)
+        width = prompt.shape[-1]
+        out = torch.bmm(probs[..., :width], values)  # (P K, m g, D)
+        out = torch.baddbmm(out.view(*as_row.shape), probs[..., width:].reshape(*own.shape), own_values)
+        out = out.view(groups, kv_heads, columns, -1, size).transpose(1, 2)
+        out = packed(out, qkv.dtype).view(groups * columns, -1)
+        return out if grid is qkv else out[self.cells]
+
+    def keep(self, alive: Tensor) -> None:
+        """Drop the rows that have ended. `alive`: bool (b,)."""
+        self.cells = self.cells[alive]
+        group = self.cells // self.columns
+        counts = torch.bincount(group, minlength=self.groups)
+        live, columns = counts.nonzero().squeeze(1), int(counts.max())
+        if len(live) * columns > SHRINK_AT * self.groups * self.columns:
+            return
+        counts = counts[live]
+        first = counts.cumsum(0) - counts  # of each group, among the rows
+        rank = torch.arange(len(self.cells), device=group.device) - first.repeat_interleave(counts)
+        new_group = torch.arange(len(live), device=group.device).repeat_interleave(counts)
+        source = torch.zeros(len(live), columns, dtype=torch.long, device=group.device)  # an empty cell copies any
+        source[new_group, rank] = self.cells % self.columns
+        self.prompt_keys, self.prompt_values = self.prompt_keys[:, live], self.prompt_values[:, live]
+        # (L, P, K, m, R, D): the indexed dimensions come out first
+        self.keys, self.values = (
+            part[:, live[:, None], :, source].permute(2, 0, 3, 1, 4, 5).contiguous()
+            for part in (self.keys, self.values)
+        )
+        self.hidden, self.columns = self.hidden[live], columns
+        self.cells = new_group * columns + rank
+
+
+def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in the dtype, in one pass."""
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
