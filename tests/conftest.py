@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tiny import tiny_backbone, tiny_policy, tiny_rm
+from ups_rm.local.native import kernels
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
         rank[group] = min(rank.get(group, 2), 0 if alone else 1 if item.get_closest_marker("slow") else 2)
     items.sort(key=lambda item: rank[item.get_closest_marker("xdist_group").args[0]])  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_built() -> None:
+    """Once, in the user's cache, before a test names another one."""
+    kernels()
 
 
 @pytest.fixture(scope="session")

@@ -363,6 +363,7 @@ def process(place: Place, rm_folder: Path) -> Iterator[Callable[..., subprocess.
     def start(*arguments: str) -> subprocess.Popen[str]:
         environment = os.environ | own(place.folder) | {"REWARD_MODEL_PATH": str(rm_folder)}
         environment |= {"POLICY_MODEL_PATH": str(place.policy), "UPS_RM_CACHE": str(place.folder / "cache")}
+        environment |= {"UPS_RM_NATIVE": "0"}  # they would be built anew in that cache
         command = [sys.executable, "-m", "ups_rm", "run", *SMALL, *arguments]
         started.append(
             subprocess.Popen(

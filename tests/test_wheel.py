@@ -103,7 +103,13 @@ def test_wheel_alone_in_an_empty_environment_runs_from_an_empty_folder(tmp_path)
     policy = tiny_policy(cache / "models/smollm2-135m-instruct")
     (policy / "ups_rm_source.json").write_text("{}", encoding="utf-8")
     empty.mkdir()
-    alone = {"UPS_RM_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
+    alone = {
+        "UPS_RM_CACHE": str(cache),
+        "UPS_RM_NATIVE": "0",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+        "PYTHONNOUSERSITE": "1",
+    }
     where = run(
         [environment / "bin/python", "-c", "import importlib.util as u, ups_rm; print(ups_rm.__file__); "
          "print([name for name in ('verl', 'trl', 'ray', 'wandb', 'pytest') if u.find_spec(name)])"],

@@ -85,6 +85,7 @@ def make_workspace(folder: Path) -> dict[str, str]:
         "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "UPS_RM_VENV": sys.prefix,
         "UPS_RM_CACHE": str(folder / "cache"),
+        "UPS_RM_NATIVE": "0",  # they would be built anew for each page
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
         "HF_HUB_OFFLINE": "1",

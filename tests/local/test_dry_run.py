@@ -10,6 +10,7 @@ from transformers import AutoConfig, GPT2Config
 
 from tiny_training import prefers, tiny_recipe
 from ups_rm.local.dry_run import MemoryEstimate, estimate_memory, print_dry_run
+from ups_rm.local.group_cache import GroupCache
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import Recipe
 
@@ -86,27 +87,26 @@ def test_weights_masters_gradients_and_optimizer_are_counted_exactly(
 
 
 def test_the_kv_cache_is_counted_exactly(tmp_path: Path, policy_folder: Path) -> None:
-    """Keys and values of all replies that decode at the same time, at the longest prompt."""
+    """Keys and values of all replies that decode at the same time, and once per group those of the longest prompt."""
     for overrides, rows in (([], 16), (["actor_rollout_ref.rollout.max_num_seqs=8"], 8)):
         recipe = tiny_recipe(tmp_path, policy_folder, *overrides)
         parts = estimate(recipe).parts
-        assert parts["KV cache of the rollout"] == 2 * 2 * rows * 2 * 16 * (128 + 8) * 4  # layers, heads, size, fp32
+        n = recipe.actor_rollout_ref.rollout.n
+        keys = torch.zeros(2, rows // n, 2, 128, 16)  # layers, prompts, heads, tokens, size
+        sizes = {"columns": n, "reply_length": 8, "heads": 4}
+        cache = GroupCache(keys, keys.clone(), torch.full((rows // n,), 128), **sizes)
+        held = [cache.prompt_keys, cache.prompt_values, cache.keys, cache.values]
+        assert parts["KV cache of the rollout"] == size(held)
 
 
-def test_fused_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folder: Path) -> None:
-    for dtype in ("float32", "bfloat16"):
-        recipe = tiny_recipe(tmp_path, policy_folder, f"{DTYPE}{dtype}")
+def test_packed_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folder: Path) -> None:
+    for dtype, lora in (("float32", 0), ("bfloat16", 0), ("float32", 2)):
+        recipe = tiny_recipe(tmp_path, policy_folder, f"{DTYPE}{dtype}", f"actor_rollout_ref.model.lora_rank={lora}")
         decoder = Trainer(recipe, prefers("e")).engine.decoder
         assert decoder is not None
-        fused = [tensor for layer in decoder.layers for tensor in (layer.qkv, layer.gate_up)]
-        biases = [layer.qkv_bias for layer in decoder.layers if layer.qkv_bias is not None]
-        assert estimate(recipe).parts["fused rollout weights"] == size(fused) + size(biases)
-    recipe = tiny_recipe(tmp_path, policy_folder, f"{DTYPE}float32", "actor_rollout_ref.model.lora_rank=2")
-    decoder = Trainer(recipe, prefers("e")).engine.decoder
-    assert decoder is not None
-    merged = [tensor for layer in decoder.layers for tensor in (layer.qkv, layer.gate_up, layer.out, layer.down)]
-    biases = [layer.qkv_bias for layer in decoder.layers if layer.qkv_bias is not None]
-    assert estimate(recipe).parts["fused rollout weights"] == size(merged) + size(biases)
+        packed = decoder.copies(packed=True)  # in oneDNN's layout they have no storage that could be looked at
+        held = sum(weight.numel() * weight.element_size() for weight in packed)
+        assert estimate(recipe).parts["packed rollout weights"] == held
 
 
 def test_nothing_is_written_or_loaded(

@@ -15,9 +15,11 @@ from torch import Tensor
 from tiny_training import FAST, UNKNOWN, VOCAB, causal_lm, policy_of, random_sequences, slow_logprobs
 from ups_rm.local import shared_prefix
 from ups_rm.local.actor import response_logprobs
+from ups_rm.local.elementwise import RMSNorm
 from ups_rm.local.policy import Policy
+from ups_rm.local.selected_logprobs import SelectedLogprobs
 from ups_rm.local.sequences import Sequences
-from ups_rm.local.shared_prefix import RMSNorm, SelectedLogprobs, SharedPrefixForward
+from ups_rm.local.shared_prefix import SharedPrefixForward
 
 TEMPERATURE = 0.8
 # Three groups, their rows interleaved; one of a single reply, one with an empty reply; different lengths.

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.local.group_cache import GroupCache
+from ups_rm.local.elementwise import rms_norm
+from ups_rm.local.group_cache import GroupCache, NativeCache, rotated
+from ups_rm.local.native import kernels
 from ups_rm.local.projection import Projection
 from ups_rm.local.sampling import Sampling, draw
 
@@ -61,6 +63,9 @@ class FastDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
+        weight = self.causal.model.embed_tokens.weight
+        native = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+        self.kernels = kernels() if native else None
         self.refresh()
 
     @classmethod
@@ -103,16 +108,15 @@ class FastDecoder:
         return [layer[0].weight for layer in layers]
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.eps)
+        return rms_norm(x, weight.to(x.dtype), self.eps)
 
-    def _qkv(self, x: Tensor, layer: _Layer, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (N, H) -> queries and keys, rotated, and values: (N, S + 2 K, D)."""
+    def _qkv(self, x: Tensor, layer: _Layer) -> Tensor:
+        """x (N, H) -> queries, keys and values, not rotated: (N, S + 2 K, D)."""
         y = layer.qkv(self._rms(x, layer.norm1)).view(len(x), -1, self.head_dim)
-        turned = y[:, : self.heads + self.kv_heads]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = turned.split([self.heads, self.kv_heads], dim=1)
-            turned = torch.cat([self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)], dim=1)
-        return torch.cat([rotate(turned, cos, sin), y[:, self.heads + self.kv_heads :]], dim=1)
+        if layer.q_norm is None or layer.k_norm is None:
+            return y
+        q, k, v = y.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return torch.cat([self._rms(q, layer.q_norm), self._rms(k, layer.k_norm), v], dim=1)
 
     def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
         """x (N, H) plus its multilayer perceptron."""
@@ -120,7 +124,7 @@ class FastDecoder:
         return layer.down.onto(layer.up.times(y, layer.gate.silu(y)), x)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(self._rms(hidden, self.norm)).float()
+        return self.head(self._rms(hidden, self.norm))
 
     def _prefill(self, prompts: list[list[int]], n: int, reply_length: int) -> tuple[Tensor, Tensor, GroupCache]:
         """Run each prompt once, right-padded; last hidden (P, H), lengths (P,), and the cache for n replies each."""
@@ -133,7 +137,8 @@ class FastDecoder:
         keys = torch.empty(shape, dtype=self.dtype, device=device)
         values = torch.empty_like(keys)
         for i, layer in enumerate(self.layers):
-            qkv = self._qkv(x, layer, cos, sin).view(count, width, -1, self.head_dim).transpose(1, 2)
+            qkv = rotated(self._qkv(x, layer), cos, sin, self.heads + self.kv_heads)
+            qkv = qkv.view(count, width, -1, self.head_dim).transpose(1, 2)
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
             keys[i], values[i] = k, v
             # right padding and a causal mask: no real token sees a padded one
@@ -141,8 +146,10 @@ class FastDecoder:
             x = layer.out.onto(a.transpose(1, 2).reshape(len(x), -1), x)
             x = self._mlp(x, layer)
         last = x.view(count, width, -1)[torch.arange(count, device=device), lengths - 1]
-        cache = GroupCache(keys, values, lengths, columns=n, reply_length=reply_length, heads=self.heads)
-        return last, lengths, cache
+        sizes = {"columns": n, "reply_length": reply_length, "heads": self.heads}
+        if self.kernels is None:
+            return last, lengths, GroupCache(keys, values, lengths, **sizes)
+        return last, lengths, NativeCache(keys, values, lengths, kernels=self.kernels, **sizes)
 
     @torch.no_grad()
     def generate(
@@ -192,7 +199,7 @@ class FastDecoder:
         x = F.embedding(token, self.embed)  # (b, H)
         cos, sin = self._rope(position)
         for i, layer in enumerate(self.layers):
-            x = layer.out.onto(cache.attend(i, self._qkv(x, layer, cos, sin), t), x)
+            x = layer.out.onto(cache.attend(i, self._qkv(x, layer), cos, sin, t), x)
             x = self._mlp(x, layer)
         return x
 
@@ -200,12 +207,6 @@ class FastDecoder:
         """Cosines and sines of the positions (N,), each (N, 1, D) in the compute dtype."""
         cos, sin = self.rotary(self.embed, position[None])
         return cos[0, :, None], sin[0, :, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding as Llama applies it: halves of the head, not pairs."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
 def _weight(linear: Any) -> Tensor:

@@ -10,8 +10,14 @@ when a quarter of the grid could be saved, the grid is made anew without empty g
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ups_rm.local.elementwise import rotate
+from ups_rm.local.native import BLOCK
 
 SHRINK_AT = 0.75
 """The grid is made anew when the new one has at most this share of its cells."""
@@ -33,17 +39,15 @@ class GroupCache:
     def __init__(
         self, keys: Tensor, values: Tensor, lengths: Tensor, *, columns: int, reply_length: int, heads: int
     ) -> None:
-        layers, groups, kv_heads, width, size = keys.shape
+        layers, groups, kv_heads, _, size = keys.shape
         self.dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
         self.prompt_keys, self.prompt_values = keys.to(self.dtype), values.to(self.dtype)
         shape = (layers, groups, kv_heads, columns, reply_length, size)
         self.keys = torch.zeros(shape, dtype=self.dtype, device=keys.device)
         self.values = torch.zeros_like(self.keys)
         self.heads, self.columns, self.scale = heads, columns, size**-0.5
-        padded = torch.arange(width, device=keys.device) >= lengths[:, None]  # (P, T)
-        self.hidden = torch.zeros(padded.shape, dtype=self.dtype, device=keys.device).masked_fill_(
-            padded, torch.finfo(self.dtype).min
-        )
+        self.lengths = lengths
+        self._hidden: Tensor | None = None
         self.cells = torch.arange(groups * columns, device=keys.device)
         """The cell of each live row, group * m + column. Shape (b,)."""
 
@@ -51,17 +55,19 @@ class GroupCache:
     def groups(self) -> int:
         return self.keys.shape[1]
 
-    def attend(self, layer: int, qkv: Tensor, position: int) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int) -> Tensor:
         """Write the rows' keys and values at reply position `position` and attend to all up to it.
 
         Args:
-            qkv: rotated queries and keys, and values, of one token per live row. Shape (b, K * g + 2 * K, D).
+            qkv: queries, keys and values of one token per live row, not rotated yet. Shape (b, K * g + 2 * K, D).
+            cos, sin: of the rows' positions. Shape (b, 1, D).
 
         Returns:
             Shape (b, K * g * D), in qkv's dtype.
         """
         groups, columns, size = self.groups, self.columns, qkv.shape[-1]
         kv_heads, seen = self.keys.shape[2], position + 1
+        qkv = rotated(qkv, cos, sin, self.heads + kv_heads)
         if len(qkv) < groups * columns:
             grid = qkv.new_zeros(groups * columns, *qkv.shape[1:]).index_copy_(0, self.cells, qkv)
         else:
@@ -71,10 +77,9 @@ class GroupCache:
         # (P, K, m, g, D): a group's queries side by side for the prompt, a row's for its own reply
         q = packed(q.unflatten(1, (kv_heads, -1)).transpose(2, 3), self.dtype)
         as_group, as_row = q.view(groups * kv_heads, -1, size), q.view(groups * kv_heads * columns, -1, size)
-        hidden = self.hidden[:, None, None].expand(-1, kv_heads, 1, -1).reshape(groups * kv_heads, 1, -1)
         keys, values = (part[layer].flatten(0, 1) for part in (self.prompt_keys, self.prompt_values))  # (P K, T, D)
         own_keys, own_values = (part[layer].flatten(0, 2)[:, :seen] for part in (self.keys, self.values))
-        prompt = torch.baddbmm(hidden, as_group, keys.transpose(1, 2), alpha=self.scale)  # (P K, m g, T)
+        prompt = torch.baddbmm(self._padding(), as_group, keys.transpose(1, 2), alpha=self.scale)  # (P K, m g, T)
         own = torch.bmm(as_row, own_keys.transpose(1, 2)).mul_(self.scale)  # (P K m, g, seen)
         probs = torch.cat([prompt, own.view(*prompt.shape[:2], -1)], dim=-1).softmax(dim=-1)
         width = prompt.shape[-1]
@@ -83,6 +88,16 @@ class GroupCache:
         out = out.view(groups, kv_heads, columns, -1, size).transpose(1, 2)
         out = packed(out, qkv.dtype).view(groups * columns, -1)
         return out if grid is qkv else out[self.cells]
+
+    def _padding(self) -> Tensor:
+        """0 at prompt tokens, the least number at their padding. Shape (P K, 1, T)."""
+        if self._hidden is None or len(self._hidden) != self.groups * self.keys.shape[2]:
+            width = self.prompt_keys.shape[3]
+            padded = torch.arange(width, device=self.lengths.device) >= self.lengths[:, None]  # (P, T)
+            hidden = torch.zeros(padded.shape, dtype=self.dtype, device=padded.device)
+            hidden = hidden.masked_fill_(padded, torch.finfo(self.dtype).min)
+            self._hidden = hidden.repeat_interleave(self.keys.shape[2], 0)[:, None]
+        return self._hidden
 
     def keep(self, alive: Tensor) -> None:
         """Drop the rows that have ended. `alive`: bool (b,)."""
@@ -104,8 +119,46 @@ class GroupCache:
             part[:, live[:, None], :, source].permute(2, 0, 3, 1, 4, 5).contiguous()
             for part in (self.keys, self.values)
         )
-        self.hidden, self.columns = self.hidden[live], columns
+        self.lengths, self.columns = self.lengths[live], columns
         self.cells = new_group * columns + rank
+
+
+class NativeCache(GroupCache):
+    """The same in the model's dtype, for the kernel in C++: keys stand there with a position as a column.
+
+    Args:
+        kernels: what `native.kernels()` gave. The others: as for `GroupCache`.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        *,
+        columns: int,
+        reply_length: int,
+        heads: int,
+        kernels: Any,
+    ) -> None:
+        layers, groups, kv_heads, width, size = keys.shape
+        self.kernels, self.heads, self.columns, self.lengths = kernels, heads, columns, lengths
+        self.prompt_keys = F.pad(keys.transpose(-1, -2), (0, -width % BLOCK)).contiguous()
+        self.prompt_values = values
+        shape = (layers, groups, kv_heads, columns)
+        self.keys = keys.new_zeros(*shape, size, reply_length + -reply_length % BLOCK)
+        self.values = keys.new_zeros(*shape, reply_length, size)
+        self.cells = torch.arange(groups * columns)
+
+    def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int) -> Tensor:
+        held = (part[layer] for part in (self.prompt_keys, self.prompt_values, self.keys, self.values))
+        out: Tensor = self.kernels.attend(qkv, cos, sin, *held, self.cells, self.lengths, position)
+        return out
+
+
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """`rotate` on the first `heads` of (N, heads + K, D)."""
+    return torch.cat([rotate(qkv[:, :heads], cos, sin), qkv[:, heads:]], dim=1)
 
 
 def packed(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ups_rm.local.native import usable
+
 CHUNK = 256
 """Tokens whose probabilities are summed before the one chunk that holds the draw is searched."""
 
@@ -30,16 +32,22 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, T
     """One token per row and its log-probability under the tempered, untruncated distribution.
 
     Args:
-        logits: (b, V) fp32; changed in place.
+        logits: (b, V); may be changed in place.
         uniform: (b,) in [0, 1).
     """
+    truncated = 0 < sampling.top_k < logits.shape[1] or sampling.top_p < 1
+    native = usable(logits) if sampling.temperature > 0 and not truncated else None
+    if native is not None:
+        token, logprob = native.draw(logits.contiguous(), uniform.contiguous(), sampling.temperature)
+        return token, logprob
+    logits = logits.float()
     if sampling.temperature == 0:
         token = logits.argmax(dim=-1)
         return token, logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
     if sampling.temperature != 1:
         logits /= sampling.temperature
     greatest = logits.amax(dim=-1, keepdim=True)
-    if not (0 < sampling.top_k < logits.shape[1] or sampling.top_p < 1):
+    if not truncated:
         weights = (logits - greatest).exp_()  # (b, V): exp once, for the draw and for the log-probability
         token, total = invert_cdf(weights, uniform)
         return token, (logits.gather(1, token[:, None]) - greatest).squeeze(1) - total.log()

@@ -18,86 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ups_rm.local.decode import is_known, rotate
+from ups_rm.local.decode import is_known
+from ups_rm.local.elementwise import rms_norm, rotate, silu_mul
+from ups_rm.local.selected_logprobs import LOGITS_AT_ONCE, ROWS_IN_FP32, SelectedLogprobs
 
-LOGITS_AT_ONCE = 2**24
-"""Numbers in one chunk of logits: 32 MB in bf16, the largest block that malloc reuses (`keep_freed_memory`)."""
 SCORES_AT_ONCE = 2**22
 """Up to so many attention scores per layer, CPUs take plain products: SDPA's backward is slower there."""
-ROWS_IN_FP32 = 32
-"""Rows of it that are widened to fp32 at a time: they stay in the CPU's cache and in memory that malloc reuses."""
-
-
-class SelectedLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at the target, chunk by chunk.
-
-    d logp_t / d logits = onehot(t) - softmax, so with g = d loss / d logp:
-    dh = g (W_t - softmax W) / temperature, dW = g (onehot - softmax)^T h / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
-        """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,), fp32 or wider."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-        for start in range(0, len(hidden), chunk):
-            logits = F.linear(hidden[start : start + chunk], weight)
-            for i in range(0, len(logits), ROWS_IN_FP32):
-                few = slice(start + i, start + min(i + ROWS_IN_FP32, len(logits)))
-                part = logits[i : i + ROWS_IN_FP32].to(wide) / temperature
-                chosen = part.gather(1, targets[few, None]).squeeze(1)
-                logprobs[few] = part.log_softmax(dim=-1).gather(1, targets[few, None]).squeeze(1)
-                norms[few] = chosen - logprobs[few]
-        ctx.save_for_backward(hidden, weight, targets, norms)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, weight, targets, norms = ctx.saved_tensors
-        d_hidden, wide = torch.empty_like(hidden), norms.dtype
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        product = torch.empty_like(weight) if d_weight is not None else None
-        scaled = grad[:, None].to(wide) / ctx.temperature  # (N, 1)
-        for start in range(0, len(hidden), ctx.chunk):
-            h = hidden[start : start + ctx.chunk]
-            logits = F.linear(h, weight)
-            for i in range(0, len(h), ROWS_IN_FP32):  # the logits of these rows become their gradient, in place
-                few = slice(start + i, start + min(i + ROWS_IN_FP32, len(h)))
-                part = logits[i : i + ROWS_IN_FP32].to(wide, copy=True).div_(ctx.temperature)
-                part.sub_(norms[few, None]).exp_().mul_(-scaled[few])
-                logits[i : i + ROWS_IN_FP32] = part.scatter_add_(1, targets[few, None], scaled[few])
-            d_hidden[start : start + ctx.chunk] = logits @ weight
-            if d_weight is not None:
-                d_weight += torch.mm(logits.t(), h, out=product)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
-
-
-class RMSNorm(torch.autograd.Function):
-    """y = w x / sqrt(mean(x^2) + eps) in fp32 inside; keeps x alone, not the five intermediates that autograd keeps.
-
-    With s = 1 / sqrt(mean(x^2) + eps) and z = s x: dw = sum over rows of g z, dx = s (g w - z mean(g w z)).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x (..., H), weight (H,) -> (..., H) in x's dtype."""
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        g, z = grad.to(wide), x.to(wide)
-        s = (torch.linalg.vector_norm(z, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(ctx.eps)).rsqrt_()
-        z = z * s
-        gz = g * z
-        inner = (gz @ weight.to(wide)).div_(x.shape[-1]).unsqueeze(-1)  # mean(g w z)
-        d_weight = gz.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_x = (g * weight.to(wide)).addcmul_(z, inner, value=-1).mul_(s)
-        return d_x.to(x.dtype), d_weight, None
 
 
 class SharedPrefixForward:
@@ -160,7 +86,7 @@ class SharedPrefixForward:
         replies = hidden[count * width :].view(batch, length, -1)
         hidden = torch.cat([last_prompt[group, None], replies[:, :-1]], dim=1)  # position r predicts response token r
         keep = response_mask.bool()
-        hidden = RMSNorm.apply(hidden[keep], base.norm.weight, self.eps)
+        hidden = rms_norm(hidden[keep], base.norm.weight, self.eps)
         flat = SelectedLogprobs.apply(hidden, self.causal.lm_head.weight, responses[keep], temperature, self.chunk)
         out = torch.zeros(batch, length, dtype=torch.float32, device=device)
         return out.masked_scatter(keep, flat)
@@ -193,16 +119,16 @@ class SharedPrefixForward:
         shape: tuple[int, ...],
     ) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
-        h = RMSNorm.apply(x, layer.input_layernorm.weight, self.eps)
+        h = rms_norm(x, layer.input_layernorm.weight, self.eps)
         heads = (x.shape[1], -1, self.head_dim)
         q, k, v = (part(h)[0].view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):
-            q = RMSNorm.apply(q, attention.q_norm.weight, self.eps)
-            k = RMSNorm.apply(k, attention.k_norm.weight, self.eps)
+            q = rms_norm(q, attention.q_norm.weight, self.eps)
+            k = rms_norm(k, attention.k_norm.weight, self.eps)
         a = self._attention(rotate(q, cos, sin), rotate(k, cos, sin), v, masks, group, shape)
         x = x + attention.o_proj(a[None])
-        h = RMSNorm.apply(x, layer.post_attention_layernorm.weight, self.eps)
-        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+        h = rms_norm(x, layer.post_attention_layernorm.weight, self.eps)
+        return x + mlp.down_proj(silu_mul(mlp.gate_proj(h), mlp.up_proj(h)))
 
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, masks: tuple[Tensor, Tensor], group: Tensor, shape: tuple[int, ...]

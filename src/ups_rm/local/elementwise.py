@@ -1,0 +1,111 @@
+"""RMSNorm, rotary embedding and the gated SiLU, each with its gradient.
+
+Every function has its form in torch, which is the reference, and calls the C++ kernel where there is one for the tensor
+(`native.usable`). In both forms autograd keeps the inputs alone, not the intermediates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ups_rm.local.native import usable
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w x / sqrt(mean(x^2) + eps), fp32 inside. x (..., H), weight (H,) -> (..., H) in x's dtype."""
+    out: Tensor = RMSNorm.apply(x, weight, eps)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding as Llama applies it: halves of the head, not pairs. x (N, heads, D), cos and sin (N, 1, D)."""
+    out: Tensor = Rotate.apply(x, cos, sin)
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape."""
+    out: Tensor = SiluMul.apply(gate, up)
+    return out
+
+
+class RMSNorm(torch.autograd.Function):
+    """With s = 1 / sqrt(mean(x^2) + eps) and z = s x: dw = sum over rows of g z, dx = s (g w - z mean(g w z))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        kernels = usable(x, weight)
+        if kernels is not None:
+            out: Tensor = kernels.rms_norm(x.contiguous(), weight, eps)
+            return out
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        kernels = usable(grad, x, weight)
+        if kernels is not None:
+            d_x, d_weight = kernels.rms_norm_backward(grad.contiguous(), x.contiguous(), weight, ctx.eps)
+            return d_x, d_weight.to(weight.dtype), None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        g, z = grad.to(wide), x.to(wide)
+        s = (torch.linalg.vector_norm(z, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(ctx.eps)).rsqrt_()
+        z = z * s
+        gz = g * z
+        inner = (gz @ weight.to(wide)).div_(x.shape[-1]).unsqueeze(-1)  # mean(g w z)
+        d_weight = gz.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_x = (g * weight.to(wide)).addcmul_(z, inner, value=-1).mul_(s)
+        return d_x.to(x.dtype), d_weight, None
+
+
+class Rotate(torch.autograd.Function):
+    """The gradient is turned back: both halves of cos and of sin are the same numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    kernels = usable(x, cos, sin)
+    if kernels is not None:
+        out: Tensor = kernels.rotate(x.contiguous(), cos.contiguous(), sin.contiguous(), sign)
+        return out
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * (sign * sin)
+
+
+class SiluMul(torch.autograd.Function):
+    """With s = sigmoid(gate): d_up = g gate s, d_gate = g up s (1 + gate (1 - s))."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        kernels = usable(gate, up)
+        if kernels is not None:
+            out: Tensor = kernels.silu_mul(gate.contiguous(), up.contiguous())
+            return out
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        kernels = usable(grad, gate, up)
+        if kernels is not None:
+            d_gate, d_up = kernels.silu_mul_backward(grad.contiguous(), gate.contiguous(), up.contiguous())
+            return d_gate, d_up
+        s = torch.sigmoid(gate)
+        silu = gate * s
+        return grad * up * (s + silu * (1 - s)), grad * silu

@@ -1,0 +1,84 @@
+"""Kernels in C++ for CPUs, built at first use by torch's own extension builder.
+
+They are no more than a faster form of what `elementwise`, `sampling`, `group_cache` and `selected_logprobs` say in
+torch, and are left out where they can't be built (no compiler, no headers) and with UPS_RM_NATIVE=0.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ups_rm.console import console
+from ups_rm.models import cache_folder
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+BLOCK = 32
+"""Positions that the attention kernel takes at once: capacities are multiples of it."""
+
+
+@functools.cache
+def kernels() -> Any | None:
+    """The built module, or None. Building takes half a minute, once per CPU, torch and source."""
+    if os.environ.get("UPS_RM_NATIVE") == "0":
+        return None
+    folder = cache_folder() / "native" / _key()
+    built = (folder / "ups_rm_kernels.so").exists()
+    if not built:
+        console.print("building kernels for this CPU (once, half a minute)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "building").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; the system frees the lock when it ends
+            (folder / "lock").unlink(missing_ok=True)  # of a build that was killed; torch would wait for it for ever
+            return _load(folder)
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        console.print(
+            f"kernels could not be built, decoding goes on without them, slower: {reason[0] if reason else error!r}",
+            markup=False,
+        )
+        return None
+
+
+def usable(*tensors: Tensor) -> Any | None:
+    """The kernels, if they take these tensors: all fp32 or all bf16, on the CPU."""
+    dtype = tensors[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if any(tensor.device.type != "cpu" or tensor.dtype != dtype for tensor in tensors):
+        return None
+    return kernels()
+
+
+def _load(folder: Path) -> Any:
+    from torch.utils.cpp_extension import load
+
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])  # ninja of the environment
+    try:
+        return load("ups_rm_kernels", [str(SOURCE)], extra_cflags=list(FLAGS), build_directory=str(folder))
+    finally:
+        os.environ["PATH"] = path
+
+
+def _key() -> str:
+    """Changes with all that the binary depends on; -march=native ties it to the CPU."""
+    try:
+        cpu = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))
+        )
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, torch.__version__, sys.version, platform.machine(), cpu]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
