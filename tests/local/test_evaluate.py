@@ -8,9 +8,9 @@ import pytest
 
 from tiny_training import causal_lm, policy_of, slow_logprobs, tiny_recipe
 from ups_rm.data.prompts import encode_prompts
-from ups_rm.local.sampling import Sampling
 from ups_rm.local.evaluate import _logprob_sums
 from ups_rm.local.rollout import RolloutEngine
+from ups_rm.local.sampling import Sampling
 from ups_rm.types import Message
 
 PROMPTS = [[Message(role="user", content=text)] for text in ("How do I bake bread", "the moon", "at home")]

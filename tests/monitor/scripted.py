@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import torch
 
 from tiny_training import SyntheticScorer, letter_share, tiny_recipe
-from ups_rm.local.sampling import Sampling
 from ups_rm.local.rollout import Rollout
+from ups_rm.local.sampling import Sampling
 from ups_rm.local.trainer import Trainer
 from ups_rm.types import Message, Scorer
 
