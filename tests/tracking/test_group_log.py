@@ -202,3 +202,34 @@ def test_what_cannot_be_recomputed_is_not_recomputed_wrongly(tmp_path: Path) -> 
 def test_the_schema_in_the_docs_has_every_field(record: Any) -> None:
     documented = set(re.findall(r"^\| `(\w+)`", (REPO / "docs" / "metrics.md").read_text(encoding="utf-8"), re.M))
     assert {field.name for field in fields(record)} <= documented
+
+
+def test_kl_of_each_token_is_kept_where_its_place_in_the_text_is_known(tmp_path: Path) -> None:
+    """Three digits of each, for the tokens of the mask alone; the sum stays exact; files without it read as before."""
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    kl = torch.tensor([[0.123456, -0.5, 9.0], [0.0, 2.0, 1e-5]]) * mask
+    common: dict[str, Any] = {
+        "group_ids": torch.tensor([0, 0]),
+        "prompt_ids": [7, 7],
+        "messages": [[Message(role="user", content="Why?")]] * 2,
+        "responses": ["no <", "yes"],
+        "scores": [Score(0.0, 0.5, 1, False)] * 2,
+        "token_level_rewards": mask * 0,
+        "advantages": mask * 0,
+        "response_mask": mask,
+    }
+    records = group_records(**common, kl=kl, token_ends=[[2, 4], [1, 3, 3]])
+    file = GroupLog(tmp_path).write(1, records)
+    assert file is not None
+    first, second = read_group_log(file).groups[0].samples
+    assert (first.token_kl, first.token_ends) == ([0.123, -0.5], [2, 4])
+    assert (second.token_kl, second.token_ends) == ([0.0, 2.0, 1e-5], [1, 3, 3])
+    assert first.kl == pytest.approx(0.123456 - 0.5, abs=1e-7)
+    for without in ({"kl": kl}, {"kl": kl * 0, "token_ends": [[2, 4], [1, 3, 3]]}, {"token_ends": [[2, 4], [1, 3, 3]]}):
+        assert group_records(**common, **without)[0].samples[0].token_kl == []
+    lines = file.read_text().splitlines()
+    old = json.loads(lines[1])
+    for sample in old["samples"]:
+        del sample["token_kl"], sample["token_ends"]
+    file.write_text("\n".join([lines[0], json.dumps(old)]) + "\n")
+    assert [sample.token_kl for sample in read_group_log(file).groups[0].samples] == [[], []]

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ups_rm.cli import data, doctor, evaluate, export, groups, models, plan, rm, run, runs, train
+from ups_rm.cli import data, doctor, evaluate, export, groups, models, plan, report, rm, run, runs, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,8 @@ app.command(name="train", epilog=train.TRAIN_EPILOG)(train.train)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(name="runs", epilog=runs.EPILOG)(runs.runs)
 app.command(name="groups", epilog=groups.EPILOG)(groups.groups)
+app.command(name="report", epilog=report.REPORT_EPILOG)(report.report)
+app.command(name="watch", epilog=report.WATCH_EPILOG)(report.watch)
 app.command(name="export", epilog=export.EPILOG)(export.export)
 app.command(name="plan", epilog=plan.EPILOG)(plan.plan)
 app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)

@@ -26,6 +26,7 @@ from ups_rm.errors import CheckpointError, PolicyError, RecipeError, RunError
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
+from ups_rm.tracking.made_with import write_made_with
 from ups_rm.types import TrainResult
 
 VERL_VERSION = "0.9.1"
@@ -136,6 +137,7 @@ def prepare(recipe: Recipe) -> VerlRun:
     )
     run = VerlRun(recipe, prompts, overrides)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    write_made_with(folder, engine="verl")
     (folder / "verl" / "config.yaml").write_text(to_yaml(verl_config(overrides)), encoding="utf-8")
     (folder / "verl" / "command.sh").write_text(shlex.join(run.command) + "\n", encoding="utf-8")
     return run

@@ -7,7 +7,7 @@ rest are functions of what it read. Dimension letters: B replies, R response tok
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ups_rm.evaluation.text import text_metrics
 from ups_rm.grpo import kl_penalty, model_metrics, place_on_last_token, rollout_metrics
 from ups_rm.reward.transforms import score_range
 from ups_rm.tracking.group_log import GroupRecord, group_records
+from ups_rm.tracking.token_text import token_ends
 from ups_rm.types import Conversation, Message, Score
 
 OF_REPLY = {
@@ -45,6 +46,7 @@ class StepRecord:
         kl: estimate per token; None where there is no reference. Shape (B, R).
         logprob_gap: |log pi at sampling - log pi recomputed| per token; None where not sampled with. Shape (B, R).
         extras: what our reward manager said of each reply, by name.
+        response_ids: the tokens that response_mask lets through, of each reply.
     """
 
     keys: list[str]
@@ -62,6 +64,7 @@ class StepRecord:
     kl: Tensor | None
     logprob_gap: Tensor | None
     extras: list[dict[str, float]]
+    response_ids: list[list[int]] = field(default_factory=list)
 
     @property
     def scores(self) -> list[Score]:
@@ -127,6 +130,7 @@ def read_step(
         kl=kl,
         logprob_gap=gap,
         extras=extras,
+        response_ids=[ids[ragged["response_mask"][i].bool()].tolist() for i, ids in zip(keep, responses, strict=True)],
     )
 
 
@@ -182,8 +186,11 @@ def step_metrics(
     return metrics
 
 
-def step_groups(record: StepRecord) -> list[GroupRecord]:
-    """The step's groups for the group log, by prompt; replies stay in verl's order, so that sums round alike."""
+def step_groups(record: StepRecord, tokenizer: Any = None) -> list[GroupRecord]:
+    """The step's groups for the group log, by prompt; replies stay in verl's order, so that sums round alike.
+
+    `tokenizer` is the policy's: it says where each token's KL belongs in the text; without one that KL is not kept.
+    """
     groups = group_records(
         group_ids=record.group_ids,
         prompt_ids=record.prompt_ids,
@@ -196,6 +203,7 @@ def step_groups(record: StepRecord) -> list[GroupRecord]:
         kl=record.kl,
         truncated=record.truncated,
         kinds=record.kinds,
+        token_ends=None if tokenizer is None else token_ends(tokenizer, record.response_ids, record.texts),
     )
     return sorted(groups, key=lambda group: group.prompt_id)
 

@@ -145,7 +145,7 @@ class SafetyTrainer(PPOTrainerSync):
         if not self.group_log.wants(self.global_steps):
             return
         try:
-            self.group_log.write(self.global_steps, step_groups(record), kl_coef=kl_coef)
+            self.group_log.write(self.global_steps, step_groups(record, self.tokenizer), kl_coef=kl_coef)
         except OSError as error:
             print(f"step {self.global_steps}: the group log can't be written, training goes on: {error}")
 

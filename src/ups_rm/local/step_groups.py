@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ups_rm.console import console
 from ups_rm.local.step_metrics import StepRecord
 from ups_rm.recipe import Recipe
 from ups_rm.tracking.group_log import GroupLog, group_records
+from ups_rm.tracking.token_text import token_ends
 
 
 def open_group_log(recipe: Recipe) -> GroupLog:
@@ -24,20 +26,26 @@ def open_group_log(recipe: Recipe) -> GroupLog:
     )
 
 
-def log_groups(log: GroupLog, record: StepRecord, *, number: int, n: int, kl_coef: float) -> None:
-    """Write the groups of a step, n replies each. A log that can't be written warns and costs no training."""
+def log_groups(log: GroupLog, record: StepRecord, *, number: int, n: int, kl_coef: float, tokenizer: Any) -> None:
+    """Write the groups of a step, n replies each. A log that can't be written warns and costs no training.
+
+    `tokenizer` is the policy's: it says where each token's KL belongs in the text.
+    """
+    sequences = record.rollout.sequences
+    ids = [row[mask.bool()].tolist() for row, mask in zip(sequences.responses, sequences.response_mask, strict=True)]
     groups = group_records(
-        group_ids=record.rollout.sequences.group_ids,
+        group_ids=sequences.group_ids,
         prompt_ids=[row.index for row in record.prompts for _ in range(n)],
         messages=[row.messages for row in record.prompts for _ in range(n)],
         responses=record.rollout.texts,
         scores=record.scores,
         token_level_rewards=record.token_level_rewards,
         advantages=record.advantages,
-        response_mask=record.rollout.sequences.response_mask,
+        response_mask=sequences.response_mask,
         kl=record.kl,
         truncated=[not ended for ended in record.rollout.finished],
         kinds=[row.kind for row in record.prompts for _ in range(n)],
+        token_ends=token_ends(tokenizer, ids, record.rollout.texts),
     )
     try:
         log.write(number, groups, kl_coef=kl_coef)

@@ -39,6 +39,7 @@ from ups_rm.monitor.watch import Monitor, stop_message
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.console_line import live_note
+from ups_rm.tracking.made_with import write_made_with
 from ups_rm.tracking.trackers import Trackers
 from ups_rm.types import Scorer, TrainResult
 
@@ -165,7 +166,8 @@ class Trainer:
                 if group_log.wants(number):
                     kl_coef = metrics["actor/reward_kl_penalty_coeff"]
                     n = self.recipe.actor_rollout_ref.rollout.n
-                    log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef)
+                    tokenizer = self.policy.tokenizer
+                    log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef, tokenizer=tokenizer)
                 last = number == self.total_steps
                 if self._validates() and (number % trainer.test_freq == 0 or last):
                     metrics |= self.validate()
@@ -277,6 +279,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         drop_checkpoints_after(self.folder, start)
         (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        write_made_with(self.folder, engine="local", device=str(self.policy.device))
         return start
 
     def _trackers(self, start: int) -> Trackers:

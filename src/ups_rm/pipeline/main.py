@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
-from ups_rm.errors import DataError, RMError, RunError
+from ups_rm.errors import DataError, RMError, RunError, UpsRmError
 from ups_rm.locks import beside, only_one
 from ups_rm.models import resolve_model
 from ups_rm.pipeline.context import Interrupted, Run, Stopped, write_json
@@ -216,6 +216,18 @@ def _evaluate(this: Run) -> None:
     )
 
 
+def _report(this: Run) -> str:
+    """The page of the run; the run is done, so a page that can't be written costs nothing but itself."""
+    from ups_rm.report import write_report
+    from ups_rm.report.sources import keep_sources
+
+    try:
+        keep_sources(this.folder, this.recipe)
+        return str(write_report([this.folder]))
+    except (UpsRmError, OSError) as error:
+        return f"not written: {error}"
+
+
 def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
     """Write `summary.json`, show the table and where everything is."""
     from ups_rm.evaluation.tables import summary_table
@@ -225,9 +237,11 @@ def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
     if skipped_check:
         summary["rm_check"] = "skipped by --skip-rm-check"
     write_json(this.folder / "summary.json", summary)
+    report = _report(this)
     console.print()
     console.print(summary_table(summary))
     for what, path in (
+        ("the report, to open in a browser", report),
         ("safer policy", this.folder / "policy"),
         ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.entries())),
         ("before and after, reply by reply", this.folder / "eval" / "pairs.jsonl"),

@@ -72,11 +72,17 @@ def read_token(file: Path | None, variable: str | None) -> str | None:
 
 
 class Guard:
-    """ASGI middleware: who has not the token gets 401 before the body is read; every answer is counted."""
+    """ASGI middleware: who has not the token gets 401 before the body is read; every answer is counted in `metrics`.
 
-    def __init__(self, app: Any, *, token: str | None, metrics: ServerMetrics) -> None:
+    `challenge` asks for the token: a browser shows its own dialogue for `Basic`.
+    """
+
+    def __init__(
+        self, app: Any, *, token: str | None, metrics: ServerMetrics | None = None, challenge: bytes = b"Bearer"
+    ) -> None:
         self.app = app
         self.metrics = metrics
+        self.challenge = challenge
         self._digest = _digest(token) if token is not None else None
 
     async def __call__(
@@ -97,9 +103,10 @@ class Guard:
             if scope["path"] in OPEN_PATHS or self._knows_token(scope["headers"]):
                 await self.app(scope, receive, counted)
             else:
-                await _unauthorized(counted)
+                await _unauthorized(counted, self.challenge)
         finally:
-            self.metrics.answered(scope["path"], status, perf_counter() - started)
+            if self.metrics is not None:
+                self.metrics.answered(scope["path"], status, perf_counter() - started)
 
     def _knows_token(self, headers: list[tuple[bytes, bytes]]) -> bool:
         if self._digest is None:
@@ -129,12 +136,12 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8")).digest()
 
 
-async def _unauthorized(send: Callable[[Any], Awaitable[None]]) -> None:
+async def _unauthorized(send: Callable[[Any], Awaitable[None]], challenge: bytes) -> None:
     body = json.dumps({"error": "a token is needed: Authorization: Bearer TOKEN"}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"www-authenticate", b"Bearer"),
+        (b"www-authenticate", challenge),
         (b"connection", b"close"),
     ]
     await send({"type": "http.response.start", "status": 401, "headers": headers})

@@ -30,7 +30,9 @@ SCHEMA = "ups-rm group log 1"
 class SampleRecord:
     """One reply. `kl` is summed over its tokens (nats), so reward = safe_score - kl_coef * kl when KL is in the reward;
     an empty reply has no token to be rewarded on: reward 0, advantage 0. `truncated`: cut by the length limit.
-    `model_logits`: unsafety logit of each reward model by name, where there are several or one is normalised."""
+    `model_logits`: unsafety logit of each reward model by name, where there are several or one is normalised.
+    `token_kl`: KL of each token (nats, three digits), and `token_ends` where it ends in `response` (characters); empty
+    where they were not logged."""
 
     response: str
     logit: float
@@ -41,6 +43,8 @@ class SampleRecord:
     length: int
     truncated: bool
     model_logits: Mapping[str, float] = field(default_factory=dict)
+    token_kl: list[float] = field(default_factory=list)
+    token_ends: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -218,11 +222,13 @@ def group_records(
     kl: Tensor | None = None,
     truncated: Sequence[bool] | Tensor | None = None,
     kinds: Sequence[str] | None = None,
+    token_ends: Sequence[list[int]] | None = None,
 ) -> list[GroupRecord]:
     """Collect the batch's replies into groups, in the order in which the groups first appear.
 
     Args:
         group_ids: Shape (B,). prompt_ids, messages, responses, scores, truncated, kinds: one per sequence, B long.
+        token_ends: of each sequence (`token_text.token_ends`); with them and a `kl` the KL of every token is kept.
         token_level_rewards, advantages, response_mask, kl: Shape (B, R).
     """
     lengths = response_mask.bool().sum(-1)
@@ -231,6 +237,11 @@ def group_records(
     first = response_mask.bool().long().argmax(-1, keepdim=True)
     per_sequence = advantages.detach().float().gather(-1, first).squeeze(-1)
     kls = rewards.new_zeros(len(rewards)) if kl is None else (kl.detach().float() * response_mask).sum(-1)
+    token_kl: list[list[float]] = []
+    if kl is not None and token_ends is not None and bool(kl.any()):  # all 0: there is no reference
+        by_token = kl.detach().float().cpu()
+        masks = response_mask.bool().cpu()
+        token_kl = [[float(f"{k:.3g}") for k in row[mask].tolist()] for row, mask in zip(by_token, masks, strict=True)]
     members: dict[int, list[int]] = {}
     for i, group in enumerate(group_ids.tolist()):
         members.setdefault(int(group), []).append(i)
@@ -246,6 +257,8 @@ def group_records(
             length=int(lengths[i]),
             truncated=bool(truncated[i]) if truncated is not None else False,
             model_logits=dict(scores[i].model_logits),
+            token_kl=token_kl[i] if token_kl else [],
+            token_ends=token_ends[i] if token_kl and token_ends else [],
         )
 
     return [

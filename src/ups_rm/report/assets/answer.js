@@ -1,0 +1,80 @@
+// Did it get safer, and what did it cost: one sentence, the table, the alarms.
+
+const percentRows = /refusal|rate|share|judged_unsafe|language_kept|agrees/;
+/** Rows of one group of prompts, one harm category or one further judge stand in tables of their own. */
+const PARTS = /^(groups|categories|judges)\.(.+)\.([^.]+)$/;
+function rowName(key) {
+  return known(`row_${key}`, known(`row_${key.split(".").slice(-1)[0]}`, key));
+}
+function tableRow(row) {
+  const name = rowName(row.key);
+  if (row.rate !== undefined) return [name, missing, percent(row.rate), missing, row.low === null ? missing : `[${percent(row.low)}, ${percent(row.high)}]`];
+  if (row.before === null || row.after === null) {
+    return [name, missing, row.after === null ? missing : number(row.after, 4), missing, missing];
+  }
+  const change = row.after - row.before;
+  const shares = percentRows.test(row.key);
+  const digits = row.key.includes("length") ? 1 : 3;
+  const write = shares ? percent : (value) => number(value, digits);
+  const differ = shares ? (value) => t("points", { n: signed(100 * value, 1) }) : (value) => signed(value, digits);
+  const interval = row.low === undefined || row.low === null ? missing : `[${differ(row.low)}, ${differ(row.high)}]`;
+  return [name, write(row.before), write(row.after), differ(change), interval];
+}
+
+function answerSentence(run) {
+  if (!run.outcome) return t(run.finished ? "answer_none_finished" : "answer_none_running", { step: run.steps });
+  const score = run.outcome.score;
+  const change = score.after - score.before;
+  const verdict = score.low > 0 ? "safer" : score.high < 0 ? "less_safe" : "undecided";
+  const values = { before: number(score.before), after: number(score.after), change: signed(change),
+    low: signed(score.low), high: signed(score.high), n: score.n, steps: run.steps };
+  const benign = run.outcome.rows.find((row) => row.key === "refusal_rate.benign");
+  const cost = benign && benign.before !== null ? " " + t("answer_cost", { before: percent(benign.before), after: percent(benign.after) }) : "";
+  return t(`answer_${verdict}`, values) + cost;
+}
+
+function partTables(rows) {
+  const parts = {};
+  for (const row of rows) {
+    const found = PARTS.exec(row.key);
+    if (found) ((parts[found[1]] ||= {})[found[2]] ||= []).push(row);
+  }
+  return Object.entries(parts).map(([name, tables]) => h("details", {}, h("summary", {}, t(`part_${name}`)),
+    Object.entries(tables).map(([title, list]) => [h("h3", {}, known(`group_name_${title}`, title)),
+      table(title, ["", t("before"), t("after"), t("change"), t("interval")], list.map(tableRow))])));
+}
+
+function alarmsOf(run) {
+  if (run.alarms === null) return note(t("alarms_absent"));
+  if (!run.alarms.length) return note(t("alarms_none"));
+  const first = {};
+  for (const alarm of run.alarms) (first[alarm.name] ||= []).push(alarm);
+  return h("ul", { class: "alarms" }, Object.entries(first).map(([name, list]) => h("li", {},
+    h("b", {}, known(`alarm_${name}`, name)), ` ${t("alarm_steps", { steps: list.map((alarm) => alarm.step).slice(0, 8).join(", ") + (list.length > 8 ? " …" : ""), n: list.length })}`,
+    h("br", {}), list[list.length - 1].message || t("alarm_value", { value: compact(list[0].value), threshold: compact(list[0].threshold) }))));
+}
+
+function answerPage() {
+  const { runs } = state.data;
+  const parts = runs.map((run) => h("section", { class: "answer" },
+    h("h2", {}, runs.length > 1 ? run.name : t("nav_answer")),
+    h("p", { class: "sentence" }, answerSentence(run)),
+    run.outcome && run.outcome.rm_check ? note(t("rm_check_skipped")) : null,
+    run.outcome ? table(t("before_after_table"), ["", t("before"), t("after"), t("change"), t("interval")], run.outcome.rows.filter((row) => !PARTS.test(row.key)).map(tableRow)) : null,
+    run.outcome ? partTables(run.outcome.rows) : null,
+    h("h3", {}, t("alarms")), alarmsOf(run),
+    run.problems.length ? [h("h3", {}, t("problems")), h("ul", {}, run.problems.map((line) => h("li", {}, line)))] : null));
+  return [runs.length > 1 ? comparison(runs) : null, parts, note(t("read_replies"))];
+}
+
+function comparison(runs) {
+  const keys = [...new Set(runs.flatMap((run) => (run.outcome ? run.outcome.rows.map((row) => row.key) : [])))].filter((key) => !PARTS.test(key));
+  const cell = (run, key) => {
+    const row = run.outcome && run.outcome.rows.find((one) => one.key === key);
+    if (!row) return missing;
+    const [, before, after, change] = tableRow(row);
+    return before === missing ? after : `${before} → ${after} (${change})`;
+  };
+  return section(t("runs_compared"), table(t("runs_compared"), ["", ...runs.map((run) => run.name)],
+    keys.map((key) => [rowName(key), ...runs.map((run) => cell(run, key))])));
+}
