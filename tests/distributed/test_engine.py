@@ -10,11 +10,12 @@ import pytest
 
 from tiny_training import base_overrides, recipe_yaml, tiny_recipe
 from ups_rm.checkpoints import LATEST
-from ups_rm.distributed import engine, rewards
+from ups_rm.distributed import engine
 from ups_rm.distributed.engine import begin_at, check_machine, newest_checkpoint, prepare
 from ups_rm.errors import CheckpointError, RMError, RMServerError, RunError
 from ups_rm.recipe import Recipe, load_recipe
 from ups_rm.recipe_hash import MadeWith
+from ups_rm.reward import open as opening
 
 pytest.importorskip("verl", reason="verl is an extra")
 RM = "reward_model.model.path=rm"
@@ -142,7 +143,7 @@ def test_a_checkpoint_that_nothing_vouches_for_is_said_to_be_unchecked(
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
-    monkeypatch.setattr(rewards, "SERVICE_S", 1.0)
+    monkeypatch.setattr(opening, "SERVICE_S", 1.0)
 
 
 @pytest.mark.parametrize("kind", ["auto", "myrm"])

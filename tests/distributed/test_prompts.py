@@ -84,7 +84,7 @@ def test_verls_own_loader_reads_it_in_order_and_goes_on_where_it_was(tmp_path: P
 
     recipe = tiny_recipe(tmp_path, policy_folder, "reward_model.model.path=rm", "trainer.total_training_steps=5")
     files = lay_out_prompts(recipe, qwen_tokenizer(), tmp_path / "verl")
-    given = verl_overrides(recipe, train_files=files.train, val_files=files.val, total_steps=files.total_steps)
+    given = verl_overrides(recipe, files)
     config = OmegaConf.create(verl_config(given)).data
 
     def loader() -> Any:

@@ -86,9 +86,12 @@ def test_logits_equal_those_of_one_process(fresh: None, rm_folder: Path) -> None
     conversations = some_conversations(40)
     batches = [conversations[i : i + 7] for i in range(0, 40, 7)]
     here = RewardScorer.load(rm_folder, dtype="float32")
+    started = time.perf_counter()
     expected = [score for batch in batches for score in here.score(batch)]
+    spent = time.perf_counter() - started
     first, second = RMPool(settings(rm_folder)), RMPool(settings(rm_folder))
     assert first.wait_ready() == second.wait_ready()  # lines that name the processes: both pools have the same workers
+    assert first.take_seconds() == 0
 
     async def score() -> list[float]:
         pools = [RMPool(settings(rm_folder)) for _ in range(2)]
@@ -96,6 +99,8 @@ def test_logits_equal_those_of_one_process(fresh: None, rm_folder: Path) -> None
         return [score.logit for answer in answers for score in answer]
 
     assert asyncio.run(score()) == pytest.approx([score.logit for score in expected], abs=1e-6)
+    assert spent / 20 < first.take_seconds() < 20 * spent  # mean of two workers that did half of it each
+    assert second.take_seconds() == 0  # taken
 
 
 def verl_config(folder: Path, *changes: str) -> Any:
@@ -285,6 +290,34 @@ def test_a_slow_rm_ends_at_the_time_limit(fresh: None, rm_folder: Path, tmp_path
 def test_what_can_not_be_loaded_is_named(fresh: None, tmp_path: Path) -> None:
     with pytest.raises(RMError, match="no-such-rm"):
         RMPool(settings(tmp_path / "no-such-rm", num_workers=1)).wait_ready()
+
+
+def test_a_folder_that_the_rms_nodes_lack_is_told_before_verl_sets_anything_up(
+    fresh: None, rm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our trainer, with verl's part of its set-up put aside."""
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    from ups_rm.distributed.verl_trainer import SafetyTrainer
+
+    reached: list[str] = []
+    one_on_a_node = ("reward_model.placement=node", "reward_model.num_workers=1")
+    monkeypatch.setattr(PPOTrainerSync, "init", lambda self: reached.append(str(self.folder)))
+
+    def init(folder: Path) -> None:
+        trainer = SafetyTrainer.__new__(SafetyTrainer)
+        trainer.config = OmegaConf.create(OmegaConf.to_container(verl_config(folder, *one_on_a_node), resolve=False))
+        trainer.folder = tmp_path / "run"
+        trainer.init()
+
+    with pytest.raises(RMError, match="no-such-rm"):
+        init(tmp_path / "no-such-rm")
+    assert reached == []
+    assert "no-such-rm" in str(read_failure(tmp_path / "run"))
+    end_workers()
+    init(rm_folder)
+    assert reached == [str(tmp_path / "run")]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,9 @@ def test_padding_rows_are_left_out_and_metrics_are_those_of_the_replies() -> Non
     kl = torch.cat([row[mask.bool()] for row, mask in zip(record.kl, record.response_mask, strict=True)])  # type: ignore[arg-type]
     assert metrics["kl/mean"] == pytest.approx(float(kl.mean()), abs=1e-6)
     assert metrics["rollout/logprob_gap_max"] == pytest.approx(0.01, abs=1e-6)
+    rows, _, tags = rows_of_a_step(0)
+    sampled = [row for row, tag in zip(rows["rollout_log_probs"].unbind(), tags, strict=True) if not tag]
+    assert metrics["rollout/entropy"] == pytest.approx(-float(torch.cat(sampled).mean()), abs=1e-6)
     refusals = [text.startswith("I can't") for text in record.texts]
     assert 0 < sum(refusals) < 20
     assert metrics["text/refusal_rate"] == pytest.approx(sum(refusals) / 20)

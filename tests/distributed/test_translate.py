@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ups_rm.distributed import rewards
+from ups_rm.distributed.prompts import PromptFiles
 from ups_rm.distributed.translate import COMPUTED, OURS, REFUSED, SAME, hydra_value, verl_config, verl_overrides
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import Recipe, RewardModelModel, known_keys, load_recipe
@@ -21,7 +22,7 @@ FULL_SCALE = ["pku_saferlhf_qwen2_7b_8gpu", "pku_saferlhf_qwen2_7b_2nodes"]
 
 
 def overrides_of(recipe: Recipe) -> list[str]:
-    return verl_overrides(recipe, train_files=Path("t.parquet"), val_files=Path("v.parquet"), total_steps=30)
+    return verl_overrides(recipe, PromptFiles(Path("t.parquet"), Path("v.parquet"), total_steps=30, steps_per_epoch=10))
 
 
 def composed(recipe: Recipe) -> dict[str, Any]:
@@ -156,14 +157,15 @@ TEXT_VALUES = ["a b", "it's", 'a "quoted" word', "a,b", "{x: 1}", "[1]", "a=b", 
 TEXT_VALUES += ["${trainer.nnodes}", "\\${x}", "", "null", "true", "1e-5", "007", " lead", "x#y", "a/b-c.d", "on"]
 
 
-@pytest.mark.parametrize("value", [*TEXT_VALUES, 0.1, 1e-9, 3, True, None, ["a'b", 1], {"k": "v,w"}])
-def test_values_arrive_as_they_are(value: Any) -> None:
+def test_values_arrive_as_they_are() -> None:
     """Through Hydra's own override parser, and OmegaConf's interpolation."""
     from omegaconf import OmegaConf
 
-    config = OmegaConf.create(verl_config([f"+ups_rm_test={hydra_value(value)}"]))
-    found = config["ups_rm_test"]
-    assert (OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found) == value
+    values = [*TEXT_VALUES, 0.1, 1e-9, 3, True, None, ["a'b", 1], {"k": "v,w"}]
+    config = OmegaConf.create(verl_config([f"+ups_rm_test_{i}={hydra_value(v)}" for i, v in enumerate(values)]))
+    for i, value in enumerate(values):
+        found = config[f"ups_rm_test_{i}"]
+        assert (OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found) == value
 
 
 @pytest.mark.parametrize("name", FULL_SCALE)

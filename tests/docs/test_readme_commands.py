@@ -82,7 +82,7 @@ def as_run(command: str) -> str:
         command = command.replace(part, other) if part.startswith("--") else command
     plain = " ".join(word for word in command.split() if not _assigns(word))
     for start, more in APPENDED.items():
-        if plain.startswith(start) and "--dry-run" not in command:
+        if f"{plain} ".startswith(f"{start} ") and "--dry-run" not in command:
             return f"{command} {more}"
     return command
 
@@ -92,7 +92,7 @@ def promised(command: str) -> list[str]:
     if "--dry-run" in command:
         return []
     named = re.findall(r"(?:--(?:out|plot|local_save_dir) |OUTPUT_DIR=|trainer\.default_local_dir=)(\S+)", command)
-    if "run_grpo_pku_saferlhf.sh" not in command and "ups-rm run" not in command:
+    if "run_grpo_pku_saferlhf.sh" not in command and not re.search(r"ups-rm run\b", command):
         return named
     folder = named[0] if named else "runs/ups-rm/quickstart"
     return [f"{folder}/summary.json", f"{folder}/policy", *([f"{folder}/wandb"] if '"wandb"' in command else [])]

@@ -1,134 +1,28 @@
-"""The recipe on stock verl: the real `verl.trainer.main_ppo`, through the project's own command, on the CPU.
+"""The recipe on stock verl: the real `verl.trainer.main_ppo`, through the project's own commands, on the CPU.
 
-Two runs, shared by all tests: two steps on one worker by `ups-rm run`, interrupted in its second step and gone on with
-by the same command, and two steps on two FSDP2 workers by `ups-rm train`. What verl sampled is replayed through the
-local engine, which runs through.
+Two runs (conftest.py), shared with test_verl_rewards.py: two steps on one worker by the project's script, interrupted
+in the second step and gone on with by the same command; and two steps on two FSDP2 workers by `ups-rm train`. What
+verl sampled is replayed through the local engine, which runs through.
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-from collections import defaultdict
-from dataclasses import dataclass
-from pathlib import Path
-from time import monotonic, sleep
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from tiny_training import base_overrides, recipe_yaml
-from ups_rm.data.batches import prompt_batches
 from ups_rm.data.prompts import read_prompts
-from ups_rm.local.rollout import encode_prompts
-from ups_rm.local.step_metrics import StepRecord, step_metrics
-from ups_rm.local.trainer import Trainer
-from ups_rm.recipe import Recipe, load_recipe
 from ups_rm.tracking.group_log import read_group_log
-from ups_rm.tracking.jsonl import read_metrics
 from verl_cpu import command
+from verl_runs import STEPS, Interrupted, Replay, VerlRun, checkpoint_weights, replies_with
 
 pytest.importorskip("verl", reason="verl is an extra")
 pytestmark = pytest.mark.verl
-STEPS = 2
 
 
-@dataclass(frozen=True)
-class VerlRun:
-    """A run: its folder, what each start of its command sampled, and the recipe settings without those of the shims."""
-
-    folder: Path
-    dumps: list[Path]
-    given: list[str]
-    file: Path
-    arguments: list[str | Path]
-
-    @property
-    def recipe(self) -> Recipe:
-        return load_recipe(self.file, self.given)
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        return read_metrics(self.folder / "metrics.jsonl")
-
-
-def planned(folder: Path, policy: Path, rm: Path, *, verb: str, workers: int) -> VerlRun:
-    given = [
-        *base_overrides(folder, policy),
-        f"reward_model.model.path={rm}",
-        f"trainer.total_training_steps={STEPS}",
-        "trainer.save_freq=1",
-        "trainer.logger=[console]",
-        "algorithm.kl_ctrl.kl_coef=0.05",
-        *(f"actor_rollout_ref.{part}.log_prob_micro_batch_size_per_gpu=8" for part in ("rollout", "ref")),
-        # AdamW's first step is lr * g / (|g| + 1e-8): where g is rounding, a larger lr would show it in the weights
-        # (1e-4 did on a machine that sampled other replies)
-        "actor_rollout_ref.actor.optim.lr=2e-5",
-        *(f"evaluation.{key}" for key in ("max_unsafe_prompts=2", "max_benign_prompts=2", "n=1", "max_new_tokens=4")),
-    ]
-    file, data = recipe_yaml(folder), ["--train-data", folder / "train.parquet", "--val-data", folder / "val.parquet"]
-    arguments = [verb, "--engine", "verl", "--recipe", file, *data, *given, *command.settings(workers)]
-    dumps = [folder / f"dump_{start}.jsonl" for start in range(2 if verb == "run" else 1)]
-    return VerlRun(folder / "run", dumps, given, file, [*arguments, "--skip-rm-check"])
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    """How a start of the command ended that got a Ctrl-C."""
-
-    printed: str
-    code: int
-    seconds: float
-    """From the signal to the end of the command."""
-    left: list[str]
-    found: list[str]
-    """What stood in the run folder after it."""
-
-
-@pytest.fixture(scope="module")
-def interrupted(
-    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, rm_folder: Path
-) -> tuple[VerlRun, Interrupted]:
-    """The run on one worker, after a Ctrl-C while the replies of step 2 are sampled."""
-    run = planned(tmp_path_factory.mktemp("one"), policy_folder, rm_folder, verb="run", workers=1)
-    asked_at = 0.0
-
-    def ctrl_c(process: subprocess.Popen[str]) -> None:
-        nonlocal asked_at
-        while process.poll() is None and not replies_with(run.dumps[0], weights=1):
-            sleep(0.1)
-        asked_at = monotonic()
-        process.send_signal(signal.SIGINT)
-
-    done = command.ups_rm(*run.arguments, dump=run.dumps[0], hold=1, meanwhile=ctrl_c)
-    seconds, left = monotonic() - asked_at, [process.name() for process in command.processes_of(run.folder)]
-    found = sorted(entry.name for entry in run.folder.iterdir())
-    return run, Interrupted(done.stdout, done.returncode, seconds, left, found)
-
-
-@pytest.fixture(scope="module")
-def one_worker(interrupted: tuple[VerlRun, Interrupted]) -> VerlRun:
-    """The same command again."""
-    run, _ = interrupted
-    done = command.ups_rm(*run.arguments, dump=run.dumps[1])
-    assert done.returncode == 0, done.stdout[-5000:]
-    return run
-
-
-@pytest.fixture(scope="module")
-def two_workers(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, rm_folder: Path) -> VerlRun:
-    run = planned(tmp_path_factory.mktemp("two"), policy_folder, rm_folder, verb="train", workers=2)
-    done = command.ups_rm(*run.arguments, dump=run.dumps[0])
-    assert done.returncode == 0, done.stdout[-5000:]
-    return run
-
-
-RUNS = pytest.mark.parametrize("name", ["one_worker", "two_workers"])
-
-
-def test_the_run_folder_is_the_local_engines(one_worker: VerlRun) -> None:
+def test_the_script_leaves_the_local_engines_run_folder(one_worker: VerlRun) -> None:
     folder = one_worker.folder
     expected = {"metrics.jsonl", "recipe.yaml", "policy", "groups", "eval", "summary.json", "train_result.json"}
     assert expected <= {entry.name for entry in folder.iterdir()}
@@ -136,79 +30,45 @@ def test_the_run_folder_is_the_local_engines(one_worker: VerlRun) -> None:
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
     assert json.loads((folder / "train_result.json").read_text())["steps"] == STEPS
     assert [file.name for file in sorted((folder / "groups").iterdir())] == ["step_000001.jsonl", "step_000002.jsonl"]
+    assert {"comparison.json", "pairs.jsonl"} <= {entry.name for entry in (folder / "eval").iterdir()}
 
 
-def test_metrics_have_the_local_engines_names(one_worker: VerlRun, replays: dict[Path, Any]) -> None:
-    """And, where they say how the training goes, its values; verl measures two of them otherwise (docs/guides/verl.md),
-    and has no time of scoring alone, since it scores while others still generate."""
-    otherwise = {"prompt_length/clip_ratio", "response/aborted_ratio"}
-    records, _ = replayed(one_worker, replays)
-    for number, (record, theirs) in enumerate(zip(records, one_worker.metrics, strict=True), start=1):
-        ours = step_metrics(record, one_worker.recipe, number=number, epoch=0.0, kl_coef=0.05)
-        assert set(ours) - set(theirs) == {"timing_s/reward"}
-        for name in set(ours) - otherwise:
-            if name.startswith(("critic/", "reward/", "score/", "kl/", "group/", "text/", "response", "prompt")):
+def test_metrics_have_the_local_engines_names_and_values(run: VerlRun, replay: Replay) -> None:
+    """Values: of all that says how the training goes. Times and throughput are only there."""
+    for ours, theirs in zip(replay.metrics, run.metrics, strict=True):
+        assert set(ours) <= set(theirs)
+        for name in ours:
+            if name.startswith(
+                ("critic/", "reward/", "score/", "kl/", "group/", "text/", "response", "prompt", "train", "rollout/e")
+            ):
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5, nan_ok=True), name
+        assert 0 < theirs["timing_s/reward"] < theirs["timing_s/step"]
+
+
+def test_epochs_are_counted_though_verl_reads_one_file(two_workers: VerlRun) -> None:
+    assert [row["training/epoch"] for row in two_workers.metrics] == [0, 1]
+
+
+def test_a_validation_has_the_local_engines_names_and_values(
+    two_workers: VerlRun, replay_of: Callable[[VerlRun], Replay]
+) -> None:
+    """Greedy replies of weights that agree to 1e-6."""
+    replay = replay_of(two_workers)
+    first, last = two_workers.metrics
+    assert not any(name.startswith("val-") for name in first)
+    assert {"val-aux/benign/reward/mean@1", "val-aux/response_length/mean"} <= set(replay.validation)
+    texts_or_logprobs = {"val-aux/distinct_2", "val-aux/saturated_share", "val-aux/kl", "val-aux/entropy"}
+    assert set(replay.validation) - set(last) == texts_or_logprobs  # of which verl's validation keeps none
+    for name, value in replay.validation.items():
+        if name.startswith("val-") and name in last:
+            assert last[name] == pytest.approx(value, abs=1e-4), name
 
 
 # ---- parity with the local engine
 
 
-Replies = dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]]
-"""By prompt, in the order of sampling: (tokens, log-probabilities as sampled)."""
-
-
-def replies_with(dump: Path, *, weights: int) -> Replies:
-    """What was sampled with the weights of that step; the last line may still be on its way."""
-    replies: Replies = defaultdict(list)
-    text = dump.read_text() if dump.is_file() else ""
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        row = json.loads(line)
-        if row["weights"] == weights:
-            replies[tuple(row["prompt"])].append((torch.tensor(row["tokens"]), torch.tensor(row["logprobs"])))
-    return replies
-
-
-def sampled(run: VerlRun, step: int) -> Replies:
-    """The replies that a step was made of: those of the last start that came to it."""
-    return next(found for dump in reversed(run.dumps) if (found := replies_with(dump, weights=step - 1)))
-
-
-@pytest.fixture(scope="module")
-def replays() -> dict[Path, tuple[list[StepRecord], list[dict[str, torch.Tensor]]]]:
-    return {}
-
-
-def replayed(run: VerlRun, cache: dict[Path, Any]) -> tuple[list[StepRecord], list[dict[str, torch.Tensor]]]:
-    """What verl sampled, through the local engine: a record per step, and the weights after each."""
-    if run.folder in cache:
-        return cache[run.folder]
-    trainer = Trainer(run.recipe)
-    batches = prompt_batches(trainer.train_rows, run.recipe.data)
-    records, weights = [], []
-    for step in range(1, STEPS + 1):
-        prompts, replies = next(batches), sampled(run, step)
-        messages = [row.messages for row in prompts]
-        ids = encode_prompts(trainer.policy.tokenizer, messages)
-        assert set(replies) == {tuple(row) for row in ids}, "verl saw other prompts than the local engine would"
-        rows = [reply for row in ids for reply in replies[tuple(row)]]
-        n = run.recipe.actor_rollout_ref.rollout.n
-        assert len(rows) == n * len(prompts)
-        rollout = trainer.engine._pack(messages, ids, rows, n)
-        trainer._rollout = lambda prompts, number, rollout=rollout: rollout  # type: ignore[method-assign]
-        records.append(trainer.step(prompts, step))
-        weights.append({name: value.detach().clone() for name, value in trainer.policy.model.state_dict().items()})
-    cache[run.folder] = records, weights
-    return cache[run.folder]
-
-
-@RUNS
-def test_the_same_rollouts_give_the_same_numbers(
-    name: str, request: pytest.FixtureRequest, replays: dict[Path, Any]
-) -> None:
-    run = request.getfixturevalue(name)
-    records, _ = replayed(run, replays)
-    for record, theirs in zip(records, run.metrics, strict=True):
+def test_the_same_rollouts_give_the_same_numbers(run: VerlRun, replay: Replay) -> None:
+    for record, theirs in zip(replay.records, run.metrics, strict=True):
         scores, rewards = record.token_level_scores.sum(1), record.token_level_rewards.sum(1)
         mask = record.rollout.sequences.response_mask
         advantages = record.advantages[mask.bool()]
@@ -222,28 +82,45 @@ def test_the_same_rollouts_give_the_same_numbers(
         }  # fmt: skip
         for metric, value in ours.items():
             assert theirs[metric] == pytest.approx(float(value), rel=1e-4, abs=1e-6), metric
-    assert float(records[1].kl.abs().max()) > 2e-5, "the KL of step 2 shows nothing if it is 0"
+    assert float(replay.records[1].kl.abs().max()) > 2e-5, "the KL of step 2 shows nothing if it is 0"
 
 
-@RUNS
-def test_every_reply_has_the_same_score_reward_and_advantage(
-    name: str, request: pytest.FixtureRequest, replays: dict[Path, Any]
-) -> None:
+def test_every_token_has_the_same_score_reward_advantage_and_logprobs(run: VerlRun, replay: Replay) -> None:
+    """What verl's TransferQueue held, against the local engine's tensors."""
+    for step, record in enumerate(replay.records, start=1):
+        sequences, theirs = record.rollout.sequences, run.tokens(step)
+        assert len(theirs) == len(sequences.responses)
+        ours = []
+        for i, length in enumerate(sequences.response_mask.sum(1).tolist()):
+            prompt = sequences.prompts[i][sequences.prompt_mask[i].bool()].tolist()
+            columns = (record.token_level_scores, record.token_level_rewards, record.advantages, record.kl)
+            ours.append(
+                (prompt, sequences.responses[i, :length].tolist(), torch.stack([c[i, :length] for c in columns]))
+            )
+        for row, (prompt, response, expected) in zip(theirs, sorted(ours, key=lambda r: r[:2]), strict=True):
+            assert (row["prompts"], row["responses"]) == (prompt, response)
+            names = ("rm_scores", "token_level_rewards", "advantages", "old_log_probs", "ref_log_prob")
+            scores, rewards, advantages, old, reference = (torch.tensor(row[name]) for name in names)
+            assert scores[:-1].eq(0).all()
+            found = torch.stack([scores, rewards, advantages, old - reference])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_reply_has_the_same_score_reward_and_advantage(run: VerlRun, replay: Replay) -> None:
     """By the group log, reply by reply; and its advantages recompute."""
-    run = request.getfixturevalue(name)
-    for step, record in enumerate(replayed(run, replays)[0], start=1):
+    for step, record in enumerate(replay.records, start=1):
         log = read_group_log(run.folder / "groups" / f"step_{step:06d}.jsonl")
         theirs = sorted(
-            (group.prompt_id, s.response, s.logit, s.safe_score, s.reward, s.advantage, s.kl)
+            (group.prompt_id, s.response, s.logit, s.safe_score, s.reward, s.advantage, s.kl / s.length)
             for group in log.groups
             for s in group.samples
         )
         prompt_ids = [row.index for row in record.prompts for _ in range(4)]
-        first = record.advantages[:, 0]
+        mask = record.rollout.sequences.response_mask
         columns = (
             record.token_level_rewards.sum(1),
-            first,
-            (record.kl * record.rollout.sequences.response_mask).sum(1),
+            record.advantages[:, 0],
+            (record.kl * mask).sum(1) / mask.sum(1),
         )
         ours = sorted(
             (prompt_id, text, score.logit, score.safe_score, *numbers)
@@ -259,30 +136,21 @@ def test_every_reply_has_the_same_score_reward_and_advantage(
             assert advantages == pytest.approx([sample.advantage for sample in group.samples], rel=1e-5, abs=1e-6)
 
 
-@RUNS
-def test_a_step_leads_to_the_same_weights(name: str, request: pytest.FixtureRequest, replays: dict[Path, Any]) -> None:
-    """verl's sharded checkpoints, put together in float32 without its merger."""
-    run = request.getfixturevalue(name)
-    for step, weights in enumerate(replayed(run, replays)[1], start=1):
+def test_a_step_leads_to_the_same_weights(run: VerlRun, replay: Replay) -> None:
+    """Each weight, and the step as a whole: that one is the same to a hundredth of its length."""
+    before, theirs_before = replay.start, replay.start
+    for step, weights in enumerate(replay.weights, start=1):
         theirs = checkpoint_weights(run.folder / f"global_step_{step}" / "actor")
         assert theirs.keys() == weights.keys()
         for key, value in weights.items():
             torch.testing.assert_close(theirs[key], value, rtol=0, atol=1e-5, msg=f"step {step}: {key}")
-    start = torch.nn.utils.parameters_to_vector(Trainer(run.recipe).policy.model.parameters())
-    moved = torch.cat([value.flatten() for value in weights.values()])[: len(start)]
-    assert len(moved) == len(start)
-    assert float((moved - start).abs().max()) > 1e-5, "nothing was learned"
-
-
-def checkpoint_weights(actor: Path) -> dict[str, torch.Tensor]:
-    """All shards of a checkpoint that this test made itself, joined on their first dimension."""
-    files = sorted(actor.glob("model_world_size_*_rank_*.pt"), key=lambda file: int(file.stem.rsplit("_", 1)[1]))
-    shards = [torch.load(file, map_location="cpu", weights_only=False) for file in files]
-    joined = {}
-    for key in shards[0]:
-        parts = [getattr(shard[key], "_local_tensor", shard[key]) for shard in shards]
-        joined[key] = torch.cat(parts) if hasattr(shards[0][key], "_local_tensor") else parts[0]
-    return joined
+        moved, their_move = (
+            torch.cat([(after[key] - start[key]).flatten() for key in weights])
+            for after, start in ((weights, before), (theirs, theirs_before))
+        )
+        assert float(moved.abs().max()) > 5e-6, "nothing was learned"
+        assert float((their_move - moved).norm()) < 1e-2 * float(moved.norm())
+        before, theirs_before = weights, theirs
 
 
 # ---- resume and export
@@ -314,11 +182,9 @@ def test_the_same_command_goes_on_at_the_right_step_with_the_right_prompts(one_w
             assert tokens.tolist() == same.tolist()
 
 
-@RUNS
-def test_the_exported_policy_loads_in_plain_transformers(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_exported_policy_loads_in_plain_transformers(run: VerlRun) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = request.getfixturevalue(name)
     model, loading = AutoModelForCausalLM.from_pretrained(
         run.folder / "policy", dtype=torch.float32, output_loading_info=True
     )

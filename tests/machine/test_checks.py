@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,10 +15,12 @@ from typer.testing import CliRunner
 
 from tiny import tiny_policy, tiny_rm
 from ups_rm.cli import app
+from ups_rm.machine import facts
 from ups_rm.machine.checks import Finding, check_machine
-from ups_rm.machine.facts import Clash, Facts, GpuFact, TorchFact
-from ups_rm.recipe import Recipe, load_recipe
+from ups_rm.machine.facts import Clash, Facts, GpuFact, TorchFact, look
+from ups_rm.recipe import Recipe, RewardModelModel, load_recipe
 
+TOKEN = "a token of ours with blanks".replace(" ", "-")
 H200 = GpuFact("NVIDIA H200", 143_771 << 20, 0, "580.95.05", "9.0")
 GPU_NODE = Facts(
     python=(3, 12, 3),
@@ -136,7 +142,7 @@ PLACES = {
     "shared by too many": ("shared", 9, "fail", "9 on 8 training GPUs"),
     "own, none left": ("own", 1, "fail", "1 GPUs of their own beside 8 that train; 8 are here"),
     "another node": ("node", 2, "unknown", "2 GPUs of nodes with the Ray resource"),
-    "service": ("http", 1, "unknown", "the service at no address is not asked"),
+    "service": ("http", 1, "ok", "1 requests at a time to a service"),
 }
 
 
@@ -180,6 +186,64 @@ def test_models_that_are_missing_empty_or_on_a_hub(recipe, tmp_path):
     for name in (str(tmp_path / "empty"), str(tmp_path / "gone"), "Qwen/Qwen2-7B-Instruct"):
         verdicts[Path(name).name] = findings(GPU_NODE, with_gpus(recipe, 8, policy=name))["policy"].verdict
     assert verdicts == {"empty": "fail", "gone": "fail", "Qwen2-7B-Instruct": "warn"}
+
+
+@pytest.fixture(scope="module")
+def service(rm_folder) -> Iterator[str]:
+    """The address of a real reward server with a token."""
+    pytest.importorskip("fastapi", reason="the reward server is an extra")
+    from ups_rm.reward.scorer import RewardScorer
+    from ups_rm.reward.server import RewardServer
+
+    with RewardServer([RewardScorer.load(rm_folder, dtype="float32")], name="tiny", token=TOKEN) as server:
+        yield server.url
+
+
+@pytest.mark.parametrize(
+    ("token", "verdict", "seen", "fix"),
+    [
+        (TOKEN, "ok", "is healthy and scored a conversation (token: OUR_RM_TOKEN)", ""),
+        ("another token of theirs", "fail", "is healthy, but (token: OUR_RM_TOKEN): ", "give the server's token"),
+        (None, "fail", "the environment variable OUR_RM_TOKEN (token_env) is not set", "docs/guides/rm-server.md"),
+    ],
+)
+def test_a_reward_service_is_asked_for_a_score_with_the_recipe_s_token(
+    recipe, service, token, verdict, seen, fix, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("OUR_RM_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("OUR_RM_TOKEN", token)
+    found = service_row(recipe, service, tmp_path)
+    assert found.verdict == verdict
+    assert seen in found.seen
+    assert fix in found.fix
+
+
+@pytest.mark.parametrize("what", ["nothing", "silence", "another program"])
+def test_what_is_no_reward_service_is_named(recipe, what, monkeypatch, tmp_path):
+    monkeypatch.setattr(facts, "HEALTH_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+        if what == "nothing":
+            other.close()
+        if what == "another program":
+            other.close()
+            server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501 to everything
+            threading.Thread(target=server.handle_request, daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}"
+        found = service_row(recipe, url, tmp_path)
+    said = {"nothing": "ConnectError", "silence": "ReadTimeout", "another program": "HTTP 501"}[what]
+    assert found.verdict == "fail"
+    assert f"{url} is not a healthy reward server: GET /health: {said}" in found.seen
+    assert "ups-rm rm serve" in found.fix
+
+
+def service_row(recipe: Recipe, url: str, folder: Path) -> Finding:
+    """The doctor's row for a recipe whose RM is behind that address, by real facts of it."""
+    model = RewardModelModel(url=url, token_env="OUR_RM_TOKEN")
+    served = replace(recipe, reward_model=replace(recipe.reward_model, model=model, placement="http"))
+    seen = look([folder], services=[model])
+    return findings(replace(GPU_NODE, services=seen.services), with_gpus(served, 8))["reward service"]
 
 
 def test_the_command_on_this_machine_prints_a_table_and_exits_by_the_verdict(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from ups_rm.errors import PlanError
 from ups_rm.planning import memory
 from ups_rm.planning.architecture import read_architecture, reward_model
 from ups_rm.planning.plan import HEADROOM, Machine, Plan, make_plan
+from ups_rm.planning.report import proposed_settings
 from ups_rm.planning.speed import GPUS, Cluster, rm_seconds
 from ups_rm.recipe import load_recipe
 
@@ -61,6 +62,20 @@ def test_the_proposed_micro_batch_fits_and_twice_as_many_does_not(checkpointing,
     limit = int(HEADROOM * memory_gb * 1e9)
     assert update(2 * best or 1) > limit
     assert best == 0 or update(best) <= limit
+
+
+def test_proposed_micro_batches_are_taken_by_the_verl_engine():
+    """6 GPUs beside 2 of the RM's own: 60 prompts x 4 are 40 replies per GPU, which 16 does not divide."""
+    from ups_rm.distributed.translate import check_for_verl
+
+    own = ["reward_model.placement=own", "trainer.n_gpus_per_node=6", "data.train_batch_size=60"]
+    own += ["actor_rollout_ref.actor.ppo_mini_batch_size=60", "reward_model.model.path=llama3-8b"]
+    found = plan_of(replace(H200, gpus=6, memory_gb=180), *own)
+    assert (found.micro_batch.with_checkpointing, found.micro_batch.log_probs) == (20, 40)
+    proposed = dict(word.split("=") for word in proposed_settings(found).split())
+    assert len(proposed) == 3
+    given = [*own, *(f"{key}={size}" for key, size in proposed.items())]
+    check_for_verl(load_recipe("pku_saferlhf_qwen2_7b_8gpu", given, engine="verl"))
 
 
 def test_checkpointing_saves_what_the_table_says():
@@ -132,7 +147,9 @@ def test_the_command_prints_every_table():
     done = RUNNER.invoke(app, [*OPTIONS, *FULL_SCALE], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     for text in ("7,615,616,512 parameters", "GB per GPU, by phase", "with checkpointing", "tensor parallel",
-                 "tokens/s per GPU", "4,096", "bottleneck", "assumed per GPU: 989 TFLOP/s", "fits"):  # fmt: skip
+                 "tokens/s per GPU", "4,096",
+                 "proposed micro batches: actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "bottleneck",
+                 "assumed per GPU: 989 TFLOP/s", "fits"):  # fmt: skip
         assert text in done.output
 
 

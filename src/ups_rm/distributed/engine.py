@@ -132,9 +132,7 @@ def prepare(recipe: Recipe) -> VerlRun:
     recipe = replace(recipe, actor_rollout_ref=replace(recipe.actor_rollout_ref, model=model))
     folder = Path(recipe.trainer.default_local_dir)
     prompts = lay_out_prompts(recipe, _tokenizer(model.path, model.trust_remote_code), folder / "verl")
-    overrides = verl_overrides(
-        recipe, train_files=prompts.train, val_files=prompts.val, total_steps=prompts.total_steps
-    )
+    overrides = verl_overrides(recipe, prompts)
     run = VerlRun(recipe, prompts, overrides)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     write_made_with(folder, engine="verl")
@@ -295,14 +293,13 @@ def dry_run(recipe: Recipe) -> None:
     folder = Path(recipe.trainer.default_local_dir) / "verl"
     check_for_verl(recipe)
     given = recipe.trainer.total_training_steps
-    steps = given or 0
+    steps, per_epoch = given or 0, 1
     if all(Path(file).is_file() for file in as_list(recipe.data.train_files)):
         rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
-        steps = steps_per_epoch(len(rows), recipe.data) * recipe.trainer.total_epochs
+        per_epoch = steps_per_epoch(len(rows), recipe.data)
+        steps = per_epoch * recipe.trainer.total_epochs
         steps = steps if given is None else min(steps, given)
-    overrides = verl_overrides(
-        recipe, train_files=folder / "train.parquet", val_files=folder / "val.parquet", total_steps=steps
-    )
+    overrides = verl_overrides(recipe, PromptFiles(folder / "train.parquet", folder / "val.parquet", steps, per_epoch))
     console.print(to_yaml(verl_config(overrides)), markup=False, soft_wrap=True)
     console.print(shlex.join(python_command(overrides, folder)), markup=False, soft_wrap=True)
 

@@ -23,11 +23,12 @@ from ups_rm.recipe import Recipe, as_list
 
 @dataclass(frozen=True)
 class PromptFiles:
-    """What verl reads, and how many steps that is."""
+    """What verl reads, and how many steps that is, altogether and in one pass over the prompts."""
 
     train: Path
     val: Path
     total_steps: int
+    steps_per_epoch: int
 
 
 def lay_out_prompts(recipe: Recipe, tokenizer: Any, folder: Path) -> PromptFiles:
@@ -41,14 +42,15 @@ def lay_out_prompts(recipe: Recipe, tokenizer: Any, folder: Path) -> PromptFiles
     held_out = fitting_prompts(read_prompts(as_list(data.val_files)), tokenizer, data)
     if data.val_max_samples >= 0:
         held_out = held_out[: data.val_max_samples]
-    total_steps = steps_per_epoch(len(rows), data) * recipe.trainer.total_epochs
+    per_epoch = steps_per_epoch(len(rows), data)
+    total_steps = per_epoch * recipe.trainer.total_epochs
     if recipe.trainer.total_training_steps is not None:
         total_steps = min(total_steps, recipe.trainer.total_training_steps)
     if not held_out:
         if recipe.trainer.test_freq > 0:
             raise RecipeError("trainer.test_freq asks for validation, but no prompt of data.val_files is left for it")
         held_out = rows[:1]  # verl wants a file with rows, also where it never validates
-    files = PromptFiles(folder / "train.parquet", folder / "val.parquet", total_steps)
+    files = PromptFiles(folder / "train.parquet", folder / "val.parquet", total_steps, per_epoch)
     folder.mkdir(parents=True, exist_ok=True)
     _write(files.train, [row for batch in islice(prompt_batches(rows, data), total_steps) for row in batch])
     _write(files.val, held_out)

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.errors import RecipeError
-from ups_rm.recipe import Recipe, RewardModel
-from ups_rm.types import Message
+from ups_rm.recipe import Recipe, RewardModel, RewardModelModel
 
 EXTERNAL_MODULE = "ups_rm.distributed.verl_trainer"
 """What verl's processes import (VERL_USE_EXTERNAL_MODULES) so that `trainer.v1.trainer_mode=ups_rm` is known."""
-
-
-SERVICE_S = 15.0
-"""Within which a scoring service must answer one conversation before verl is started; it is asked twice."""
 
 
 def verl_overrides(recipe: Recipe) -> dict[str, Any]:
@@ -71,24 +66,32 @@ def check_placement(settings: RewardModel) -> None:
 def check_reachable(settings: RewardModel) -> None:
     """What the RM workers would fail on after verl's minute of start-up: a wrong path, a service that is not there.
 
-    Folders of RM nodes (`node`) are left to the workers there.
+    Folders of RM nodes (`node`) that are not here as well are left to the workers there.
 
     Raises:
         RMError: a folder that is no reward model; a service that does not score one conversation, or something else
             at its address.
     """
-    from ups_rm.reward.client import HttpScorer
-    from ups_rm.reward.native import read_config
-    from ups_rm.reward.open import kind_of, token_of
+    from ups_rm.reward.open import ask_service
 
     for entry in settings.entries():
         if entry.url:
-            token = token_of(entry)
-            with HttpScorer(entry.url, token=token, timeout=SERVICE_S, retries=1, max_wait=3 * SERVICE_S) as service:
-                service.score([[Message(role="user", content="Hello."), Message(role="assistant", content="Hello.")]])
+            ask_service(entry)
         elif entry.path and (settings.placement != "node" or Path(entry.path).exists()):
-            read_config(entry.path)
-            kind_of(entry)
+            check_folder(entry)
+
+
+def check_folder(entry: RewardModelModel) -> None:
+    """Whether a reward model's folder is one; nothing is loaded.
+
+    Raises:
+        RMError: it is not there, or is none.
+    """
+    from ups_rm.reward.native import read_config
+    from ups_rm.reward.open import kind_of
+
+    read_config(entry.path)
+    kind_of(entry)
 
 
 def _absolute(path: str) -> str:

@@ -13,9 +13,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ups_rm.distributed.rewards import check_folder
 from ups_rm.errors import RMError, UpsRmError
 from ups_rm.types import Conversation, Score, Scorer
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 WORKER_NAME = "ups_rm_worker_{index}"
 PING_PAUSE_S = 0.2
 """Between two looks at a worker that Ray is restarting."""
+CLOCK_S = 5.0
+"""Within which workers must say how long they scored; one that is loading is not waited for."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,17 @@ class RMWorker:
     def __init__(self, settings: PoolSettings, index: int) -> None:
         self.settings, self.index = settings, index
         self._scorer: Scorer | None = None
+        self._seconds = 0.0
+
+    def check(self) -> None:
+        """See `check_folder`, on the worker's node.
+
+        Raises:
+            RMError: a folder of the recipe is not there, or is no reward model.
+        """
+        for entry in self.settings.reward_model.entries():
+            if entry.path:
+                check_folder(entry)
 
     def load(self) -> str:
         """Load the reward model unless it is there; returns what and where, for the log.
@@ -99,7 +115,15 @@ class RMWorker:
         """
         if self._scorer is None:
             self._scorer = open_worker_scorer(self.settings, self.index)
-        return self._scorer.score(list(conversations))
+        started = perf_counter()
+        scores = self._scorer.score(list(conversations))
+        self._seconds += perf_counter() - started
+        return scores
+
+    def take_seconds(self) -> float:
+        """Seconds of scoring since the last call of this method."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def open_worker_scorer(settings: PoolSettings, index: int) -> Scorer:
@@ -211,6 +235,14 @@ class RMPool:
             self._idle.put_nowait(worker)
         self._repairs: set[asyncio.Task[None]] = set()
 
+    def check_folders(self) -> None:
+        """Have every worker look at the reward model's folder: nodes of the RM's own may lack it.
+
+        Raises:
+            RMError: it is not there, or a worker does not start within `reward_model.timeout_s`.
+        """
+        self._all([worker.actor.check.remote() for worker in self.workers])
+
     def start_loading(self) -> None:
         """Have every worker load the reward model, without waiting for it; `wait_ready` tells what came of it."""
         for worker in self.workers:
@@ -222,10 +254,13 @@ class RMPool:
         Raises:
             RMError: a worker can't load it, or is not ready within `reward_model.timeout_s`.
         """
+        return self._all([worker.actor.load.remote() for worker in self.workers])
+
+    def _all(self, calls: Sequence[Any]) -> list[Any]:
+        """The answers of all workers, within `reward_model.timeout_s`."""
         import ray
         from ray.exceptions import GetTimeoutError, RayError
 
-        calls = [worker.actor.load.remote() for worker in self.workers]
         try:
             return list(ray.get(calls, timeout=self.timeout_s))
         except GetTimeoutError as error:
@@ -236,6 +271,18 @@ class RMPool:
             ) from error
         except RayError as error:
             raise RMError(f"the RM can't be loaded: {reason(error)}") from error
+
+    def take_seconds(self) -> float:
+        """Seconds of scoring per worker since the last call; what a worker did before it died is not in it."""
+        import ray
+        from ray.exceptions import RayError
+
+        calls = [worker.actor.take_seconds.remote() for worker in self.workers]
+        seconds = 0.0
+        for call in ray.wait(calls, num_returns=len(calls), timeout=CLOCK_S)[0]:
+            with suppress(RayError):
+                seconds += ray.get(call)
+        return seconds / len(calls)
 
     async def score(self, conversations: Sequence[Conversation]) -> list[Score]:
         """Score one batch on an idle worker; on failure on the next ones.

@@ -44,6 +44,8 @@ class StepRecord:
         group_ids: which prompt each reply answers (B,).
         response_mask, token_level_scores, token_level_rewards, advantages: Shape (B, R).
         kl: estimate per token; None where there is no reference. Shape (B, R).
+        sampled_logprobs: log pi at sampling; as recomputed where verl does not keep those; None where neither is there.
+            Shape (B, R).
         logprob_gap: |log pi at sampling - log pi recomputed| per token; None where not sampled with. Shape (B, R).
         extras: what our reward manager said of each reply, by name.
         response_ids: the tokens that response_mask lets through, of each reply.
@@ -62,6 +64,7 @@ class StepRecord:
     token_level_rewards: Tensor
     advantages: Tensor
     kl: Tensor | None
+    sampled_logprobs: Tensor | None
     logprob_gap: Tensor | None
     extras: list[dict[str, float]]
     response_ids: list[list[int]] = field(default_factory=list)
@@ -128,6 +131,7 @@ def read_step(
         token_level_rewards=padded.get("token_level_rewards", padded["rm_scores"]),
         advantages=padded["advantages"],
         kl=kl,
+        sampled_logprobs=padded.get("rollout_log_probs", padded.get("old_log_probs")),
         logprob_gap=gap,
         extras=extras,
         response_ids=[ids[ragged["response_mask"][i].bool()].tolist() for i, ids in zip(keep, responses, strict=True)],
@@ -180,6 +184,9 @@ def step_metrics(
     prompts = [messages[-1]["content"] for messages in record.messages]
     metrics |= text_metrics(record.texts, record.kinds, prompts)
     metrics["response/aborted_ratio"] = sum(not text.strip() for text in record.texts) / len(record.texts)
+    if record.sampled_logprobs is not None:
+        mask = record.response_mask
+        metrics["rollout/entropy"] = -float((record.sampled_logprobs * mask).sum() / mask.sum().clamp(min=1))
     if record.logprob_gap is not None:
         metrics["rollout/logprob_gap_mean"] = float(record.logprob_gap.sum() / record.response_mask.sum().clamp(min=1))
         metrics["rollout/logprob_gap_max"] = float(record.logprob_gap.max())

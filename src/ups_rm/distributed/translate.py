@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ups_rm.distributed import rewards
+from ups_rm.distributed.prompts import PromptFiles
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_checks import ARR, value_of
@@ -107,22 +108,21 @@ PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
 NOT_TEXT = ("null", "true", "false", "nan", "inf", "yes", "no", "on", "off")
 
 
-def verl_overrides(recipe: Recipe, *, train_files: Path, val_files: Path, total_steps: int) -> list[str]:
+def verl_overrides(recipe: Recipe, prompts: PromptFiles) -> list[str]:
     """The recipe as Hydra overrides of verl's `ppo_trainer` configuration.
 
     Args:
-        train_files, val_files: prompts as laid out by `distributed.prompts`, in the order of the steps.
-        total_steps: of the whole training.
+        prompts: as laid out by `distributed.prompts`, in the order of the steps.
 
     Raises:
         RecipeError: an option that verl can't honour, with the reason.
     """
     check_for_verl(recipe)
     overrides: Overrides = {key: value_of(recipe, key) for key in SAME}
-    overrides |= _data(recipe, train_files, val_files)
+    overrides |= _data(recipe, prompts)
     overrides |= _number_formats(recipe)
     overrides |= _actor(recipe)
-    overrides |= _trainer(recipe, total_steps)
+    overrides |= _trainer(recipe, prompts)
     overrides |= rewards.verl_overrides(recipe)
     return [f"{key}={hydra_value(value)}" for key, value in overrides.items()] + list(recipe.verl.overrides)
 
@@ -211,10 +211,10 @@ def _check_free_overrides(recipe: Recipe) -> None:
             raise RecipeError(f"verl.overrides: {key} is a key of the recipe\n  fix: set it there instead: {text}")
 
 
-def _data(recipe: Recipe, train_files: Path, val_files: Path) -> Overrides:
+def _data(recipe: Recipe, prompts: PromptFiles) -> Overrides:
     return {
-        "data.train_files": str(train_files.absolute()),
-        "data.val_files": str(val_files.absolute()),
+        "data.train_files": str(prompts.train.absolute()),
+        "data.val_files": str(prompts.val.absolute()),
         "data.shuffle": False,  # the file has the order
         "data.seed": recipe.data.seed,
         "data.validation_shuffle": False,
@@ -252,15 +252,16 @@ def _actor(recipe: Recipe) -> Overrides:
     }
 
 
-def _trainer(recipe: Recipe, total_steps: int) -> Overrides:
+def _trainer(recipe: Recipe, prompts: PromptFiles) -> Overrides:
     trainer, address = recipe.trainer, recipe.ray_kwargs.ray_init.address
     resume_from = trainer.resume_from_path
     return {
         "trainer.total_epochs": 1,  # the file holds every prompt of every step
-        "trainer.total_training_steps": total_steps,
+        "trainer.total_training_steps": prompts.total_steps,
+        "+trainer.ups_rm_steps_per_epoch": prompts.steps_per_epoch,  # for `training/epoch`
         "trainer.logger": [name for name in as_list(trainer.logger) if name != "jsonl"] + ["file"],
         "trainer.val_before_train": trainer.val_before_train and trainer.test_freq > 0,
-        "trainer.save_freq": trainer.save_freq if trainer.save_freq > 0 else total_steps,
+        "trainer.save_freq": trainer.save_freq if trainer.save_freq > 0 else prompts.total_steps,
         "trainer.default_local_dir": str(Path(trainer.default_local_dir).absolute()),
         "trainer.resume_from_path": str(Path(resume_from).absolute()) if resume_from else None,
         "trainer.device": "cuda" if trainer.device == "auto" else trainer.device,

@@ -34,6 +34,12 @@ from ups_rm.errors import RunError
 from ups_rm.tracking.group_log import GroupLog
 
 TRAINER_MODE = "ups_rm"
+BY_THE_LIMITS = (
+    "prompt_length/clip_ratio", "response_length/clip_ratio", "response_length_non_aborted/clip_ratio",
+    "response/aborted_ratio",
+)  # fmt: skip
+"""Metrics where docs/metrics.md holds: verl compares lengths with the longest of a batch, not with the recipe's limit,
+and counts as aborted only what has no token at all."""
 
 
 @register_trainer(TRAINER_MODE)
@@ -53,6 +59,7 @@ class SafetyTrainer(PPOTrainerSync):
             scale_by_std=algorithm.norm_adv_by_std_in_grpo,
         )
         self.dump_extras: dict[str, dict[str, float]] = {}
+        self.steps_in_epoch = int(trainer.ups_rm_steps_per_epoch)
 
     def init(self) -> None:
         """verl's set-up, while the RM workers load their model where that takes nothing from it.
@@ -66,6 +73,8 @@ class SafetyTrainer(PPOTrainerSync):
             check_capacity(settings, ray.cluster_resources())
             beside = RMPool(settings) if settings.loads_beside_verl else None
             if beside is not None:
+                if settings.reward_model.placement == "node":  # its folders could not be seen by the command
+                    beside.check_folders()
                 beside.start_loading()
             super().init()
             # kept: Ray ends an actor when the process that created it lets go of its handle
@@ -107,11 +116,22 @@ class SafetyTrainer(PPOTrainerSync):
         metrics.setdefault("actor/reward_kl_penalty_coeff", 0.0)
         self._log_groups(record, metrics["actor/reward_kl_penalty_coeff"])
         self.dump_extras = dict(zip(record.keys, record.extras, strict=True))
+        timing_raw["reward"] = self.rm_pool.take_seconds()
         return batch
+
+    def _compute_metrics(
+        self, batch: Any, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
+    ) -> None:
+        """verl's own metrics; the file that it reads once holds all passes over the prompts, so we count them."""
+        ours = {name: metrics[name] for name in BY_THE_LIMITS}
+        epoch = (global_steps - 1) // self.steps_in_epoch
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
+        metrics.update(ours)
 
     def _validate(self) -> dict[str, float]:
         with self._not_hidden():
             metrics: dict[str, float] = super()._validate()
+        self.rm_pool.take_seconds()  # not the next step's
         return metrics
 
     def _val_metrics_update(

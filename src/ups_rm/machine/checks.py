@@ -13,7 +13,7 @@ from ups_rm.models import DEFAULT_MODEL, cache_folder
 
 if TYPE_CHECKING:
     from ups_rm.planning.plan import Plan
-    from ups_rm.recipe import Recipe
+    from ups_rm.recipe import Recipe, RewardModelModel
 
 Verdict = Literal["ok", "warn", "fail", "unknown"]
 GIB = 1024**3
@@ -51,7 +51,7 @@ def check_machine(facts: Facts, recipe: Recipe, engine: str) -> list[Finding]:
         found.append(_rm_place(facts, recipe))
     found += _memory(facts, recipe, engine, plan)
     found += _machine(facts, recipe, engine, plan)
-    found += _models(recipe)
+    found += _models(facts, recipe)
     return found
 
 
@@ -171,8 +171,7 @@ def _rm_place(facts: Facts, recipe: Recipe) -> Finding:
     what, settings, nodes = "RM workers", recipe.reward_model, max(1, recipe.trainer.nnodes)
     workers, training = settings.num_workers, nodes * max(1, recipe.trainer.n_gpus_per_node)
     if settings.placement == "http":
-        urls = ", ".join(entry.url for entry in settings.entries() if entry.url)
-        return Finding(what, "unknown", f"the service at {urls or 'no address'} is not asked from here")
+        return Finding(what, "ok", f"{workers} requests at a time to a service; no device of these")
     if settings.placement == "node":
         seen = f"{workers} GPUs of nodes with the Ray resource {settings.node_resource!r} can't be seen from here"
         return Finding(what, "unknown", seen)
@@ -264,7 +263,7 @@ def _disk(folder: str, free: int, recipe: Recipe, plan: Plan | str) -> Finding:
     return Finding(what, "ok", seen)
 
 
-def _models(recipe: Recipe) -> Iterator[Finding]:
+def _models(facts: Facts, recipe: Recipe) -> Iterator[Finding]:
     yield _model("policy", recipe.actor_rollout_ref.model.path)
     entries = recipe.reward_model.entries()
     if not entries:
@@ -272,12 +271,29 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
     for entry in entries:
         if entry.path:
             yield _model("reward model", entry.path)
+        elif entry.url:
+            yield _service(entry, facts)
         else:
-            yield Finding("reward model", "unknown", f"{entry.url or entry.callable} is not asked from here")
+            yield Finding("reward model", "unknown", f"{entry.callable} is not called here")
     for file in _prompt_files(recipe):
         there = Path(file).expanduser().is_file()
         fix = "" if there else "ups-rm data prepare"
         yield Finding("prompts", "ok" if there else "warn", f"{file} is {'there' if there else 'not there yet'}", fix)
+
+
+def _service(entry: RewardModelModel, facts: Facts) -> Finding:
+    what, fact = "reward service", facts.services.get(entry.url)
+    if fact is None:
+        return Finding(what, "unknown", f"{entry.url} was not asked")
+    token = f"token: {entry.token_env or 'UPS_RM_TOKEN, if that is set'}"
+    if not fact.problem:
+        return Finding(what, "ok", f"{entry.url} is healthy and scored a conversation ({token})")
+    if fact.health != "HTTP 200":
+        seen = f"{entry.url} is not a healthy reward server: GET /health: {fact.health}"
+        return Finding(what, "fail", seen, "ups-rm rm serve FOLDER there; reward_model.model.url=http://HOST:PORT")
+    problem, _, fix = fact.problem.partition("\n  fix: ")
+    fix = fix or "the log of `ups-rm rm serve`; docs/guides/rm-server.md"
+    return Finding(what, "fail", f"{entry.url} is healthy, but ({token}): {problem}", fix)
 
 
 def _model(what: str, name: str) -> Finding:

@@ -16,13 +16,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+if TYPE_CHECKING:
+    from ups_rm.recipe import RewardModelModel
+
 RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard", 10001: "Ray's clients"}
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version,compute_cap")
 SMI_FORMAT = "--format=csv,noheader,nounits"
+HEALTH_S = 5.0
+"""Within which a reward service must say that it lives."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,16 @@ class Clash:
 
 
 @dataclass(frozen=True)
+class ServiceFact:
+    """What a reward service answered."""
+
+    health: str
+    """To `GET /health`, which needs no token: "HTTP 200", or why nothing came."""
+    problem: str
+    """Why it did not score one conversation; "": it did."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that was seen. Sizes in bytes."""
 
@@ -86,16 +102,21 @@ class Facts:
     """Soft limit of this process."""
     infiniband: list[str]
     """Network adapters for RDMA."""
+    services: dict[str, ServiceFact] = field(default_factory=dict)
+    """Reward services by address."""
     unseen: dict[str, str] = field(default_factory=dict)
     """What could not be looked at, and why."""
 
 
-def look(folders: Iterable[Path], wanted: Iterable[str] = ("ups-rm",)) -> Facts:
+def look(
+    folders: Iterable[Path], wanted: Iterable[str] = ("ups-rm",), services: Iterable[RewardModelModel] = ()
+) -> Facts:
     """Look at this machine.
 
     Args:
         folders: where free disk space matters (the nearest existing parent is asked).
         wanted: packages whose requirements have to be met, with extras, e.g. "verl[vllm]".
+        services: reward models behind a `url`, which are asked for one score.
     """
     unseen: dict[str, str] = {}
     packages = {
@@ -116,6 +137,7 @@ def look(folders: Iterable[Path], wanted: Iterable[str] = ("ups-rm",)) -> Facts:
         disk={str(folder): shutil.disk_usage(_existing(folder)).free for folder in folders},
         ports_in_use=[port for port in RAY_PORTS if not _port_is_free(port)],
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        services={service.url: _service(service) for service in services},
         infiniband=sorted(entry.name for entry in _entries(Path("/sys/class/infiniband"))),
         unseen=unseen,
     )
@@ -158,6 +180,22 @@ def _installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _service(service: RewardModelModel) -> ServiceFact:
+    """Whether a reward service lives, and whether it scores for who has the recipe's token."""
+    from ups_rm.errors import UpsRmError
+    from ups_rm.reward.client import health
+    from ups_rm.reward.open import ask_service
+
+    alive = health(service.url, HEALTH_S)
+    if alive != "HTTP 200":
+        return ServiceFact(alive, "it was not asked for a score")
+    try:
+        ask_service(service)
+    except UpsRmError as error:
+        return ServiceFact(alive, str(error))
+    return ServiceFact(alive, "")
 
 
 def _gpus(unseen: dict[str, str]) -> list[GpuFact] | None:

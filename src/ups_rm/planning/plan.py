@@ -39,7 +39,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The largest micro batches that fit, in sequences per GPU; 0: not even one."""
+    """The largest micro batches that fit and divide a GPU's share, in sequences per GPU; 0: not even one."""
 
     with_checkpointing: int
     without_checkpointing: int
@@ -288,14 +288,15 @@ def _rm_place(recipe: Recipe, machine: Machine) -> str:
 def _largest(
     policy: Architecture, rm: Architecture, layout: memory.Layout, phase: str, limit: int, work: speed.Work
 ) -> int:
-    """The largest power of two of sequences per GPU with which a phase stays under the limit, at most a GPU's share."""
-    share = max(1, work.sequences // layout.gpus)
-    size, found = 1, 0
-    while size <= share:
+    """The most sequences per GPU with which a phase stays under the limit, as verl cuts: into equal micro batches."""
+    cuts = work.mini_batches if phase == "update" else 1
+    share = max(1, work.sequences * layout.sequence_parallel // (cuts * layout.gpus))
+    found = 0
+    for size in (size for size in range(1, share + 1) if share % size == 0):
         tried = replace(layout, micro_batch=size, logprob_micro_batch=size)
         if sum(memory.phases(policy, rm, tried)[phase].values()) > limit:
             break
-        found, size = size, 2 * size
+        found = size
     return found
 
 

@@ -26,6 +26,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_time(plan))
     console.print(_growth("growth, batch in proportion to the GPUs (shares of the step's time)", plan.growing))
     console.print(_growth("growth, the recipe's batch on more GPUs", plan.fixed))
+    if proposed := proposed_settings(plan):
+        console.print(f"proposed micro batches: {proposed}", soft_wrap=True, markup=False)
     for line in _assumptions(plan):
         console.print(line, soft_wrap=True, markup=False)
     for problem in plan.problems:
@@ -68,6 +70,18 @@ def _activations(plan: Plan) -> Table:
     table.add_row("update without", str(recipe), _gb(size["without checkpointing"]), str(best.without_checkpointing))
     table.add_row("log-probs", str(plan.layout.logprob_micro_batch), "", str(best.log_probs))
     return table
+
+
+def proposed_settings(plan: Plan) -> str:
+    """The largest micro batches that fit, as settings of the recipe; "" where not even one sequence does."""
+    best = plan.micro_batch
+    update = best.with_checkpointing if plan.layout.checkpointing else best.without_checkpointing
+    sizes = {
+        "actor.ppo_micro_batch_size_per_gpu": update,
+        "rollout.log_prob_micro_batch_size_per_gpu": best.log_probs,
+        "ref.log_prob_micro_batch_size_per_gpu": best.log_probs,
+    }
+    return " ".join(f"actor_rollout_ref.{key}={size}" for key, size in sizes.items()) if all(sizes.values()) else ""
 
 
 def _engines(plan: Plan) -> Table:

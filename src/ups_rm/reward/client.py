@@ -248,6 +248,19 @@ class HttpScorer:
         return scores
 
 
+def health(url: str, seconds: float) -> str:
+    """What a reward server says of itself, without a token: "HTTP 200", another status, or why nothing came."""
+    try:
+        import httpx
+    except ImportError:
+        return "httpx is not installed (pip install 'ups-rm[serve]')"
+    try:
+        response = httpx.get(f"{url.rstrip('/')}/health", timeout=seconds, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"HTTP {response.status_code}"
+
+
 def retry_after(response: httpx.Response | None) -> float:
     """Seconds that the server asks to wait, 0 if it does not say; never more than a minute."""
     text = response.headers.get("retry-after", "") if response is not None else ""

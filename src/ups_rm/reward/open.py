@@ -23,6 +23,8 @@ PROBE_TOLERANCE = 0.05
 """Largest change of a logit between two calls, as a share of the largest logit: bf16 in other batches gives 0.02."""
 EXAMINED = ("myrm", "sequence", "token")
 """Kinds that the doctor examines; the others must pass `probe`."""
+SERVICE_S = 15.0
+"""Within which `ask_service` must have its answer, in seconds; it asks twice."""
 KIND_OF = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 
@@ -265,3 +267,16 @@ def token_of(entry: RewardModelModel) -> str | None:
     if not token:
         raise RMError(f"the environment variable {entry.token_env} (token_env) is not set: {entry.url} needs its token")
     return token
+
+
+def ask_service(entry: RewardModelModel) -> None:
+    """Have a service score one conversation, as it will have to: it lives, it takes our token, it speaks our protocol.
+
+    Raises:
+        RMError, RMServerError: it does not, or something else is at its address.
+    """
+    from ups_rm.reward.client import HttpScorer
+
+    conversation = [Message(role="user", content="Hello."), Message(role="assistant", content="Hello.")]
+    with HttpScorer(entry.url, token=token_of(entry), timeout=SERVICE_S, retries=1, max_wait=3 * SERVICE_S) as service:
+        service.score([conversation])

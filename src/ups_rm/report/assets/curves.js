@@ -16,6 +16,10 @@ const CURVES = [
 ];
 const DASHES = [undefined, [8, 4], [2, 3], [12, 4, 2, 4], [4, 8], [1, 6], [16, 4], [6, 2, 2, 2]];
 
+function metricWord(name) {
+  return name.startsWith("val-core/") ? t("metric_val") : known(`metric_${name}`, name.replace("timing_s/", ""));
+}
+
 function linesOf(patterns) {
   const { runs } = state.data, several = runs.length > 1;
   const names = [];
@@ -36,7 +40,7 @@ function linesOf(patterns) {
       const x = there.map(([step]) => step), y = there.map(([, value]) => value);
       const sparse = name.startsWith("val");
       lines.push({
-        label: (several ? `${run.name}: ` : "") + (names.length > 1 ? known(`metric_${name}`, name.replace("timing_s/", "")) : known(`metric_${name}`, name)),
+        label: (several ? `${run.name}: ` : "") + metricWord(name),
         x, y: sparse ? y : smoothed(y, state.curves.smooth), points: sparse,
         colour: css(colours[(several ? number_ : i) % colours.length]), dash: several || names.length > colours.length ? DASHES[i % DASHES.length] : undefined,
       });
