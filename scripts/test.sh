@@ -22,7 +22,7 @@ check() {
 check "ruff check" "$venv/bin/ruff" check .
 check "ruff format" "$venv/bin/ruff" format --check .
 check "mypy" "$venv/bin/mypy"
-check "pytest" "$venv/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"
+check "pytest" "$venv/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadscope --no-loadscope-reorder "$@"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2
   exit 1

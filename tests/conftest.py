@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,20 +14,43 @@ from ups_rm.local.native import kernels
 REPO = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, and how tests are shared out where `-n` starts more than one process.
+ALONE = ("tests/e2e/test_verl_", "tests/e2e/test_real_model", "tests/distributed/", "tests/test_models.py", "_real_")
+"""Parts of the paths of files that fill both cores by themselves (Ray, verl, the real model)."""
 
-    A file stays together, for its fixtures' sake; a page's commands are independent of another page's. What fills both
-    cores by itself (Ray, verl, the real model) stays in one process, so that no two of them meet.
+
+def scope(nodeid: str) -> str:
+    """What stays together where `-n` shares tests out to several processes.
+
+    A file does, for its fixtures' sake; a page's commands are independent of another page's. Files that fill both cores
+    follow each other in one process, so that no two of them meet.
     """
-    rank: dict[str, int] = {}  # by group
+    file = nodeid.split("::")[0]
+    if any(part in file for part in ALONE):
+        return "alone"
+    return nodeid if file.endswith("test_readme_commands.py") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadgroup` would do it by markers, but does not see them under pytest 9 (xdist 3.8)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    return ByScope(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: what fills both cores, then what is slow."""
+    rank: dict[str, int] = {}  # by scope
     for item in items:
-        alone = item.get_closest_marker("verl") or item.get_closest_marker("real_model")
-        page = "page" in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow")
-        group = "alone" if alone else item.nodeid if page else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-        rank[group] = min(rank.get(group, 2), 0 if alone else 1 if item.get_closest_marker("slow") else 2)
-    items.sort(key=lambda item: rank[item.get_closest_marker("xdist_group").args[0]])  # type: ignore[union-attr]
+        heavy = item.get_closest_marker("verl") or item.get_closest_marker("real_model")
+        if heavy and scope(item.nodeid) != "alone":
+            raise pytest.UsageError(f"{item.nodeid} is marked {heavy.name}: add its file to ALONE in tests/conftest.py")
+        value = 0 if scope(item.nodeid) == "alone" else 1 if item.get_closest_marker("slow") else 2
+        rank[scope(item.nodeid)] = min(rank.get(scope(item.nodeid), 2), value)
+    items.sort(key=lambda item: rank[scope(item.nodeid)])
 
 
 @pytest.fixture(scope="session", autouse=True)
