@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ups_rm.data.prompts import read_prompts
+from ups_rm.report import read_run
 from ups_rm.tracking.group_log import read_group_log
 from verl_cpu import command
 from verl_runs import STEPS, Interrupted, Replay, VerlRun, checkpoint_weights, replies_with
@@ -31,6 +32,22 @@ def test_the_script_leaves_the_local_engines_run_folder(one_worker: VerlRun) -> 
     assert json.loads((folder / "train_result.json").read_text())["steps"] == STEPS
     assert [file.name for file in sorted((folder / "groups").iterdir())] == ["step_000001.jsonl", "step_000002.jsonl"]
     assert {"comparison.json", "pairs.jsonl"} <= {entry.name for entry in (folder / "eval").iterdir()}
+
+
+def test_the_run_ends_with_the_report_of_a_local_one(one_worker: VerlRun) -> None:
+    folder = one_worker.folder
+    assert (folder / "report.html").stat().st_size > 50_000
+    run = read_run(folder)
+    assert run["problems"] == []
+    assert run["finished"]
+    assert run["made_with"]["engine"] == "verl"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert run["outcome"]["score"]["after"] == pytest.approx(summary["safe_score"]["after"], rel=1e-4)
+    shown = run["metrics"]["series"]["critic/score/mean"]
+    assert shown == pytest.approx([row["critic/score/mean"] for row in one_worker.metrics], rel=1e-4)
+    for step, group_step in enumerate(run["groups"]["steps"], start=1):
+        log = read_group_log(folder / "groups" / f"step_{step:06d}.jsonl")
+        assert len(group_step["groups"]) == len(log.groups)
 
 
 def test_metrics_have_the_local_engines_names_and_values(run: VerlRun, replay: Replay) -> None:
