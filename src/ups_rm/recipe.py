@@ -356,12 +356,12 @@ class Algorithm:
     kl_penalty: str = "kl"
     """Estimator of that KL, by verl's names as in `actor.kl_loss_type`."""
     zero_std_groups: str = "keep"
-    """A group whose scores are equal has advantages of 0; `keep` it in the loss's means, `mask` it out of the loss, or
-    `resample` its replies, up to `resamples` times, and mask it then (not in verl)."""
+    """A group whose rewards are equal has advantages of 0 and stays in the loss's means (`keep`); `mask` takes it and
+    any whose scores are equal, out of the loss; `resample` draws its replies again first (not in verl)."""
     zero_std_tolerance: float = 1e-6
-    """Largest std of a group's scores that counts as equal (not in verl)."""
+    """Largest std of a group's rewards or scores that counts as equal (not in verl)."""
     resamples: int = 2
-    """Of `zero_std_groups=resample` (not in verl)."""
+    """Of `zero_std_groups=resample`: times, then the group is masked (not in verl)."""
     kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
 
 

@@ -314,7 +314,9 @@ def test_the_final_policy_loads_in_plain_transformers(tmp_path: Path, policy_fol
     assert result.policy == tmp_path / "run/policy"
     assert_same_logits_elsewhere(result.policy, trainer)
     assert not [file for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"metrics.jsonl", "policy", "recipe.yaml", "groups"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        *("metrics.jsonl", "policy", "recipe.yaml", "groups", "finished.json", "writer.lock")
+    }
 
 
 def test_in_bf16_the_saved_policy_is_the_fp32_masters(tmp_path: Path, policy_folder: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path, policy_folder: Path) -> No
             from ups_rm.local import trainer
 
             score = next(scores)
-            real, trainer.validate = trainer.validate, lambda *_: {"val-core/PKU-SafeRLHF/reward/mean@1": score}
+            real, trainer.validate = trainer.validate, lambda *_, **__: {"val-core/PKU-SafeRLHF/reward/mean@1": score}
             try:
                 return super().validate(state)  # type: ignore[arg-type]
             finally:

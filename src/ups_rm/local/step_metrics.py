@@ -37,7 +37,7 @@ class StepRecord:
     usable: Tensor
     """The reply has a score and others to be compared with. Shape (B,), bool."""
     flat: Tensor
-    """The scores of the reply's group are equal. Shape (B,), bool."""
+    """The rewards of the reply's group are equal, or its scores where those are masked. Shape (B,), bool."""
     learns: Tensor
     """The reply is in the loss. Shape (B,), bool."""
     resampled: int

@@ -25,6 +25,7 @@ from ups_rm.data.prompts import PromptRow, read_prompts
 from ups_rm.device import keep_freed_memory
 from ups_rm.errors import CheckpointError, NumberError, RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL, estimate_advantages, kl_penalty, penalize, place_on_last_token
+from ups_rm.grpo.groups import flat_groups
 from ups_rm.interrupt import interruptible
 from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.checkpoint import CheckpointWriter, Provenance, TrainingState
@@ -137,8 +138,13 @@ class Trainer:
                 sequences.group_ids[usable],
                 scale_by_std=algorithm.norm_adv_by_std_in_grpo,
             )
-            advantages[judged.flat] = 0.0
-            learns = usable if algorithm.zero_std_groups == "keep" else usable & ~judged.flat  # (B,)
+            # nothing but rounding would be divided by the std; with KL in the reward equal scores are not that yet
+            rewards = token_level_rewards.sum(-1)
+            flat = flat_groups(rewards, sequences.group_ids, usable, algorithm.zero_std_tolerance)
+            if algorithm.zero_std_groups != "keep":
+                flat = flat | judged.flat
+            advantages[flat] = 0.0
+            learns = usable if algorithm.zero_std_groups == "keep" else usable & ~flat  # (B,)
         with clock("update_actor"):
             old = None if self.actor.on_policy(len(prompts)) else old_logprobs
             if not bool(learns.all()):
@@ -151,7 +157,7 @@ class Trainer:
         clock.stop()
         return StepRecord(
             prompts, rollout, judged.scores, token_level_scores, token_level_rewards, advantages, kl, old_logprobs,
-            update, clock.seconds, usable, judged.flat, learns, judged.resampled,
+            update, clock.seconds, usable, flat, learns, judged.resampled,
         )  # fmt: skip
 
     # ---- the loop
@@ -222,8 +228,8 @@ class Trainer:
                 if self._wants_checkpoint(state, last):
                     self._save(writer, trackers, state)
                 if monitor.stopped_by is not None:
-                    where = self._save(writer, trackers, state)
-                    console.print(stop_message(monitor.stopped_by, number, where), markup=False, soft_wrap=True)
+                    saved = self._save(writer, trackers, state)
+                    console.print(stop_message(monitor.stopped_by, number, saved), markup=False, soft_wrap=True)
                     break
                 if why := self._stops_early(metrics):
                     best = f"; best validation: step {state.best['step']:.0f}" if state.best else ""
