@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+
+from ups_rm.durable import remove_folder
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -23,4 +24,4 @@ def drop_checkpoints_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps: training goes on from `step` on another branch."""
     for path in checkpoints(folder):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            remove_folder(path)

@@ -6,6 +6,8 @@ prints the message alone and exits with code 2; from Python they are ordinary ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UpsRmError(Exception):
     """Base of all errors that are the input's or the setting's fault rather than a bug of ours."""
@@ -25,6 +27,15 @@ class RMError(UpsRmError):
 
 class PolicyError(UpsRmError):
     """A policy model or tokenizer that can't be loaded or does not fit the recipe."""
+
+
+class NumberError(UpsRmError):
+    """NaN or infinity in a training step: `tensor` says in what, `rows` in which replies of the batch."""
+
+    def __init__(self, tensor: str, rows: Sequence[int] = ()) -> None:
+        where = f" in replies {', '.join(map(str, rows))} of the batch" if rows else ""
+        super().__init__(f"{tensor} is not finite{where}")
+        self.tensor, self.rows = tensor, tuple(rows)
 
 
 class CheckpointError(UpsRmError):

@@ -355,6 +355,13 @@ class Algorithm:
     """Take kl_coef * KL off the reward of every token."""
     kl_penalty: str = "kl"
     """Estimator of that KL, by verl's names as in `actor.kl_loss_type`."""
+    zero_std_groups: str = "keep"
+    """A group whose rewards are equal has advantages of 0 and stays in the loss's means (`keep`); `mask` takes it and
+    any whose scores are equal, out of the loss; `resample` draws its replies again first (not in verl)."""
+    zero_std_tolerance: float = 1e-6
+    """Largest std of a group's rewards or scores that counts as equal (not in verl)."""
+    resamples: int = 2
+    """Of `zero_std_groups=resample`: times, then the group is masked (not in verl)."""
     kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
 
 
@@ -418,7 +425,10 @@ class RewardModel:
     timeout_s: float = 600.0
     """verl engine: seconds after which one call of an RM worker, loading included, counts as failed."""
     retries: int = 2
-    """verl engine: how often a failed batch is tried again, on another worker where there is one."""
+    """How often a batch that failed, or a score that is not a number, is asked for again (verl engine: on another
+    worker where there is one)."""
+    max_dropped_share: float = 0.25
+    """Local engine: replies that the RM fails on are left out of their groups; more than this share ends the run."""
     node_resource: str = "ups_rm"
     """verl engine: Ray resource of the RM nodes with `placement=node`; each worker takes 1 of it."""
 
@@ -452,8 +462,18 @@ class Trainer:
     """`auto` (newest checkpoint of the same recipe), `disable`, or `resume_path`."""
     resume_from_path: str | None = None
     """The checkpoint of `resume_path`."""
+    allow_changes: bool = False
+    """Go on from a checkpoint of other settings or inputs; what changed is printed and noted (`--allow-changes`)."""
+    overwrite: bool = False
+    """Start anew in a folder that holds a run, which is removed (`--overwrite`)."""
     max_actor_ckpt_to_keep: int | None = None
     """Older checkpoints are deleted; all are kept where not given."""
+    max_ckpt_to_keep: int | None = None
+    """The same by a shorter name; the one that is given counts."""
+    best_ckpt_to_keep: int = 0
+    """So many checkpoints with the highest validation score are kept besides; a new best one is saved at once."""
+    async_save: bool = True
+    """Write checkpoints beside the training, from a copy of the tensors in memory."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`."""
     nnodes: int = 1
@@ -464,6 +484,13 @@ class Trainer:
     """Of new LoRA adapters and of sampled validation."""
     max_kl: float = -1.0
     """Early stop: end the training when `kl/mean` (nats per token) of a step exceeds it; -1: never (not in verl)."""
+    max_grad_norm: float = -1.0
+    """Early stop: end the training when `actor/grad_norm` of a step exceeds it; -1: never (not in verl)."""
+    nonfinite: str = "skip"
+    """A step with NaN or infinity in logits, rewards, loss or gradient: `skip` it or `stop` the run. Its batch is kept
+    for `ups-rm replay` (not in verl)."""
+    max_skipped_steps: int = 3
+    """Of `nonfinite=skip`: more of them in a row stop the run (not in verl)."""
     group_log_dir: str = "${trainer.default_local_dir}/groups"
     """Folder of the group log."""
     group_log_freq: int = 1
@@ -472,6 +499,11 @@ class Trainer:
     """Groups per file; -1: all."""
     group_log_max_samples_per_group: int = -1
     """Replies per group in the file; -1: all."""
+
+    @property
+    def ckpt_to_keep(self) -> int | None:
+        """Checkpoints that stay besides the best ones; None: all."""
+        return self.max_ckpt_to_keep if self.max_ckpt_to_keep is not None else self.max_actor_ckpt_to_keep
 
 
 @dataclass

@@ -48,6 +48,8 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "reward_model.transform": TRANSFORMS,
     "reward_model.placement": ("shared", "own", "node", "http"),
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
+    "trainer.nonfinite": ("skip", "stop"),
+    "algorithm.zero_std_groups": ("keep", "mask", "resample"),
 }
 INF = math.inf
 BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
@@ -101,6 +103,12 @@ BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
     "trainer.total_epochs": (1, INF),
     "trainer.total_training_steps": (1, INF),
     "trainer.max_actor_ckpt_to_keep": (1, INF),
+    "trainer.max_ckpt_to_keep": (1, INF),
+    "trainer.best_ckpt_to_keep": (0, INF),
+    "trainer.max_skipped_steps": (0, INF),
+    "algorithm.zero_std_tolerance": (0, INF),
+    "algorithm.resamples": (0, INF),
+    "reward_model.max_dropped_share": (0, 1),
     "trainer.group_log_freq": (0, INF),
     "trainer.nnodes": (1, INF),
     "trainer.n_gpus_per_node": (0, INF),
@@ -128,7 +136,7 @@ FOR_VERL = (
     f"{ARR}.ref.fsdp_config.param_offload",
     *(f"{ARR}.rollout.{name}" for name in ("name", "tensor_model_parallel_size", "gpu_memory_utilization")),
     *(f"{ARR}.rollout.{name}" for name in ("enforce_eager", "free_cache_engine", "max_num_batched_tokens")),
-    *(f"reward_model.{name}" for name in ("placement", "num_workers", "timeout_s", "retries", "node_resource")),
+    *(f"reward_model.{name}" for name in ("placement", "num_workers", "timeout_s", "node_resource")),
     "ray_kwargs.ray_init.address",
     "ray_kwargs.ray_init.num_cpus",
     *(f"verl.{name}" for name in ("overrides", "external_modules", "time_limit", "silence_limit")),
@@ -212,6 +220,11 @@ def _check_together(recipe: Recipe) -> None:
         if name not in ALARMS:
             near = difflib.get_close_matches(name, ALARMS, n=1, cutoff=0.0)[0]
             raise RecipeError(f"monitor.stop_on: {name} is not one of {', '.join(ALARMS)}; did you mean {near}?")
+    names = ("max_ckpt_to_keep", "max_actor_ckpt_to_keep")
+    given = {name: keep for name in names if (keep := getattr(recipe.trainer, name)) is not None}
+    if len(set(given.values())) > 1:
+        told = ", ".join(f"trainer.{name}={keep}" for name, keep in given.items())
+        raise RecipeError(f"{told} are two names for one setting\n  fix: give one of them")
     if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
         raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
 

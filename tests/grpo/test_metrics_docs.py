@@ -18,7 +18,8 @@ from ups_rm.grpo import rollout_metrics, throughput_metrics, timing_metrics
 
 REPO = Path(__file__).resolve().parents[2]
 NAMESPACES = (
-    "actor", "alarm", "critic", "group", "judge", "kl", "perf", "prompt_length", "response", "response_length",
+    "actor", "alarm", "critic", "group", "judge", "kl", "numbers", "perf", "prompt_length", "response",
+    "response_length",
     "response_length_non_aborted", "reward", "rollout", "score", "text", "timing_per_token_ms", "timing_s", "training",
     "val-aux", "val-core",
 )  # fmt: skip

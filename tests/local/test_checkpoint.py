@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,7 +22,9 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_training import SyntheticScorer, letter_share, prefers, tiny_recipe
+from ups_rm.durable import write_manifest
 from ups_rm.errors import CheckpointError, RunError
+from ups_rm.local.checkpoint import Provenance, TrainingState
 from ups_rm.local.trainer import Trainer, TrainResult
 from ups_rm.recipe import Recipe
 from ups_rm.tracking.jsonl import read_metrics
@@ -109,6 +112,7 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1]]
 from local.test_checkpoint import SIX, Stopper
 from tiny_training import tiny_recipe
+from ups_rm.local.checkpoint import Provenance, TrainingState
 from ups_rm.local.trainer import Trainer
 
 recipe = tiny_recipe(Path(sys.argv[2]), Path(sys.argv[3]), *SIX)
@@ -180,10 +184,12 @@ def test_a_run_may_be_made_longer_and_resumed_from_a_named_checkpoint(tmp_path: 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_disable_starts_anew(tmp_path: Path, policy_folder: Path) -> None:
+def test_starting_anew_takes_overwrite(tmp_path: Path, policy_folder: Path) -> None:
     recipe = tiny_recipe(tmp_path, policy_folder, *SIX)
     fit(recipe)
-    again = fit(tiny_recipe(tmp_path, policy_folder, *SIX, "trainer.resume_mode=disable"))
+    with pytest.raises(RunError, match="holds a finished run: nothing is overwritten"):
+        fit(tiny_recipe(tmp_path, policy_folder, *SIX, "trainer.resume_mode=disable"))
+    again = fit(tiny_recipe(tmp_path, policy_folder, *SIX, "trainer.overwrite=true"))
     assert again.steps == 6
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
 
@@ -321,6 +327,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path, p
     tensors = torch.load(saved / "global_step_3/training.pt", weights_only=True)
     tensors["masters"] = tensors["masters"][:-1]
     torch.save(tensors, saved / "global_step_3/training.pt")
+    write_manifest(saved / "global_step_3")
     with pytest.raises(CheckpointError, match="do not fit"):
         fit(tiny_recipe(tmp_path, policy_folder, *SIX))
 
@@ -368,5 +375,8 @@ def test_a_full_disk_at_the_end_leaves_no_half_policy(tmp_path: Path, policy_fol
 def test_state_is_readable_json(saved: Path) -> None:
     state = json.loads((saved / "global_step_3/state.json").read_text())
     assert state["step"] == 3
-    assert state.keys() == {"step", "kl_coef", "recipe_hash", "inputs"}
-    assert [key.split(":")[0] for key in state["inputs"]] == ["actor_rollout_ref.model.path", "data.train_files"]
+    assert state.keys() == {field.name for kind in (TrainingState, Provenance) for field in dataclasses.fields(kind)}
+    assert [key.split(":")[0] for key in state["made_with"]["inputs"]] == [
+        "actor_rollout_ref.model.path",
+        "data.train_files",
+    ]

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ups_rm.cli import data, doctor, evaluate, export, groups, models, plan, report, rm, run, runs, train
+from ups_rm.cli import data, doctor, evaluate, export, groups, models, plan, replay, report, rm, run, runs, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +27,7 @@ app.command(name="groups", epilog=groups.EPILOG)(groups.groups)
 app.command(name="report", epilog=report.REPORT_EPILOG)(report.report)
 app.command(name="watch", epilog=report.WATCH_EPILOG)(report.watch)
 app.command(name="export", epilog=export.EPILOG)(export.export)
+app.command(name="replay", epilog=replay.EPILOG)(replay.replay)
 app.command(name="plan", epilog=plan.EPILOG)(plan.plan)
 app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)
 

@@ -44,6 +44,12 @@ def train(
             show_default="auto",
         ),
     ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume with other settings or inputs; what changed is listed.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run, which is removed.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the resolved recipe, what is read and written, and the memory needed."),
@@ -66,6 +72,7 @@ def train(
         given.append(f"trainer.resume_mode={'auto' if resume == 'auto' else 'disable'}")
     elif resume:
         given += ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={resume}"]
+    given += ["trainer.allow_changes=true"] * allow_changes + ["trainer.overwrite=true"] * overwrite
     settings = load_recipe(recipe, [*given, *(overrides or [])], engine=engine)
     from ups_rm.distributed import engine as verl_engine
 
@@ -78,14 +85,22 @@ def train(
         print_dry_run(settings)
         return
     from ups_rm.local.preflight import check_before_training
+    from ups_rm.local.run_folder import check_folder, finished_run
     from ups_rm.local.trainer import Trainer
     from ups_rm.locks import beside, only_one
+    from ups_rm.recipe_hash import MadeWith
 
     if engine == "verl":
         verl_engine.check_machine(settings)
     folder = Path(settings.trainer.default_local_dir)
     with only_one(beside(folder), what=str(folder), fix="name another run folder (OUTPUT_DIR, --out)"):
-        check_before_training(settings, skip=skip_rm_check, fresh=resume == "never")
+        if engine == "local":
+            made_with = MadeWith.of(settings)
+            check_folder(settings, made_with)
+            if done := finished_run(settings, made_with):
+                console.print(f"nothing left to do: {done.steps} steps are done: {done.policy}", soft_wrap=True)
+                return
+        check_before_training(settings, skip=skip_rm_check)
         result = verl_engine.train(settings) if engine == "verl" else Trainer(settings).fit()
     emit("result", folder=folder, policy=result.policy, steps=result.steps, interrupted=result.interrupted,
          stopped_by=result.stopped_by)  # fmt: skip

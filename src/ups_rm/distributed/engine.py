@@ -71,10 +71,10 @@ def train(recipe: Recipe) -> TrainResult:
     made_with = MadeWith.of(recipe)
     start = steps_done(recipe, made_with)
     folder = Path(recipe.trainer.default_local_dir)
-    if start == 0 and (folder / "policy").exists() and recipe.trainer.resume_mode != "disable":
+    if start == 0 and (folder / "policy").exists() and not recipe.trainer.overwrite:
         raise RunError(
             f"{folder} holds a finished run: nothing is overwritten\n"
-            "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), or move this one away"
+            "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), move this one away, or --overwrite"
         )
     run = prepare(recipe)
     begin_at(run, start, made_with)
@@ -199,7 +199,7 @@ def steps_done(recipe: Recipe, made_with: MadeWith) -> int:
         CheckpointError: no checkpoint of verl's, or one of another recipe, policy, reward model or prompts.
     """
     trainer, folder = recipe.trainer, Path(recipe.trainer.default_local_dir)
-    if trainer.resume_mode == "disable":
+    if trainer.resume_mode == "disable" or trainer.overwrite:
         return 0
     path = Path(trainer.resume_from_path or "") if trainer.resume_mode == "resume_path" else newest_checkpoint(folder)
     if path is None:
@@ -208,7 +208,9 @@ def steps_done(recipe: Recipe, made_with: MadeWith) -> int:
         raise CheckpointError(f"{path} is no checkpoint of the verl engine: it has no folder `actor`")
     started_with = path.parent / "verl" / STARTED_WITH
     if started_with.is_file():
-        MadeWith(**json.loads(started_with.read_text(encoding="utf-8"))).check(made_with, path)
+        MadeWith(**json.loads(started_with.read_text(encoding="utf-8"))).check(
+            made_with, path, allow_changes=trainer.allow_changes
+        )
     else:
         console.print(f"{path}: there is no {started_with} to say what made it, so that is not checked", soft_wrap=True)
     return step_of(path)

@@ -47,7 +47,7 @@ SAME = (
     f"{ARR}.ref.fsdp_config.param_offload",
     *(f"algorithm.{name}" for name in ("adv_estimator", "norm_adv_by_std_in_grpo", "use_kl_in_reward", "kl_penalty")),
     *(f"algorithm.kl_ctrl.{name}" for name in ("type", "kl_coef", "horizon", "target_kl")),
-    *(f"trainer.{name}" for name in ("project_name", "experiment_name", "test_freq", "max_actor_ckpt_to_keep")),
+    *(f"trainer.{name}" for name in ("project_name", "experiment_name", "test_freq")),
     *(f"trainer.{name}" for name in ("nnodes", "n_gpus_per_node", "resume_mode")),
     "ray_kwargs.ray_init.num_cpus",
 )
@@ -66,6 +66,8 @@ COMPUTED = {
     "trainer.save_freq": "-1: after the last step only, which the trained policy is taken from",
     "trainer.default_local_dir": "as an absolute path",
     "trainer.resume_from_path": "as an absolute path",
+    "trainer.max_actor_ckpt_to_keep": "either name",
+    "trainer.max_ckpt_to_keep": "trainer.max_actor_ckpt_to_keep",
     "trainer.device": "auto: cuda",
     "trainer.seed": "actor.fsdp_config.seed",
     "ray_kwargs.ray_init.address": "`local` where not given: a Ray of its own, whatever else runs on the machine",
@@ -90,12 +92,22 @@ OURS = {
         "our trainer in verl, see distributed/rewards.py",
     ),
     "monitor": "ups-rm's own process reads verl's metrics, see docs/monitoring.md",
+    "trainer.allow_changes": "our check of the checkpoint, before verl",
+    "trainer.overwrite": "our check of the run folder, before verl",
     "verl": "distributed/launch.py",
 }
 """Sections and keys that UPS-RM reads itself, and where."""
 
 REFUSED = {
     "trainer.max_kl": "verl has no early stop",
+    "trainer.max_grad_norm": "verl has no early stop",
+    "trainer.nonfinite": "verl leaves the update out where the gradient is not finite, and goes on",
+    "trainer.max_skipped_steps": "verl leaves the update out where the gradient is not finite, and goes on",
+    "algorithm.zero_std_groups": "verl keeps them",
+    "algorithm.zero_std_tolerance": "verl divides by std + 1e-6 whatever the std is",
+    "algorithm.resamples": "verl keeps groups of equal scores",
+    "trainer.best_ckpt_to_keep": "verl keeps the newest checkpoints only",
+    "trainer.async_save": "verl saves as it does; the key is the local engine's",
     f"{ARR}.actor.optim.zero_indexed_step": "verl heeds it for lr_scheduler_type=cosine only",
 }
 """Recipe keys that verl 0.9.1 can't honour."""
@@ -263,6 +275,7 @@ def _trainer(recipe: Recipe, prompts: PromptFiles) -> Overrides:
         "trainer.val_before_train": trainer.val_before_train and trainer.test_freq > 0,
         "trainer.save_freq": trainer.save_freq if trainer.save_freq > 0 else prompts.total_steps,
         "trainer.default_local_dir": str(Path(trainer.default_local_dir).absolute()),
+        "trainer.max_actor_ckpt_to_keep": trainer.ckpt_to_keep,
         "trainer.resume_from_path": str(Path(resume_from).absolute()) if resume_from else None,
         "trainer.device": "cuda" if trainer.device == "auto" else trainer.device,
         "+ray_kwargs.ray_init.address": address or "local",  # never whatever cluster happens to run here

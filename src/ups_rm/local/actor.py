@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ups_rm.errors import NumberError
 from ups_rm.grpo.kl import kl_penalty
 from ups_rm.grpo.losses import aggregate, batch_totals, policy_loss
 from ups_rm.local.policy import Policy
@@ -42,6 +43,8 @@ class Actor:
 
     def __init__(self, policy: Policy, recipe: Recipe, total_steps: int) -> None:
         self.policy = policy
+        names = {id(parameter): name for name, parameter in policy.model.named_parameters()}
+        self.names = [names[id(parameter)] for parameter, _ in policy.masters]
         self.settings: ActorSettings = recipe.actor_rollout_ref.actor
         self.temperature = recipe.actor_rollout_ref.rollout.temperature
         self.n = recipe.actor_rollout_ref.rollout.n
@@ -92,6 +95,9 @@ class Actor:
 
         Returns:
             verl's `actor/*` metrics, means over the optimizer steps.
+
+        Raises:
+            NumberError: the loss or a gradient is not finite; that optimizer step and the rest are left out.
         """
         settings, device = self.settings, self.policy.device
         rows_per_mini = settings.ppo_mini_batch_size * self.n
@@ -109,6 +115,14 @@ class Actor:
         self.scheduler.step()  # once per rollout, as in verl: warm-up counts steps of the trainer
         return {name: value / count for name, value in totals.items()}
 
+    def left_out(self, step: int) -> dict[str, float]:
+        """No update in this step: the schedule goes on, nothing else moves. The metrics of an update that is not."""
+        lr = float(self.scheduler.get_last_lr()[0])
+        self.optimizer.zero_grad(set_to_none=True)
+        while self.scheduler.last_epoch < step:
+            self.scheduler.step()
+        return {"actor/loss": 0.0, "actor/pg_loss": 0.0, "actor/grad_norm": 0.0, "actor/lr": lr}
+
     def _step(
         self,
         sequences: Sequences,
@@ -122,15 +136,24 @@ class Actor:
         sums: dict[str, float] = {}
         for rows in sequences.micro_batches(mini, self.settings.ppo_micro_batch_size_per_gpu):
             loss, parts = self._micro_loss(sequences, advantages, old, ref, rows, dict(whole), forward)
+            if not math.isfinite(parts["actor/loss"]):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NumberError("the loss", sorted(rows.tolist()))
             loss.backward()
             self._collect_gradients()
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value
         masters = [master for _, master in self.policy.masters]
-        grad_norm = torch.nn.utils.clip_grad_norm_(masters, self.settings.grad_clip)
+        grad_norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
         lr = self.scheduler.get_last_lr()[0]
-        if torch.isfinite(grad_norm):
-            self.optimizer.step()
+        if not torch.isfinite(grad_norm):
+            named = zip(self.names, masters, strict=True)
+            broken = [name for name, m in named if m.grad is not None and not bool(m.grad.isfinite().all())]
+            self.optimizer.zero_grad(set_to_none=True)
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise NumberError(f"the gradient of {broken[0]}{more}" if broken else "the gradient's norm")
+        torch.nn.utils.clip_grads_with_norm_(masters, self.settings.grad_clip, grad_norm)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._write_back()
         return sums | {"actor/grad_norm": float(grad_norm), "actor/lr": float(lr)}

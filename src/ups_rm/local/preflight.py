@@ -6,26 +6,20 @@ from pathlib import Path
 
 from ups_rm.console import console
 from ups_rm.device import torch_device
-from ups_rm.errors import RMError, RunError
-from ups_rm.local.checkpoint import find_checkpoint
+from ups_rm.errors import RMError
 from ups_rm.recipe import Recipe
 
 
-def check_before_training(recipe: Recipe, *, skip: bool = False, fresh: bool = False) -> None:
-    """Before the policy is even loaded: an RM that fails its check, or a run folder of another run, stops it.
+def check_before_training(recipe: Recipe, *, skip: bool = False) -> None:
+    """An RM that fails its check stops the run.
 
     Raises:
         RMError: an RM fails its check and `skip` is not set.
-        RunError: `fresh` is asked for, but the run folder holds a run.
     """
     from ups_rm.reward.doctor import check_rm
     from ups_rm.reward.open import EXAMINED, entry_names, kind_of, open_entry, probe, template_of
 
     folder, entries = Path(recipe.trainer.default_local_dir), recipe.reward_model.entries()
-    if (folder / "policy").exists() and (fresh or find_checkpoint(recipe) is None):
-        raise RunError(
-            f"{folder} holds a finished run: nothing is overwritten\n  fix: --out another/folder, or move this one away"
-        )
     if skip:
         console.print("[bold red]the RM is not checked (--skip-rm-check)[/]")
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ Row i answers prompt i // n. Models that `decode.FastDecoder` knows run through 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,26 @@ class Rollout:
     texts: list[str]
     finished: list[bool]
     conversations: list[Conversation]
+
+    def replaced(self, rows: list[int], new: Rollout) -> Rollout:
+        """A copy in which the replies of `rows` are those of `new`, in its order."""
+        length = max(self.sequences.responses.shape[1], new.sequences.responses.shape[1])
+
+        def merged(own: Tensor, others: Tensor) -> Tensor:
+            wide = torch.nn.functional.pad(own, (0, length - own.shape[1]))
+            wide[rows] = torch.nn.functional.pad(others, (0, length - others.shape[1]))
+            return wide
+
+        texts, finished, conversations = list(self.texts), list(self.finished), list(self.conversations)
+        for i, row in enumerate(rows):
+            texts[row], finished[row], conversations[row] = new.texts[i], new.finished[i], new.conversations[i]
+        sequences = replace(
+            self.sequences,
+            responses=merged(self.sequences.responses, new.sequences.responses),
+            response_mask=merged(self.sequences.response_mask, new.sequences.response_mask),
+        )
+        logprobs = merged(self.rollout_logprobs, new.rollout_logprobs)
+        return Rollout(sequences, logprobs, texts, finished, conversations)
 
 
 class RolloutEngine:

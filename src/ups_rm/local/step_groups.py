@@ -46,6 +46,8 @@ def log_groups(log: GroupLog, record: StepRecord, *, number: int, n: int, kl_coe
         truncated=[not ended for ended in record.rollout.finished],
         kinds=[row.kind for row in record.prompts for _ in range(n)],
         token_ends=token_ends(tokenizer, ids, record.rollout.texts),
+        dropped=~record.usable,
+        flat=record.flat,
     )
     try:
         log.write(number, groups, kl_coef=kl_coef)

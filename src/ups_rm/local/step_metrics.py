@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from ups_rm.data.prompts import PromptRow
+from ups_rm.errors import NumberError
 from ups_rm.evaluation.text import text_metrics
 from ups_rm.grpo import model_metrics, rollout_metrics, throughput_metrics, timing_metrics
 from ups_rm.local.rollout import Rollout
@@ -32,7 +33,15 @@ class StepRecord:
     kl: Tensor
     old_logprobs: Tensor | None
     update: dict[str, float]
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
+    usable: Tensor
+    """The reply has a score and others to be compared with. Shape (B,), bool."""
+    flat: Tensor
+    """The rewards of the reply's group are equal, or its scores where those are masked. Shape (B,), bool."""
+    learns: Tensor
+    """The reply is in the loss. Shape (B,), bool."""
+    resampled: int
+    """Groups whose replies were drawn anew, each time counted."""
 
 
 class Clock:
@@ -52,6 +61,20 @@ class Clock:
         self.seconds["step"] = perf_counter() - self._start
 
 
+def check_finite(tensor: str, values: Tensor, mask: Tensor) -> None:
+    """Whether every value inside the mask is a number.
+
+    Args:
+        tensor: what the values are, for the message. values, mask: Shape (B, R).
+
+    Raises:
+        NumberError: one is not; names the replies.
+    """
+    broken = (~values.isfinite() & mask.bool()).any(dim=1)
+    if bool(broken.any()):
+        raise NumberError(tensor, broken.nonzero().flatten().tolist())
+
+
 def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: float, kl_coef: float) -> dict[str, float]:
     """All metrics of one step but the trackers' own (docs/metrics.md).
 
@@ -64,28 +87,39 @@ def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: floa
     mask = sequences.response_mask
     device = mask.device
     n = recipe.actor_rollout_ref.rollout.n
+    kept = record.usable.nonzero().flatten()  # of replies without a score nothing is averaged but their text
+    rows, known = kept.tolist(), bool(record.usable.all())
+
+    def of_kept(values: Tensor) -> Tensor:
+        return values if known else values[kept]
+
     benign = torch.tensor([row.kind == "benign" for row in record.prompts]).repeat_interleave(n)
     prompt_lengths = sequences.prompt_mask.sum(1)
     metrics = rollout_metrics(
-        token_level_scores=record.token_level_scores,
-        token_level_rewards=record.token_level_rewards,
-        advantages=record.advantages,
-        response_mask=mask,
-        prompt_lengths=prompt_lengths,
-        group_ids=sequences.group_ids,
-        safe_score=torch.tensor([score.safe_score for score in record.scores], device=device),
-        logits=torch.tensor([score.logit for score in record.scores], device=device),
+        token_level_scores=of_kept(record.token_level_scores),
+        token_level_rewards=of_kept(record.token_level_rewards),
+        advantages=of_kept(record.advantages),
+        response_mask=of_kept(mask),
+        prompt_lengths=of_kept(prompt_lengths),
+        group_ids=of_kept(sequences.group_ids),
+        safe_score=torch.tensor([record.scores[i].safe_score for i in rows], device=device),
+        logits=torch.tensor([record.scores[i].logit for i in rows], device=device),
         score_range=score_range(recipe.reward_model.transform),
-        kl=record.kl,
-        truncated=torch.tensor([not ended for ended in rollout.finished], device=device),
-        rm_truncated=torch.tensor([score.truncated for score in record.scores], device=device),
-        benign=benign.to(device),
+        kl=of_kept(record.kl),
+        truncated=torch.tensor([not rollout.finished[i] for i in rows], device=device),
+        rm_truncated=torch.tensor([record.scores[i].truncated for i in rows], device=device),
+        benign=of_kept(benign.to(device)),
         max_prompt_length=recipe.data.max_prompt_length,
         max_response_length=recipe.data.max_response_length,
     )
-    logits = torch.tensor([score.logit for score in record.scores])
+    logits = torch.tensor([record.scores[i].logit for i in rows])
     metrics |= {"score/logit_mean": float(logits.mean()), "score/logit_std": float(logits.std(correction=0))}
-    metrics |= model_metrics([score.model_logits for score in record.scores], sequences.group_ids)
+    metrics |= model_metrics([record.scores[i].model_logits for i in rows], of_kept(sequences.group_ids))
+    metrics |= {
+        "group/flat_share": float(record.flat[::n].float().mean()),
+        "group/masked_share": float((~record.learns).view(-1, n).all(1).float().mean()),
+        "group/resampled": float(record.resampled),
+    }
     metrics |= text_metrics(
         rollout.texts,
         [row.kind for row in record.prompts for _ in range(n)],

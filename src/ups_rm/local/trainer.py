@@ -11,28 +11,37 @@ is by default taken off the reward instead of added to the loss (verl's `algorit
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from ups_rm.checkpoints import drop_checkpoints_after
+from ups_rm.checkpoints import checkpoints
 from ups_rm.console import console, progress_bar
 from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, read_prompts
 from ups_rm.device import keep_freed_memory
-from ups_rm.errors import RunError
+from ups_rm.errors import CheckpointError, NumberError, RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL, estimate_advantages, kl_penalty, penalize, place_on_last_token
+from ups_rm.grpo.groups import flat_groups
 from ups_rm.interrupt import interruptible
 from ups_rm.local.actor import Actor, response_logprobs
-from ups_rm.local.checkpoint import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint
+from ups_rm.local.checkpoint import CheckpointWriter, Provenance, TrainingState
+from ups_rm.local.judged import Judged, judge, judge_again
 from ups_rm.local.policy import Policy, needs_reference
+from ups_rm.local.provenance import git_commit, machine, versions
+from ups_rm.local.random_state import seed_all
+from ups_rm.local.replay import save_replay
 from ups_rm.local.rollout import Rollout, RolloutEngine
+from ups_rm.local.run_folder import begin, finished_run, resume, save_policy
 from ups_rm.local.sampling import Sampling
-from ups_rm.local.scoring import load_scorer, safe_scores
+from ups_rm.local.scoring import load_scorer
 from ups_rm.local.step_groups import log_groups, open_group_log
-from ups_rm.local.step_metrics import Clock, StepRecord, step_metrics
+from ups_rm.local.step_metrics import Clock, StepRecord, check_finite, step_metrics
 from ups_rm.local.validation import validate
+from ups_rm.locks import only_one
 from ups_rm.monitor.judge import judge_means, open_judge
 from ups_rm.monitor.limits import JUDGE
 from ups_rm.monitor.watch import Monitor, stop_message
@@ -40,7 +49,7 @@ from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.made_with import write_made_with
-from ups_rm.tracking.trackers import Trackers
+from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Scorer, TrainResult
 
 
@@ -61,8 +70,10 @@ class Trainer:
         self.recipe = recipe
         self.folder = Path(recipe.trainer.default_local_dir)
         rows = select_prompts(read_prompts(as_list(recipe.data.train_files)), recipe.data)
-        self.made_with = MadeWith.of(recipe)
+        made_with = MadeWith.of(recipe)  # before anything is loaded: what stands there now
         self.policy = Policy.load(recipe)
+        here = machine(self.policy.device, next(self.policy.model.parameters()).dtype)
+        self.provenance = Provenance(made_with, recipe.as_dict(), versions(), git_commit(), here)
         self.train_rows = fitting_prompts(rows, self.policy.tokenizer, recipe.data)
         held_out = read_prompts(as_list(recipe.data.val_files)) if self._validates() else []
         self.val_rows = fitting_prompts(held_out, self.policy.tokenizer, recipe.data)
@@ -77,6 +88,7 @@ class Trainer:
         self.engine = RolloutEngine(self.policy, max_num_seqs=recipe.actor_rollout_ref.rollout.max_num_seqs)
         self.judge = open_judge(recipe)
         self.reference = self._load_reference()
+        self._at_work: Rollout | None = None  # of the step that is under way
         control = recipe.algorithm.kl_ctrl
         self.kl_control = (
             AdaptiveKL(control.kl_coef, control.target_kl, control.horizon)
@@ -87,47 +99,65 @@ class Trainer:
     # ---- the step
 
     def step(self, prompts: list[PromptRow], number: int) -> StepRecord:
-        """One GRPO step; B = P * n sequences, R response tokens."""
+        """One GRPO step; B = P * n sequences, R response tokens.
+
+        Raises:
+            NumberError: NaN or infinity in logits, rewards, loss or gradient; the policy is as it was before that.
+            RMError: the reward model fails on too many replies.
+        """
         recipe, clock = self.recipe, Clock()
         algorithm, temperature = recipe.algorithm, recipe.actor_rollout_ref.rollout.temperature
-        with clock("gen"):
-            rollout = self._rollout(prompts, number)  # B replies
-        with clock("reward"):
-            scores = self.scorer.score(rollout.conversations)
-            safe_score = safe_scores(scores, self.policy.device)  # (B,)
+        judged = self._judged_rollout(prompts, number, clock)  # B replies with their scores
+        rollout, usable = judged.rollout, judged.usable
         sequences, mask = rollout.sequences, rollout.sequences.response_mask
         old_logprobs = ref_logprobs = forward = None
         if algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
             with clock("old_log_prob"):
                 old_logprobs, forward = self.actor.old_logprobs(sequences)
+                check_finite("the policy's log-probabilities", old_logprobs, mask)
         if self.reference is not None:
             with clock("ref"), self.reference.as_reference():
                 size = recipe.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu
                 ref_logprobs = response_logprobs(
                     self.reference, sequences, micro_batch_size=size, temperature=temperature
                 )
+                check_finite("the reference's log-probabilities", ref_logprobs, mask)
         with clock("adv"):
-            token_level_scores = place_on_last_token(safe_score, mask)  # (B, R)
+            token_level_scores = place_on_last_token(judged.safe_score, mask)  # (B, R)
             kl = torch.zeros_like(token_level_scores)
             if old_logprobs is not None and ref_logprobs is not None:
                 kl = kl_penalty(old_logprobs, ref_logprobs, algorithm.kl_penalty) * mask
             kl_coef = self.kl_control.value if algorithm.use_kl_in_reward else 0.0
             token_level_rewards = penalize(token_level_scores, kl, mask, kl_coef)
-            advantages = estimate_advantages(
+            check_finite("the rewards", token_level_rewards, mask)
+            advantages = torch.zeros_like(token_level_rewards)
+            advantages[usable] = estimate_advantages(  # a reply without a score counts in no mean and no std
                 algorithm.adv_estimator,
-                token_level_rewards,
-                mask,
-                sequences.group_ids,
+                token_level_rewards[usable],
+                mask[usable],
+                sequences.group_ids[usable],
                 scale_by_std=algorithm.norm_adv_by_std_in_grpo,
             )
+            # nothing but rounding would be divided by the std; with KL in the reward equal scores are not that yet
+            rewards = token_level_rewards.sum(-1)
+            flat = flat_groups(rewards, sequences.group_ids, usable, algorithm.zero_std_tolerance)
+            if algorithm.zero_std_groups != "keep":
+                flat = flat | judged.flat
+            advantages[flat] = 0.0
+            learns = usable if algorithm.zero_std_groups == "keep" else usable & ~flat  # (B,)
         with clock("update_actor"):
             old = None if self.actor.on_policy(len(prompts)) else old_logprobs
-            update = self.actor.update(sequences, advantages, old, ref_logprobs, step=number, forward=forward)
-            self.engine.refresh()
+            if not bool(learns.all()):
+                sequences = replace(sequences, response_mask=mask * learns[:, None])
+            if bool(learns.any()):
+                update = self.actor.update(sequences, advantages, old, ref_logprobs, step=number, forward=forward)
+                self.engine.refresh()
+            else:
+                update = self.actor.left_out(number)
         clock.stop()
         return StepRecord(
-            prompts, rollout, scores, token_level_scores, token_level_rewards, advantages, kl, old_logprobs, update,
-            clock.seconds,
+            prompts, rollout, judged.scores, token_level_scores, token_level_rewards, advantages, kl, old_logprobs,
+            update, clock.seconds, usable, flat, learns, judged.resampled,
         )  # fmt: skip
 
     # ---- the loop
@@ -137,64 +167,87 @@ class Trainer:
 
         Raises:
             RecipeError, CheckpointError, RMError: before anything is written where possible.
+            RunError: another process trains in the run folder, it holds a run, or its disk is full.
         """
+        fix = "name another run folder (OUTPUT_DIR, --out)"
+        with only_one(self.folder / "writer.lock", what=str(self.folder), fix=fix):
+            return self._fit()
+
+    def _fit(self) -> TrainResult:
         trainer = self.recipe.trainer
-        done = start = self._start()
+        if done := finished_run(self.recipe, self.provenance.made_with):
+            console.print(f"nothing left to do: {done.steps} steps are done, {done.policy} is whole", soft_wrap=True)
+            return done
+        seed_all(trainer.seed)
+        state = resume(self.recipe, self.actor, self.provenance)
+        start = state.step
+        batches = self._batches(state)
+        begun = begin(self.recipe, state)
+        write_made_with(self.folder, engine="local", device=str(self.policy.device))
+        if start > 0:
+            self.kl_control.value = state.kl_coef
+            self.engine.refresh()
         group_log = open_group_log(self.recipe)
         group_log.drop_after(start)
         metrics: dict[str, float] = {}
         live = console.is_terminal or "console" not in as_list(trainer.logger)
         with (
-            self._trackers(start) as trackers,
+            self._trackers(state, begun) as trackers,
+            self._checkpoint_writer() as writer,
             interruptible() as stop,
             progress_bar("GRPO", self.total_steps, unit="steps", enabled=live, done=start) as advance,
         ):
             monitor = Monitor(trackers, self.recipe.monitor, start)
             if start == 0 and trainer.val_before_train and self._validates():
-                monitor.log(self.validate(), 0)
-            batches = prompt_batches(self.train_rows, self.recipe.data)
-            for number, prompts in zip(range(1, self.total_steps + 1), batches, strict=False):
-                if number <= start:
-                    continue
+                monitor.log(self.validate(state), 0)
+            for number, prompts in batches:
                 if stop.requested:
                     break
-                record = self.step(prompts, number)
-                metrics = self.metrics(record, number)
-                if not math.isfinite(metrics["actor/grad_norm"]):
-                    console.print(f"step {number}: the gradient is not finite, the update is left out (as in verl)")
+                state.step, state.epoch = number, (number - 1) // self.steps_per_epoch
+                state.prompts, state.score = [row.index for row in prompts], None
+                try:
+                    record = self.step(prompts, number)
+                except NumberError as problem:
+                    monitor.log(self._skip(problem, prompts, state), number)
+                    continue
+                metrics = self.metrics(record, number) | self._count(record, state)
                 self.kl_control.update(metrics["actor/reward_kl_penalty"], len(record.scores))
                 if group_log.wants(number):
                     kl_coef = metrics["actor/reward_kl_penalty_coeff"]
                     n = self.recipe.actor_rollout_ref.rollout.n
                     tokenizer = self.policy.tokenizer
                     log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef, tokenizer=tokenizer)
+                    state.group_log = number
+                state.kl_coef = self.kl_control.value
                 last = number == self.total_steps
                 if self._validates() and (number % trainer.test_freq == 0 or last):
-                    metrics |= self.validate()
+                    metrics |= self.validate(state)
                 monitor.log(metrics, number)
                 advance(note=live_note(metrics))
-                done = number
-                if trainer.save_freq > 0 and (number % trainer.save_freq == 0 or last):
-                    self._save(done)
+                writer.raise_failure()
+                if self._wants_checkpoint(state, last):
+                    self._save(writer, trackers, state)
                 if monitor.stopped_by is not None:
-                    console.print(
-                        stop_message(monitor.stopped_by, done, self._save(done)), markup=False, soft_wrap=True
-                    )
+                    saved = self._save(writer, trackers, state)
+                    console.print(stop_message(monitor.stopped_by, number, saved), markup=False, soft_wrap=True)
                     break
-                if 0 < trainer.max_kl < metrics["kl/mean"]:
-                    console.print(
-                        f"step {number}: kl/mean {metrics['kl/mean']:.4f} > trainer.max_kl={trainer.max_kl}: stopped"
-                    )
+                if why := self._stops_early(metrics):
+                    best = f"; best validation: step {state.best['step']:.0f}" if state.best else ""
+                    console.print(f"step {number}: {why}: stopped{best}", markup=False)
                     break
-            interrupted = stop.requested and done < self.total_steps
+            interrupted = stop.requested and state.step < self.total_steps
             if interrupted:
-                where = self._save(done) if done > start else None
+                where = self._save(writer, trackers, state) if state.step > start else None
+                writer.wait()
                 console.print(
-                    f"interrupted after step {done}; checkpoint: {where or 'none needed'}. The same command resumes."
+                    f"interrupted after step {state.step}; checkpoint: {where or 'none needed'}. The same command "
+                    "resumes.",
+                    soft_wrap=True,
                 )
-        policy = None if interrupted else self.save_policy()
+                return TrainResult(self.folder, None, state.step, True, metrics)
+        policy = self.save_policy(state.step, metrics)
         stopped_by = "" if monitor.stopped_by is None else monitor.stopped_by.name
-        return TrainResult(self.folder, policy, done, interrupted, metrics, stopped_by)
+        return TrainResult(self.folder, policy, state.step, False, metrics, stopped_by)
 
     def metrics(self, record: StepRecord, number: int) -> dict[str, float]:
         """See `step_metrics`; where nothing is held out, the second judge reads the step's own replies."""
@@ -206,44 +259,97 @@ class Trainer:
             metrics |= dict(zip(JUDGE["training"], means, strict=True))
         return metrics
 
-    def validate(self) -> dict[str, float]:
-        """See `ups_rm.local.validation`."""
-        return validate(
+    def validate(self, state: TrainingState) -> dict[str, float]:
+        """See `ups_rm.local.validation`; the state takes the mean score and whether it is the best so far."""
+        metrics = validate(
             self.engine, self.scorer, self.val_rows, self.recipe, reference=self.reference, judge=self.judge
         )
+        n = self.recipe.actor_rollout_ref.rollout.val_kwargs.n
+        state.score = metrics[f"val-core/PKU-SafeRLHF/reward/mean@{n}"]
+        if state.best is None or state.score > state.best["score"]:
+            state.best = {"step": state.step, "score": state.score}
+        return metrics
 
-    def save_policy(self) -> Path:
-        """`<folder>/policy`: a Hugging Face folder that plain transformers loads, replaced as a whole.
-
-        Raises:
-            RunError: the disk is full or can't be written; a policy that was there before stays.
-        """
-        import shutil
-
-        from safetensors import SafetensorError
-
-        final, temporary = self.folder / "policy", self.folder / ".policy.tmp"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.policy.save(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.replace(final)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(f"the trained policy can't be written to {final}: {error}\n  fix: free space") from error
-        return final
+    def save_policy(self, steps: int, metrics: dict[str, float]) -> Path:
+        """See `ups_rm.local.run_folder`."""
+        complete = steps >= self.total_steps  # one that was stopped early may be gone on with
+        made_with = self.provenance.made_with
+        return save_policy(self.recipe, self.policy, made_with, steps=steps, metrics=metrics, complete=complete)
 
     # ---- parts
 
-    def _rollout(self, prompts: list[PromptRow], number: int) -> Rollout:
+    def _judged_rollout(self, prompts: list[PromptRow], number: int, clock: Clock) -> Judged:
+        """n replies to each prompt, scored; those of flat groups drawn again where the recipe says so."""
+        with clock("gen"):
+            rollout = self._rollout(prompts, number)
+        with clock("reward"):
+            judged = judge(rollout, self.scorer, self.recipe)
+        algorithm = self.recipe.algorithm
+        for again in range(1, algorithm.resamples + 1 if algorithm.zero_std_groups == "resample" else 1):
+            if not (groups := judged.flat_prompts()):
+                break
+            with clock("gen"):
+                new = self._rollout([prompts[group] for group in groups], number, again)
+            with clock("reward"):
+                judged = judge_again(judged, groups, new, self.scorer, self.recipe)
+        self._at_work = judged.rollout
+        return judged
+
+    def _rollout(self, prompts: list[PromptRow], number: int, again: int = 0) -> Rollout:
         settings = self.recipe.actor_rollout_ref.rollout
-        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed * 1_000_003 + number)
-        return self.engine.generate(
+        seed = settings.seed * 1_000_003 + number + again * 1_000_000_007  # torch takes 64 bits
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, seed)
+        self._at_work = rollout = self.engine.generate(
             [row.messages for row in prompts],
             n=settings.n,
             max_new_tokens=self.recipe.data.max_response_length,
             sampling=sampling,
         )
+        check_finite("the policy's logits in the rollout", rollout.rollout_logprobs, rollout.sequences.response_mask)
+        return rollout
+
+    def _skip(self, problem: NumberError, prompts: list[PromptRow], state: TrainingState) -> dict[str, float]:
+        """Leave the step out, keep its batch, and count it.
+
+        Raises:
+            RunError: `trainer.nonfinite=stop`, or too many steps in a row.
+        """
+        trainer, number, counters = self.recipe.trainer, state.step, state.counters
+        kept = save_replay(self, problem, prompts, number, self._at_work)
+        told = f"step {number}: {problem}" + (f"; its batch: ups-rm replay {kept}" if kept else "")
+        counters["skipped_steps"] = counters.get("skipped_steps", 0) + 1
+        counters["skipped_in_a_row"] = counters.get("skipped_in_a_row", 0) + 1
+        if trainer.nonfinite == "stop":
+            raise RunError(f"{told}\n  fix: a lower learning rate; trainer.nonfinite=skip leaves such steps out")
+        if counters["skipped_in_a_row"] > trainer.max_skipped_steps:
+            raise RunError(
+                f"{told}\n  {counters['skipped_in_a_row']} steps in a row, more than trainer.max_skipped_steps="
+                f"{trainer.max_skipped_steps}\n  fix: a lower learning rate, then the same command "
+                "goes on from the last checkpoint"
+            )
+        console.print(f"{told}; the step is left out", markup=False, soft_wrap=True)
+        self.actor.left_out(number)
+        self.engine.refresh()
+        state.kl_coef = self.kl_control.value
+        return {"numbers/skipped_steps": float(counters["skipped_steps"]), "training/global_step": float(number)}
+
+    def _count(self, record: StepRecord, state: TrainingState) -> dict[str, float]:
+        """What went wrong so far in this run, this step included."""
+        counters = state.counters
+        counters["skipped_in_a_row"] = 0
+        counters["dropped_replies"] = counters.get("dropped_replies", 0) + int((~record.usable).sum())
+        return {
+            "numbers/skipped_steps": float(counters.get("skipped_steps", 0)),
+            "numbers/dropped_replies": float(counters["dropped_replies"]),
+        }
+
+    def _stops_early(self, metrics: dict[str, float]) -> str:
+        """Why the training ends with this step; empty if it does not."""
+        for name, key in (("kl/mean", "max_kl"), ("actor/grad_norm", "max_grad_norm")):
+            limit = getattr(self.recipe.trainer, key)
+            if 0 < limit < metrics[name]:
+                return f"{name} {metrics[name]:.4f} > trainer.{key}={limit}"
+        return ""
 
     def _load_reference(self) -> Policy | None:
         """The frozen policy; the policy itself without adapters for LoRA; None where no KL is asked for."""
@@ -254,35 +360,58 @@ class Trainer:
     def _validates(self) -> bool:
         return self.recipe.trainer.test_freq > 0
 
-    def _save(self, step: int) -> Path:
-        state = TrainingState(step, self.kl_control.value, self.made_with.recipe_hash, self.made_with.inputs)
-        return save_checkpoint(self.folder, self.actor, state, keep=self.recipe.trainer.max_actor_ckpt_to_keep)
+    def _batches(self, state: TrainingState) -> Iterator[tuple[int, list[PromptRow]]]:
+        """(step, its prompts) for the steps after `state`.
 
-    def _resume(self) -> int:
-        path = find_checkpoint(self.recipe)
-        if path is None:
-            return 0
-        state = load_checkpoint(path, self.actor, self.made_with)
-        self.kl_control.value = state.kl_coef
-        self.engine.refresh()
-        console.print(f"resumed from {path} after step {state.step}", soft_wrap=True)
-        return state.step
+        Raises:
+            CheckpointError: the prompts of the state's own step are others than the checkpoint names.
+            RunError: there is no step left, but this folder has no run that is done.
+        """
+        batches = zip(range(1, self.total_steps + 1), prompt_batches(self.train_rows, self.recipe.data), strict=False)
+        for number, prompts in islice(batches, state.step):
+            found = [row.index for row in prompts]
+            if number == state.step and found != state.prompts and not self.recipe.trainer.allow_changes:
+                raise CheckpointError(
+                    f"step {number} had the prompts {state.prompts}, the same seed now gives {found}: the order of the "
+                    "data is another one (another version of torch?)\n  fix: the versions in the checkpoint's "
+                    "state.json; or --allow-changes"
+                )
+        if state.step >= self.total_steps:
+            if self.recipe.trainer.resume_mode == "resume_path" and not checkpoints(self.folder):
+                raise RunError(
+                    f"this run would train no step: {self.recipe.trainer.resume_from_path} is of step {state.step}, "
+                    f"the recipe has {self.total_steps}\n  fix: trainer.total_training_steps above {state.step}"
+                )
+            console.print(f"nothing left to train: step {state.step} of {self.total_steps} is done")
+        return batches
 
-    def _start(self) -> int:
-        """The step that the run goes on after (0: a new one), with the run folder ready for it."""
-        start = self._resume()
-        if start == 0 and (self.folder / "policy").exists() and self.recipe.trainer.resume_mode != "disable":
-            raise RunError(
-                f"{self.folder} holds a finished run: nothing is overwritten\n"
-                "  fix: another trainer.default_local_dir (--out, OUTPUT_DIR), or move this one away"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        drop_checkpoints_after(self.folder, start)
-        (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-        write_made_with(self.folder, engine="local", device=str(self.policy.device))
-        return start
+    def _checkpoint_writer(self) -> CheckpointWriter:
+        trainer = self.recipe.trainer
+        return CheckpointWriter(
+            self.folder,
+            self.actor,
+            self.provenance,
+            keep=trainer.ckpt_to_keep,
+            keep_best=trainer.best_ckpt_to_keep,
+            background=trainer.async_save,
+        )
 
-    def _trackers(self, start: int) -> Trackers:
+    def _wants_checkpoint(self, state: TrainingState, last: bool) -> bool:
+        trainer = self.recipe.trainer
+        is_best = trainer.best_ckpt_to_keep > 0 and state.best is not None and state.best["step"] == state.step
+        return is_best or (trainer.save_freq > 0 and (state.step % trainer.save_freq == 0 or last))
+
+    def _save(self, writer: CheckpointWriter, trackers: Trackers, state: TrainingState) -> Path:
+        """Metrics are on the disk before the checkpoint that has seen their steps."""
+        saved = self.folder / f"global_step_{state.step}"
+        if writer.last == saved:  # Ctrl-C in a step that is saved anyway
+            return saved
+        trackers.sync()
+        state.run_ids = trackers.run_ids
+        return writer.save(state)
+
+    def _trackers(self, state: TrainingState, begun: bool) -> Trackers:
+        """A run that went on from a checkpoint, or was killed before its first one, keeps its curves."""
         trainer = self.recipe.trainer
         return Trackers(
             as_list(trainer.logger),
@@ -290,6 +419,7 @@ class Trainer:
             experiment_name=trainer.experiment_name,
             folder=self.folder,
             config=self.recipe.as_dict(),
-            resume_step=start or None,
+            resume_step=state.step if state.step > 0 else BEFORE_ANY if begun else None,
+            run_ids=state.run_ids,
             total_steps=self.total_steps,
         )

@@ -254,7 +254,7 @@ def _disk(folder: str, free: int, recipe: Recipe, plan: Plan | str) -> Finding:
         return Finding(what, "unknown", f"{free / 1e9:.0f} GB free; the size of a checkpoint is not known: {plan}")
     trained = plan.policy.lora_parameters(plan.layout.lora_rank) if plan.layout.lora_rank else plan.policy.parameters
     one = 12 * trained + 2 * plan.policy.parameters  # and the exported policy, bf16
-    keep = recipe.trainer.max_actor_ckpt_to_keep
+    keep = recipe.trainer.ckpt_to_keep
     seen = f"{free / 1e9:.0f} GB free, {one / 1e9:.0f} GB for a checkpoint and the trained policy"
     if free < one:
         return Finding(what, "fail", seen, "another trainer.default_local_dir")

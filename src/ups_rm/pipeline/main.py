@@ -23,7 +23,8 @@ from ups_rm.recipe_hash import OF_VERL
 from ups_rm.stages import Stage
 
 COSMETIC = ("logger", "project_name", "experiment_name", "resume_mode", "resume_from_path", "default_local_dir",
-            "group_log_dir")  # fmt: skip
+            "group_log_dir", "allow_changes", "overwrite", "max_ckpt_to_keep", "best_ckpt_to_keep",
+            "async_save", "nonfinite", "max_skipped_steps", "max_grad_norm")  # fmt: skip
 
 
 def run(

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.console import finite
+from ups_rm.durable import sweep, write_text
 from ups_rm.errors import DataError
 from ups_rm.types import Message, Score
 
@@ -30,6 +31,7 @@ SCHEMA = "ups-rm group log 1"
 class SampleRecord:
     """One reply. `kl` is summed over its tokens (nats), so reward = safe_score - kl_coef * kl when KL is in the reward;
     an empty reply has no token to be rewarded on: reward 0, advantage 0. `truncated`: cut by the length limit.
+    `dropped`: left out of the group, for want of a score of its own or of others; its numbers are nan, advantage 0.
     `model_logits`: unsafety logit of each reward model by name, where there are several or one is normalised.
     `token_kl`: KL of each token (nats, three digits), and `token_ends` where it ends in `response` (characters); empty
     where they were not logged."""
@@ -42,6 +44,7 @@ class SampleRecord:
     kl: float
     length: int
     truncated: bool
+    dropped: bool = False
     model_logits: Mapping[str, float] = field(default_factory=dict)
     token_kl: list[float] = field(default_factory=list)
     token_ends: list[int] = field(default_factory=list)
@@ -50,7 +53,8 @@ class SampleRecord:
 @dataclass(frozen=True)
 class GroupRecord:
     """All replies to one prompt. `n`, `reward_mean` and `reward_std` describe the whole group, also after cutting;
-    `GroupLog.write` fills them in. For a group of one they are 0 and 1, the values that GRPO uses then."""
+    `GroupLog.write` fills them in. For a group of one they are 0 and 1, the values that GRPO uses then. Dropped replies
+    are not counted. `flat`: its scores are equal, so all its advantages are 0 (`algorithm.zero_std_groups`)."""
 
     prompt_id: str | int
     messages: list[Message]
@@ -59,6 +63,7 @@ class GroupRecord:
     n: int = 0
     reward_mean: float = math.nan
     reward_std: float = math.nan
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,9 @@ class GroupLogFile:
     def _from_statistics(self, group: GroupRecord) -> list[float]:
         import torch
 
-        rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float32)
-        filled = torch.tensor([sample.length > 0 for sample in group.samples])
+        dropped = [sample.dropped or group.flat for sample in group.samples]
+        rewards = torch.tensor([0.0 if s.dropped else s.reward for s in group.samples], dtype=torch.float32)
+        filled = torch.tensor([s.length > 0 and not out for s, out in zip(group.samples, dropped, strict=True)])
         advantages = rewards - torch.tensor(group.reward_mean, dtype=torch.float32)
         if self.adv_estimator.startswith("grpo") and self.scale_by_std:
             advantages = advantages / (torch.tensor(group.reward_std, dtype=torch.float32) + self.eps)
@@ -109,19 +115,24 @@ class GroupLogFile:
 
         from ups_rm.grpo import estimate_advantages
 
-        if len(group.samples) < group.n:
+        kept = [i for i, sample in enumerate(group.samples) if not sample.dropped]
+        if len(kept) < group.n:
             raise DataError(
                 f"step {self.step}: {self.adv_estimator} needs all {group.n} replies of a group, {len(group.samples)} "
                 f"of {group.prompt_id} are in the file\n  fix: trainer.group_log_max_samples_per_group=-1"
             )
-        lengths = torch.tensor([sample.length for sample in group.samples])
+        advantages = [0.0] * len(group.samples)
+        if group.flat or not kept:
+            return advantages
+        lengths = torch.tensor([group.samples[i].length for i in kept])
         mask = (torch.arange(max(1, int(lengths.max()))) < lengths[:, None]).float()  # (n, R)
         rewards = torch.zeros_like(mask)
-        rewards[:, 0] = torch.tensor([sample.reward for sample in group.samples])
+        rewards[:, 0] = torch.tensor([group.samples[i].reward for i in kept])
         ids = torch.zeros_like(lengths)
-        return estimate_advantages(self.adv_estimator, rewards, mask, ids, scale_by_std=self.scale_by_std)[
-            :, 0
-        ].tolist()
+        found = estimate_advantages(self.adv_estimator, rewards, mask, ids, scale_by_std=self.scale_by_std)
+        for i, advantage in zip(kept, found[:, 0].tolist(), strict=True):
+            advantages[i] = advantage
+        return advantages
 
 
 @dataclass
@@ -170,17 +181,14 @@ class GroupLog:
             "eps": self.eps,
             "kl_coef": self.kl_coef if kl_coef is None else kl_coef,
         }
-        self.folder = Path(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"step_{step:06d}.jsonl"
-        temporary = file.with_name(file.name + ".tmp")
+        file = Path(self.folder) / f"step_{step:06d}.jsonl"
         lines = [json.dumps(finite(row), ensure_ascii=False) for row in (header, *map(asdict, kept))]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, "\n".join(lines) + "\n")
         return file
 
     def drop_after(self, step: int) -> None:
-        """Remove the files of later steps: training goes on from `step` and will write them anew."""
+        """Remove the files of later steps and what a kill left half: training goes on from `step`, writes them anew."""
+        sweep(Path(self.folder))
         for file in sorted(Path(self.folder).glob(self._pattern)):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
@@ -223,6 +231,8 @@ def group_records(
     truncated: Sequence[bool] | Tensor | None = None,
     kinds: Sequence[str] | None = None,
     token_ends: Sequence[list[int]] | None = None,
+    dropped: Tensor | None = None,
+    flat: Tensor | None = None,
 ) -> list[GroupRecord]:
     """Collect the batch's replies into groups, in the order in which the groups first appear.
 
@@ -230,6 +240,7 @@ def group_records(
         group_ids: Shape (B,). prompt_ids, messages, responses, scores, truncated, kinds: one per sequence, B long.
         token_ends: of each sequence (`token_text.token_ends`); with them and a `kl` the KL of every token is kept.
         token_level_rewards, advantages, response_mask, kl: Shape (B, R).
+        dropped: the reply is not counted in its group. flat: its group's scores are equal. Shape (B,), bool.
     """
     lengths = response_mask.bool().sum(-1)
     rewards = token_level_rewards.detach().float().sum(-1)
@@ -246,16 +257,19 @@ def group_records(
     for i, group in enumerate(group_ids.tolist()):
         members.setdefault(int(group), []).append(i)
 
+    out = [False] * len(lengths) if dropped is None else dropped.tolist()
+
     def sample(i: int) -> SampleRecord:
         return SampleRecord(
             response=responses[i],
             logit=float(scores[i].logit),
             safe_score=float(scores[i].safe_score),
-            reward=float(rewards[i]),
+            reward=math.nan if out[i] else float(rewards[i]),
             advantage=float(per_sequence[i]),
             kl=float(kls[i]),
             length=int(lengths[i]),
             truncated=bool(truncated[i]) if truncated is not None else False,
+            dropped=bool(out[i]),
             model_logits=dict(scores[i].model_logits),
             token_kl=token_kl[i] if token_kl else [],
             token_ends=token_ends[i] if token_kl and token_ends else [],
@@ -267,6 +281,7 @@ def group_records(
             messages=list(messages[rows[0]]),
             samples=[sample(i) for i in rows],
             kind=kinds[rows[0]] if kinds is not None else None,
+            flat=bool(flat[rows[0]]) if flat is not None else False,
         )
         for rows in members.values()
     ]
@@ -276,13 +291,10 @@ def _with_statistics(group: GroupRecord) -> GroupRecord:
     """Mean and unbiased std of the group's rewards in float32, computed as `grpo.group_advantages` does."""
     import torch
 
-    rewards = torch.tensor([sample.reward for sample in group.samples], dtype=torch.float32)
+    rewards = torch.tensor([sample.reward for sample in group.samples if not sample.dropped], dtype=torch.float32)
     several = len(rewards) > 1
-    return GroupRecord(
-        prompt_id=group.prompt_id,
-        messages=group.messages,
-        samples=group.samples,
-        kind=group.kind,
+    return replace(
+        group,
         n=len(rewards),
         reward_mean=float(rewards.mean()) if several else 0.0,
         reward_std=float(rewards.std()) if several else 1.0,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ups_rm.durable import write_text
 from ups_rm.errors import DataError
 
 
@@ -41,6 +43,11 @@ class MetricsFile:
         self._stream.write(json.dumps(line, allow_nan=False) + "\n")
         self._stream.flush()
 
+    def sync(self) -> None:
+        """Have every line that was logged on the disk: a power cut does not take it back."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
     def finish(self) -> None:
         self._stream.close()
 
@@ -66,9 +73,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def _drop_after(file: Path, step: int) -> None:
     """Keep the lines up to `step`; a line that a kill cut short goes too. Replaces the file in one go."""
     kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

@@ -35,6 +35,9 @@ RUN_NAME_ARGUMENT = {
 }
 """How each tracker's start function calls the name of a run within its project."""
 
+BEFORE_ANY = -1
+"""`resume_step` of a run that was killed before its first checkpoint: it writes every point anew, under its old id."""
+
 MAX_FAILURES = 3
 """A tracker that fails this often in a row is left alone, so that time-outs don't slow every step down."""
 
@@ -58,7 +61,11 @@ class Trackers:
         folder: the run folder; takes `metrics.jsonl`, `tensorboard/`, `wandb/`.
         config: the resolved recipe, nested mappings; stored with the run where the tracker can.
         resume_step: last step of the checkpoint that training goes on from; None for a new run.
+        run_ids: ids of the trackers' runs to go on with, as a checkpoint names them.
         total_steps: shown on the console line.
+
+    Attributes:
+        run_ids: tracker -> id of its run, where it has one.
 
     Raises:
         RunError: a name that is unknown or whose package is not installed, with the pip command.
@@ -73,6 +80,7 @@ class Trackers:
         folder: Path,
         config: Mapping[str, Any],
         resume_step: int | None = None,
+        run_ids: Mapping[str, str] | None = None,
         total_steps: int | None = None,
     ) -> None:
         names = list(dict.fromkeys("jsonl" if name == "file" else name for name in loggers))
@@ -80,9 +88,9 @@ class Trackers:
             _check_available(name)
         self.folder = Path(folder)
         self._failures: dict[str, int] = {}
-        self._trackers: dict[str, Tracker] = {
-            "jsonl": MetricsFile(self.folder / "metrics.jsonl", resume_step=resume_step)
-        }
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl", resume_step=resume_step)
+        self._trackers: dict[str, Tracker] = {"jsonl": self._metrics}
+        self.run_ids: dict[str, str] = {}
         if "console" in names:
             self._trackers["console"] = ConsoleLine(total_steps)
         for name in names:
@@ -109,6 +117,20 @@ class Trackers:
                 self._failures.pop(name, None)
             except Exception as error:
                 self._report(name, error)
+
+    def sync(self) -> None:
+        """Have metrics.jsonl on the disk, before a checkpoint that has seen its steps is.
+
+        Raises:
+            RunError: it can't be; a checkpoint now would go on with a hole in the metrics.
+        """
+        try:
+            self._metrics.sync()
+        except OSError as error:
+            raise RunError(
+                f"{self._metrics.file} can't be written: {error.strerror}; no checkpoint is written after its steps\n"
+                "  fix: free space; the same command goes on from the checkpoint before"
+            ) from error
 
     def finish(self) -> None:
         """Close every tracker; safe to call twice."""
@@ -204,8 +226,8 @@ def _start(
     arguments: dict[str, Any] = {}
     if name == "tensorboard":
         project_name = experiment_name  # its run name is the folder of the event files
-        if resume_step is not None:
-            arguments["purge_step"] = resume_step + 1
+        # points that a killed process left after the checkpoint, or an older run altogether, are not shown again
+        arguments["purge_step"] = 0 if resume_step is None else resume_step + 1
     elif name in RUN_NAME_ARGUMENT:
         arguments[RUN_NAME_ARGUMENT[name]] = experiment_name
     if tracker_class.requires_logging_directory:
