@@ -225,7 +225,7 @@ def test_a_failed_build_is_told_and_decoding_goes_on_in_torch(
     def fails(_: Path) -> None:
         raise RuntimeError("Error building extension 'ups_rm_kernels': c++ not found\nand much more")
 
-    monkeypatch.setattr(native, "_load", fails)
+    monkeypatch.setattr(native, "_build", fails)
     assert native.kernels() is None
     out = " ".join(capsys.readouterr().out.split())
     assert "building kernels for this CPU" in out
@@ -235,12 +235,27 @@ def test_a_failed_build_is_told_and_decoding_goes_on_in_torch(
     torch.testing.assert_close(rms_norm(x, torch.ones(16), 1e-5), torch.nn.functional.rms_norm(x, (16,), eps=1e-5))
 
 
-def test_a_lock_that_a_killed_build_left_is_removed(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_build_left_is_removed_and_a_built_one_is_not_touched_again(
+    anew: Path, built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = anew / "native" / native._key()
-    folder.mkdir(parents=True)
-    (folder / "lock").touch()
-    monkeypatch.setattr(native, "_load", lambda folder: sorted(entry.name for entry in folder.iterdir()))
-    assert native.kernels() == ["building"]
+    (folder / "build").mkdir(parents=True)
+    (folder / "build" / "lock").touch()
+    seen: list[list[str]] = []
+
+    def load(name: str, sources: list[str], build_directory: str, **_: Any) -> Any:
+        seen.append(sorted(entry.name for entry in Path(build_directory).iterdir()))
+        assert Path(sources[0]).parent == Path(build_directory), "another checkout's path would be another build"
+        return built
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    assert native.kernels() is built
+    assert seen == [["kernels.cpp"]]
+    library = folder / "ups_rm_kernels.so"
+    before = library.stat()
+    assert native.kernels.__wrapped__().rms_norm(torch.ones(1, 2), torch.ones(2), 0.0).tolist() == [[1.0, 1.0]]
+    assert len(seen) == 1
+    assert library.stat() == before
 
 
 def test_the_environment_can_leave_them_out(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:

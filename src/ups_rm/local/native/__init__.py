@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,16 +34,21 @@ def kernels() -> Any | None:
     """The built module, or None. Building takes half a minute, once per CPU, torch and source."""
     if os.environ.get("UPS_RM_NATIVE") == "0":
         return None
-    folder = cache_folder() / "native" / _key()
-    built = (folder / "ups_rm_kernels.so").exists()
-    if not built:
-        console.print("building kernels for this CPU (once, half a minute)")
+    library = cache_folder() / "native" / _key() / "ups_rm_kernels.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "building").open("w") as lock:
+        if library.exists():
+            return _imported(library)
+        console.print("building kernels for this CPU (once, half a minute)")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with (library.parent / "building").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it; the system frees the lock when it ends
-            (folder / "lock").unlink(missing_ok=True)  # of a build that was killed; torch would wait for it for ever
-            return _load(folder)
+            if library.exists():
+                return _imported(library)
+            built = _build(library.parent / "build")
+            # in one step, and never again: a library that processes have loaded is not written to
+            shutil.copy2(built.__file__, library.with_suffix(".new"))
+            os.replace(library.with_suffix(".new"), library)
+            return built
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()
         console.print(
@@ -61,13 +68,27 @@ def usable(*tensors: Tensor) -> Any | None:
     return kernels()
 
 
-def _load(folder: Path) -> Any:
+def _imported(library: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("ups_rm_kernels", library)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{library} is no Python module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(folder: Path) -> Any:
+    """The module, built in a folder that is emptied first: what a killed build left there, torch would wait for."""
     from torch.utils.cpp_extension import load
 
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    source = folder / SOURCE.name
+    source.write_bytes(SOURCE.read_bytes())
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])  # ninja of the environment
     try:
-        return load("ups_rm_kernels", [str(SOURCE)], extra_cflags=list(FLAGS), build_directory=str(folder))
+        return load("ups_rm_kernels", [str(source)], extra_cflags=list(FLAGS), build_directory=str(folder))
     finally:
         os.environ["PATH"] = path
 
