@@ -47,7 +47,7 @@ def kernels() -> Any | None:
             built = _build(library.parent / "build")
             # in one step, and never again: a library that processes have loaded is not written to
             shutil.copy2(built.__file__, library.with_suffix(".new"))
-            os.replace(library.with_suffix(".new"), library)
+            library.with_suffix(".new").replace(library)
             return built
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()
