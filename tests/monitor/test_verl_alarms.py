@@ -57,7 +57,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         def process_of(_: Any, on_metrics: Callable[[dict[str, float], int], None]) -> Reports:
             return Reports(rows, folder, start, on_metrics)
 
-        files = PromptFiles(train=tmp_path, val=tmp_path, total_steps=len(rows))
+        files = PromptFiles(train=tmp_path, val=tmp_path, total_steps=len(rows), steps_per_epoch=len(rows))
         monkeypatch.setattr(engine, "check_machine", lambda _: None)
         monkeypatch.setattr(engine.MadeWith, "of", lambda _: engine.MadeWith("", {}))
         monkeypatch.setattr(engine, "steps_done", lambda *_: start)
