@@ -315,7 +315,7 @@ def test_the_final_policy_loads_in_plain_transformers(tmp_path: Path, policy_fol
     assert_same_logits_elsewhere(result.policy, trainer)
     assert not [file for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
-        *("metrics.jsonl", "policy", "recipe.yaml", "groups", "finished.json", "writer.lock")
+        *("metrics.jsonl", "policy", "recipe.yaml", "groups", "finished.json", "writer.lock", "made_with.json")
     }
 
 

@@ -44,10 +44,10 @@ class SampleRecord:
     kl: float
     length: int
     truncated: bool
-    dropped: bool = False
     model_logits: Mapping[str, float] = field(default_factory=dict)
     token_kl: list[float] = field(default_factory=list)
     token_ends: list[int] = field(default_factory=list)
+    dropped: bool = False
 
 
 @dataclass(frozen=True)
