@@ -190,7 +190,7 @@ def test_a_killed_run_writes_its_alarms_again_from_its_checkpoint(tmp_path: Path
 def test_a_new_run_keeps_the_old_alarms_beside(tmp_path: Path, policy_folder: Path) -> None:
     few = ["trainer.total_training_steps=2", "monitor.window=1", "trainer.resume_mode=disable"]
     trainer_of(tmp_path, policy_folder, one_answer, *few, turn=0).fit()
-    trainer_of(tmp_path, policy_folder, healthy, *few).fit()
+    trainer_of(tmp_path, policy_folder, healthy, *few, "trainer.overwrite=true").fit()
     assert not (tmp_path / "run/alarms.jsonl").exists()
     assert "collapsed_groups" in (tmp_path / "run/alarms.previous.jsonl").read_text(encoding="utf-8")
 

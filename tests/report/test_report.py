@@ -85,7 +85,11 @@ def test_every_number_is_the_logs(first: Path) -> None:
                 assert row["text"] == sample.response
                 assert row["advantage"] == pytest.approx(sample.advantage, rel=1e-3, abs=1e-9)
     later = run["groups"]["steps"][-1]["groups"][0]["samples"][0]
-    assert sum(later["token_kl"]) == pytest.approx(later["kl"], rel=0.05, abs=0.01)
+    assert sum(later["token_kl"]) == pytest.approx(
+        later["kl"],
+        rel=0.05,
+        abs=0.005 * len(later["token_kl"]) + 1e-3,  # each is rounded to two digits
+    )
     assert sum(later["ends"]) == len(later["text"])
     pairs = [json.loads(line) for line in (first / "eval/pairs.jsonl").read_text().splitlines()]
     assert [pair["after"]["text"] for pair in run["outcome"]["pairs"]] == [pair["after"]["response"] for pair in pairs]
