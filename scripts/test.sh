@@ -10,7 +10,7 @@ repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$repo/scripts/setup.sh"
 setup_venv "$repo" "dev,verl,trl"
 cd "$repo"
-export COLUMNS="${COLUMNS:-140}" # processes of a test run have no terminal to ask
+export COLUMNS=140 # processes of a test run have no terminal to ask
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # idle threads sleep: other programs share the cores
 
 failed=()
