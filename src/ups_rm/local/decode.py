@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ups_rm.local.elementwise import rms_norm
 from ups_rm.local.group_cache import GroupCache, NativeCache, rotated
-from ups_rm.local.native import kernels
+from ups_rm.local.native import usable
 from ups_rm.local.projection import Projection
 from ups_rm.local.sampling import Sampling, draw
 
@@ -63,9 +63,7 @@ class FastDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
-        weight = self.causal.model.embed_tokens.weight
-        native = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-        self.kernels = kernels() if native else None
+        self.kernels = usable(self.causal.model.embed_tokens.weight)
         self.refresh()
 
     @classmethod

@@ -83,6 +83,20 @@ inline float sum_of(floats value) {
   return sum;
 }
 
+template <typename scalar>
+float greatest_of(const scalar* from, int64_t size) {
+  floats highest = floats{} - std::numeric_limits<float>::infinity();
+  float greatest = -std::numeric_limits<float>::infinity();
+  int64_t i = 0;
+  for (; i + WIDE <= size; i += WIDE) {
+    const floats value = load(from + i);
+    highest = value > highest ? value : highest;
+  }
+  for (int64_t j = 0; j < WIDE; j++) greatest = std::max(greatest, highest[j]);
+  for (; i < size; i++) greatest = std::max(greatest, widen(from[i]));
+  return greatest;
+}
+
 inline floats sigmoid(floats x) {
   const floats power = exp_of_negative(x < 0 ? x : -x), inverse = 1.0f / (1.0f + power);
   return x < 0 ? power * inverse : inverse;
@@ -183,15 +197,7 @@ void draw_rows(const scalar* logits, const float* uniform, int64_t* tokens, floa
     std::vector<float> sums(chunks), wide(CHUNK);
     for (int64_t row = begin; row < end; row++) {
       const scalar* from = logits + row * size;
-      floats highest = floats{} - std::numeric_limits<float>::infinity();
-      int64_t i = 0;
-      for (; i + WIDE <= size; i += WIDE) {
-        const floats value = load(from + i);
-        highest = value > highest ? value : highest;
-      }
-      float greatest = -std::numeric_limits<float>::infinity();
-      for (int64_t j = 0; j < WIDE; j++) greatest = std::max(greatest, highest[j]);
-      for (; i < size; i++) greatest = std::max(greatest, widen(from[i]));
+      const float greatest = greatest_of(from, size);
       // the weights of a chunk into `wide`; their sum
       const auto weigh = [&](int64_t chunk) {
         const int64_t first = chunk * CHUNK, count = std::min(CHUNK, size - first);
@@ -232,16 +238,11 @@ void selected_logprobs_rows(const scalar* logits, const int64_t* targets, float*
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       const scalar* from = logits + row * size;
-      floats highest = floats{} - std::numeric_limits<float>::infinity(), totals = {};
-      float greatest = -std::numeric_limits<float>::infinity(), total = 0;
+      const float greatest = greatest_of(from, size);
+      floats totals = {};
+      float total = 0;
       int64_t i = 0;
-      for (; i + WIDE <= size; i += WIDE) {
-        const floats value = load(from + i);
-        highest = value > highest ? value : highest;
-      }
-      for (int64_t j = 0; j < WIDE; j++) greatest = std::max(greatest, highest[j]);
-      for (; i < size; i++) greatest = std::max(greatest, widen(from[i]));
-      for (i = 0; i + WIDE <= size; i += WIDE)
+      for (; i + WIDE <= size; i += WIDE)
         totals += exp_of_negative((load(from + i) - greatest) * inverse_temperature);
       for (; i < size; i++) total += std::exp((widen(from[i]) - greatest) * inverse_temperature);
       norms[row] = greatest * inverse_temperature + std::log(total + sum_of(totals));
