@@ -13,6 +13,7 @@ import torch
 
 from tiny_training import prefers, tiny_recipe
 from ups_rm.errors import CheckpointError, RecipeError, RunError
+from ups_rm.local.native import kernels
 from ups_rm.local.trainer import Trainer
 from ups_rm.tracking.jsonl import read_metrics
 from ups_rm.types import TrainResult
@@ -85,6 +86,21 @@ def test_other_threads_may_go_on_and_are_told(
         torch.set_num_threads(before)
     told = capsys.readouterr().out
     assert f"threads: {before}, now {before + 1}" in told
+    assert "no longer bitwise" in told
+
+
+def test_going_on_without_the_kernels_is_told(
+    run: Path, tmp_path: Path, policy_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They round otherwise than torch does."""
+    if kernels() is None:
+        pytest.skip("the kernels can't be built here")
+    for module in ("ups_rm.local.native", "ups_rm.local.provenance"):
+        monkeypatch.setattr(f"{module}.kernels", lambda: None)
+    capsys.readouterr()
+    assert fit(tmp_path, policy_folder, *SIX).steps == 6
+    told = capsys.readouterr().out
+    assert "kernels: C++, now torch" in told
     assert "no longer bitwise" in told
 
 

@@ -1,29 +1,15 @@
-"""Where a checkpoint was made: versions, the source's git commit, and what decides how floats are rounded."""
+"""Where a checkpoint was made: the source's git commit, and what decides how floats are rounded."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ups_rm import __version__
-
-PACKAGES = ("torch", "transformers", "peft", "numpy", "accelerate", "safetensors", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """Of Python, of this package and of those that compute."""
-    found = {"python": platform.python_version(), "ups-rm": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+from ups_rm.local.native import kernels
 
 
 def git_commit() -> str | None:
@@ -50,6 +36,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "number format": str(dtype).removeprefix("torch."),
+        "kernels": "C++" if device.type == "cpu" and kernels() is not None else "torch",
         "torch": torch.__version__,
     }
 

@@ -31,7 +31,7 @@ from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.checkpoint import CheckpointWriter, Provenance, TrainingState
 from ups_rm.local.judged import Judged, judge, judge_again
 from ups_rm.local.policy import Policy, needs_reference
-from ups_rm.local.provenance import git_commit, machine, versions
+from ups_rm.local.provenance import git_commit, machine
 from ups_rm.local.random_state import seed_all
 from ups_rm.local.replay import save_replay
 from ups_rm.local.rollout import Rollout, RolloutEngine
@@ -48,7 +48,7 @@ from ups_rm.monitor.watch import Monitor, stop_message
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.console_line import live_note
-from ups_rm.tracking.made_with import write_made_with
+from ups_rm.tracking.made_with import versions, write_made_with
 from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Scorer, TrainResult
 

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("ups-rm", "torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pyarrow")
+PACKAGES = ("ups-rm", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "pyarrow")
 OF_VERL = ("verl", "ray", "vllm", "tensordict")
 
 
@@ -16,18 +16,19 @@ def write_made_with(folder: Path, *, engine: str, device: str = "") -> Path:
 
     device: as torch names it; "" where the training runs in processes of its own.
     """
-    packages = (*PACKAGES, *OF_VERL) if engine == "verl" else PACKAGES
-    made = {
-        "engine": engine,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
-    made |= {name: version for name in packages if (version := _version(name))}
+    made = {"engine": engine, "machine": f"{platform.system()} {platform.machine()}"}
+    made |= versions(*PACKAGES, *OF_VERL) if engine == "verl" else versions()
     if device:
         made["device"] = _device_name(device)
     file = folder / "made_with.json"
     file.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return file
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and of the packages (default: those that compute), those that are not there left out."""
+    found = {name: version for name in packages or PACKAGES if (version := _version(name))}
+    return {"python": platform.python_version(), **found}
 
 
 def _device_name(device: str) -> str:
