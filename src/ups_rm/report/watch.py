@@ -22,6 +22,7 @@ from ups_rm.errors import RMServerError, RunError
 from ups_rm.report.page import frame, pack_runs
 from ups_rm.report.run import read_run
 from ups_rm.reward.server_guard import Guard, patient_protocol
+from ups_rm.serving import Served, url_of
 
 try:
     import uvicorn
@@ -95,7 +96,7 @@ def _fingerprint(runs: Sequence[Path]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-class WatchServer:
+class WatchServer(Served):
     """The page of these runs behind HTTP.
 
     Args:
@@ -109,43 +110,18 @@ class WatchServer:
 
     def __init__(self, runs: Sequence[Path], *, listener: socket.socket, token: str | None) -> None:
         self.watched = Watched(runs)
-        self._socket = listener
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+        self.url = f"{url_of(listener)}/"
         app = Starlette(routes=[Route("/", self._page), Route("/data", self._data)])
         if token is None:
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
         app.add_middleware(Guard, token=token, challenge=b'Basic realm="ups-rm", charset="UTF-8"')
-        self._uvicorn = uvicorn.Server(
+        served = uvicorn.Server(
             uvicorn.Config(
                 app, http=patient_protocol(10.0), ws="none", log_level="warning", access_log=False,
                 server_header=False, limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=5,
             )
         )  # fmt: skip
-        self._thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT (or `stop`)."""
-        try:
-            self._uvicorn.run(sockets=[self._socket])
-        finally:
-            self._socket.close()
-
-    def stop(self) -> None:
-        """Ask for the end."""
-        self._uvicorn.should_exit = True
-
-    def __enter__(self) -> WatchServer:
-        self._thread = threading.Thread(target=self.run, name="watch")
-        self._thread.start()
-        while not self._uvicorn.started and self._thread.is_alive():
-            self._thread.join(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        if self._thread is not None:
-            self._thread.join()
+        super().__init__(served, listener, name="watch")
 
     async def _page(self, _: Request) -> Response:
         try:

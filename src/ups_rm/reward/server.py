@@ -14,7 +14,6 @@ import asyncio
 import json
 import logging
 import socket
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -29,6 +28,7 @@ from ups_rm.reward.render import Rendered, render, render_text
 from ups_rm.reward.server_guard import Guard, RefusedError, is_loopback, patient_protocol, read_body
 from ups_rm.reward.transforms import safe_score
 from ups_rm.reward.turns import TurnFormat
+from ups_rm.serving import Served, url_of
 from ups_rm.types import Score
 
 try:
@@ -67,7 +67,7 @@ class Limits:
     max_connections: int = 1024
 
 
-class RewardServer:
+class RewardServer(Served):
     """Loaded reward models behind HTTP.
 
     Args:
@@ -98,39 +98,14 @@ class RewardServer:
         self.metrics = ServerMetrics()
         self.tokenizer, self.policy = scorers[0].tokenizer, scorers[0].policy
         self.turns = TurnFormat.of(policy_tokenizer or self.tokenizer)
-        self._socket = listener or listen("127.0.0.1", 0, None)
-        host, port = self._socket.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        listener = listener or listen("127.0.0.1", 0, None)
+        self.url = url_of(listener)
         self.queue = BatchQueue(
             scorers, max_waiting=self.limits.max_waiting, by_request=by_request, on_batch=self.metrics.batch
         )
         self.metrics.watch(self.queue)
         self._render_thread = ThreadPoolExecutor(1, thread_name_prefix="rm-render")
-        self._uvicorn = self._make_uvicorn(token)
-        self._thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT (or `stop`), then answer what was accepted and return."""
-        try:
-            self._uvicorn.run(sockets=[self._socket])
-        finally:
-            self._socket.close()
-
-    def stop(self) -> None:
-        """Ask for the end; `run` returns when everything accepted is answered."""
-        self._uvicorn.should_exit = True
-
-    def __enter__(self) -> RewardServer:
-        self._thread = threading.Thread(target=self.run, name="rm-server")
-        self._thread.start()
-        while not self._uvicorn.started and self._thread.is_alive():
-            self._thread.join(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        if self._thread is not None:
-            self._thread.join()
+        super().__init__(self._make_uvicorn(token), listener, name="rm-server")
 
     def _make_uvicorn(self, token: str | None) -> Any:
         import uvicorn
