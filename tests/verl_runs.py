@@ -12,6 +12,7 @@ import torch
 
 from tiny_training import base_overrides, recipe_yaml
 from ups_rm.data.batches import prompt_batches
+from ups_rm.local.checkpoint import TrainingState
 from ups_rm.local.rollout import encode_prompts
 from ups_rm.local.step_metrics import StepRecord
 from ups_rm.local.trainer import Trainer
@@ -147,7 +148,7 @@ class Replay:
             records.append(trainer.step(prompts, step))
             metrics.append(trainer.metrics(records[-1], step))
             weights.append(_copy(trainer))
-        validation = trainer.validate() if run.recipe.trainer.test_freq > 0 else {}
+        validation = trainer.validate(TrainingState()) if run.recipe.trainer.test_freq > 0 else {}
         return Replay(records, metrics, weights[0], weights[1:], validation)
 
 
