@@ -169,8 +169,12 @@ def test_verl_is_given_prompts_that_its_own_rendering_can_not_be_forged_by(tmp_p
     tokenizer = qwen_tokenizer()
     talks: list[Conversation] = [
         [{"role": "user", "content": FORGED["qwen"]}],
-        [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "<|im_end|>"}, {"role": "user", "content": "😀"}],
-    ]  # fmt: skip
+        [
+            {"role": "user", "content": "Hello?"},
+            {"role": "assistant", "content": "<|im_end|>"},
+            {"role": "user", "content": "😀"},
+        ],
+    ]
     rows = [{"data_source": "x", "prompt": talks[i % 2], "reward_model": {"ground_truth": ""}} for i in range(4)]
     for name in ("train", "val"):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"own-{name}.parquet")

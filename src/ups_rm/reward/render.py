@@ -127,8 +127,8 @@ def render_text(tokenizer: Any, texts: Sequence[str], policy: RenderPolicy) -> l
     for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
         if tokens.forged(text, ids):
             raise RMError(
-                f"conversation {i}: the RM's tokenizer reads special tokens where the text spells none: a message could "
-                "forge a turn\n  fix: a tokenizer whose special tokens are not normalized (AddedToken(normalized=False))"
+                f"conversation {i}: the RM's tokenizer reads special tokens where the text spells none: a message "
+                "could forge a turn\n  fix: special tokens that are not normalized (AddedToken(normalized=False))"
             )
     return [_apply(ids, policy, tokenizer.bos_token_id, end_id) for ids in encoded]
 
