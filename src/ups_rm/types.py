@@ -26,6 +26,8 @@ class Score:
     rewarded with, higher = safer: sigmoid(-logit), in (0, 1), unless the recipe names another transform. `tokens`
     counts the RM tokens that were read; `truncated` says that the conversation was longer than the RM takes and was
     cut. `model_logits` holds the unsafety logit of each model by name where several are combined or one is normalised.
+    `helpfulness` is the reply's helpfulness logit, higher = more helpful: a number that only compares replies to one
+    prompt (0 has no meaning). None where no helpfulness model was asked.
     """
 
     logit: float
@@ -33,6 +35,7 @@ class Score:
     tokens: int
     truncated: bool
     model_logits: Mapping[str, float] = field(default_factory=dict)
+    helpfulness: float | None = None
 
 
 class Scorer(Protocol):
