@@ -23,6 +23,13 @@ PLOTS = {
     "rm_logits.png": "Logits of safe and unsafe replies",
     "rm_categories.png": "AUC by harm category",
 }
+HELPFUL_COLUMNS = {
+    "longer_is_better": "of always taking the longer reply",
+    "safety_head": "of the safety head",
+    "safer_is_better": "where the better reply is the safer one",
+    "safer_is_worse": "where it is the less safe one",
+}
+"""Of a helpfulness head, further pairwise accuracies on the same pairs."""
 COLUMNS = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced", "ece": "ECE"}
 
 
@@ -64,6 +71,7 @@ def describe(card: RMCard) -> list[tuple[str, str]]:
     shape = ", ".join(f"{name} {value}" for name, value in backbone.items() if name not in ("name", "model_type"))
     rows = [
         ("output", f"{card.output}; {card.sign}"),
+        *((name, f"output {i + 1}: {meaning}") for i, (name, meaning) in enumerate(card.outputs.items())),
         ("score", card.transform),
         ("backbone", f"{backbone.get('name', 'unknown')} ({backbone.get('model_type', 'unknown')}: {shape})"),
         ("head", f"MLP {card.hidden_dim_str or 'without hidden layers'} on the {card.pooling} hidden state"),
@@ -79,6 +87,13 @@ def describe(card: RMCard) -> list[tuple[str, str]]:
     ]
     for name, figures in (head.get("metrics") or {}).items():
         rows.append((f"measured: {name}", _figures(figures)))
+    if second := card.helpfulness_head:
+        told = f"{second.get('labels', 'unknown')}; temperature {second.get('temperature', 1.0):.3g}"
+        rows.append(("helpfulness trained on", told))
+        golden = ", ".join(f"{one.helpfulness:.3f}" for one in card.golden)
+        rows.append(("golden helpfulness", f"in {card.dtype}: {golden}"))
+    for name, figures in (card.helpfulness_head.get("metrics") or {}).items():
+        rows.append((f"measured: helpfulness, {name}", _figures(figures)))
     return rows
 
 
@@ -102,7 +117,10 @@ def _figures(figures: dict[str, Any]) -> str:
         shown.append(
             f"pairwise accuracy {figures['pairwise_accuracy']:.3f}{interval} ({figures.get('pairs', 0):,} pairs)"
         )
-    return ", ".join([*shown, f"{figures.get('texts', 0):,} texts"])
+    for name, label in HELPFUL_COLUMNS.items():
+        if _is_number(figures.get(name)):
+            shown.append(f"{label} {figures[name]:.3f}")
+    return ", ".join([*shown, *([f"{figures['texts']:,} texts"] if "texts" in figures else [])])
 
 
 def _page(card: RMCard, name: str, kept: dict[str, Any], plots: list[Path]) -> str:

@@ -24,9 +24,9 @@ from ups_rm.reward.doctor import (
 )
 from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.report import Check, CheckReport, Result
-from ups_rm.reward.native import load_model, load_tokenizer, read_config, rm_folder
+from ups_rm.reward.native import heads_of, load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import RenderPolicy
-from ups_rm.reward.scorer import RewardScorer, default_max_length
+from ups_rm.reward.scorer import RewardScorer, check_judges_safety, default_max_length
 from ups_rm.reward.transforms import unsafety_logit
 from ups_rm.types import Conversation
 
@@ -229,6 +229,8 @@ def _load(
         card_error = str(error)
 
     asked = kind_of(RewardModelModel(path=str(path), kind=kind))
+    heads = heads_of(config, path) if asked == "myrm" else ("unsafety",)
+    check_judges_safety(heads, path)
     how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "chat_template": chat_template}
 
     def load(name: str) -> RewardScorer:
@@ -242,7 +244,9 @@ def _load(
         limit = default_max_length(config, tokenizer)
         policy = card.render if card else RenderPolicy.infer(tokenizer, max_length=limit)
         native = not trust_remote_code
-        return RewardScorer(model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native)
+        return RewardScorer(
+            model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native, heads=heads
+        )
 
     exam = Exam(path, load(dtype), config, card if asked == "myrm" else None, load, card_error, asked)
     count = sum(parameter.numel() for parameter in exam.network.parameters())
