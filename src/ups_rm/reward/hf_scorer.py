@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ups_rm.control_tokens import ControlTokens
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.merge import DROPPABLE
 from ups_rm.reward.native import load_tokenizer, quiet_transformers, read_config, rm_folder
-from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages, special_pattern
+from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages
 from ups_rm.reward.scorer import RewardScorer, default_max_length
 from ups_rm.types import Conversation
 
@@ -73,8 +74,8 @@ class PairEncodingScorer(RewardScorer):
         Raises:
             RMError: a malformed conversation; an encoder that tells the two parts apart by token types.
         """
-        special, chosen = special_pattern(self.tokenizer), policy or self.policy
-        return [self._encode(checked_messages(one, i, special), chosen) for i, one in enumerate(conversations)]
+        tokens, chosen = ControlTokens.of(self.tokenizer), policy or self.policy
+        return [self._encode(checked_messages(one, i, tokens), chosen) for i, one in enumerate(conversations)]
 
     def _encode(self, messages: Conversation, policy: RenderPolicy) -> Rendered:
         before = "\n".join(message["content"] for message in messages[:-1])
