@@ -23,6 +23,7 @@ from ups_rm.reward.head_files import read_head, read_heads
 from ups_rm.reward.head_objective import HeadSettings, part_of
 from ups_rm.reward.helpful_head import helpful_quality, train_heads, train_helpfulness
 from ups_rm.reward.lora import train_lora
+from ups_rm.reward.model_card import describe
 from ups_rm.reward.scorer import RewardScorer
 
 QUICK = HeadSettings(hidden_dims=(8,), lr=3e-3, max_epochs=60, patience=10, validation_share=0.2, test_share=0.2)
@@ -179,7 +180,7 @@ def test_from_rows_to_an_rm_folder_with_two_heads_by_the_commands(tmp_path):
     assert card.helpfulness_head["metrics"]["held_out"]["pairs"] > 0
     described = invoke("rm", "card", rm, "--describe")
     assert "measured: helpfulness, held_out" in described
-    assert "of always taking the longer reply" in " ".join(described.split())
+    assert "of always taking the longer reply" in dict(describe(card))["measured: helpfulness, held_out"]
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     assert RewardScorer.load(rm, dtype="float32").score([talk])[0].helpfulness is not None
     alone = tmp_path / "alone"

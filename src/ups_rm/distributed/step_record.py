@@ -83,6 +83,7 @@ class StepRecord:
                     for name, logit in extra.items()
                     if name.startswith(MODEL_PREFIX)
                 },
+                helpfulness=extra.get("helpfulness"),
             )
             for extra in self.extras
         ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ups_rm.device import torch_device
 from ups_rm.errors import RMError
-from ups_rm.recipe import Recipe
+from ups_rm.recipe import Recipe, RewardModelModel
 from ups_rm.reward.transforms import safe_score
 from ups_rm.types import Conversation, Score, Scorer
 
@@ -22,7 +22,8 @@ def open_judge(recipe: Recipe) -> Scorer | None:
     from ups_rm.reward.open import open_scorer
 
     judge = recipe.monitor.judge
-    settings = replace(recipe.reward_model, model=judge, models=[], transform="sigmoid", transform_temperature=1.0)
+    alone = {"models": [], "helpfulness": RewardModelModel(), "transform": "sigmoid", "transform_temperature": 1.0}
+    settings = replace(recipe.reward_model, model=judge, **alone)  # type: ignore[arg-type]
     if not settings.entries():
         return None
     try:
