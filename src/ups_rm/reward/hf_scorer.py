@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ups_rm.control_tokens import ControlTokens
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
+from ups_rm.model_files import check_model_folder, refused_pickle
 from ups_rm.reward.merge import DROPPABLE
 from ups_rm.reward.native import load_tokenizer, quiet_transformers, read_config, rm_folder
 from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages
@@ -114,6 +115,7 @@ def load_hf_model(
     import transformers
 
     path = rm_folder(folder)
+    check_model_folder(path, RMError, trust_remote_code=trust_remote_code)
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet_transformers():
@@ -121,6 +123,8 @@ def load_hf_model(
                 path, trust_remote_code=trust_remote_code, **options
             )
     except Exception as error:  # transformers raises many classes
+        if refused := refused_pickle(error):
+            raise RMError(f"{path} can't be loaded: {refused}") from error
         raise RMError(
             f"{path} can't be loaded by {AUTO_CLASSES[kind]}: {type(error).__name__}: {error}\n"
             "  fix: the right kind; if the folder has Python files of its own: trust_remote_code"
