@@ -123,7 +123,7 @@ def test_what_can_not_judge_helpfulness_or_safety_says_so(folders):
         open_scorer(settings(folders["helpful"]))
     with pytest.raises(RMError, match=r"reward_model.helpfulness: .*has no helpfulness head"):
         open_scorer(settings(folders["safety"], helpful(path=str(folders["safety"]))))
-    with pytest.raises(RMError, match="has a helpfulness head, and reward_model.helpfulness names another model"):
+    with pytest.raises(RMError, match=r"has a helpfulness head, and reward_model\.helpfulness names another model"):
         open_scorer(settings(folders["both"], helpful(path=str(folders["helpful"])))).score(TALKS)
 
 

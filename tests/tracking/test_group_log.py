@@ -238,7 +238,7 @@ def test_kl_of_each_token_is_kept_where_its_place_in_the_text_is_known(tmp_path:
 
 
 def test_helpfulness_stands_beside_the_logit_and_may_be_missing(tmp_path: Path) -> None:
-    """A number where a model judged it, None (not nan) where none did, and in logs from before there was such a field."""
+    """A number where a model judged it, None (not nan) where none did and in logs of before there was such a field."""
     mask = torch.ones(2, 3)
     records = group_records(
         group_ids=torch.tensor([0, 0]),
