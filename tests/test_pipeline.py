@@ -231,7 +231,8 @@ def test_a_run_goes_on_with_other_settings_where_that_is_allowed(place: Place, r
     assert f"{lr}: 0.001, now 0.01" in place.out
     assert place.summary()["steps"] == 5
     rates = [json.loads(line)["actor/lr"] for line in (place.folder / RUN / "metrics.jsonl").read_text().splitlines()]
-    assert (len(rates), max(rates[:3]), rates[3:]) == (5, 1e-3, [1e-2] * 2)
+    assert max(rates[:3]) <= 1e-3  # it warms up
+    assert rates[3:] == [1e-2] * 2
     state = json.loads((place.folder / RUN / "global_step_5/state.json").read_text())
     assert any(lr in change for change in state["changes"])
     assert place.run(*changed, **more) == 0, place.out
