@@ -42,6 +42,8 @@ class StepRecord:
     """The reply is in the loss. Shape (B,), bool."""
     resampled: int
     """Groups whose replies were drawn anew, each time counted."""
+    judged: list[Score] | None = None
+    """What the second judge says of every reply, where it reads the step's own."""
 
 
 class Clock:
