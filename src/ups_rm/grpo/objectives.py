@@ -1,7 +1,7 @@
-"""More than one thing to be good at: components of the reward, how they become one advantage, and the Lagrange multiplier.
+"""Several things to be good at: the components of a reward, how they become one advantage, the Lagrange multiplier.
 
-A component is a number per reply, higher = better: `safety` and `helpfulness` here. All are charged what the reply costs
-elsewhere (KL, overlong replies) and are weighed per reply, so that a constraint may bind on some prompts only.
+A component is a number per reply, higher = better: `safety` and `helpfulness` here. Each is charged what the reply
+costs elsewhere (KL, length) and has a weight per reply, so that a constraint may bind on some prompts only.
 
     after:  A = estimate( sum_k w_k r_k / sum_k w_k - charge )
     before: A = sum_k w_k estimate( r_k - charge ) / sum_k w_k
@@ -45,12 +45,16 @@ class Combined:
         rewards: weighted mean of the components, less the charge. Shape (B,).
         advantages: 0 outside the response mask, and where `flat`. Shape (B, R).
         parts: the advantage that each component gives by itself. Shape (B,) each.
+        components: what they were made of.
+        charge: what was taken off. Shape (B,).
         flat: nothing that counts differs within the reply's group. Shape (B,), bool.
     """
 
     rewards: Tensor
     advantages: Tensor
     parts: dict[str, Tensor]
+    components: Mapping[str, Component]
+    charge: Tensor
     flat: Tensor
 
 
@@ -107,7 +111,7 @@ def combine(
         flat = everyone.clone()
         for name, component in components.items():
             flat &= own[name][1] | (component.weight == 0)
-    return Combined(rewards, advantages.unsqueeze(-1) * response_mask, parts, flat)
+    return Combined(rewards, advantages.unsqueeze(-1) * response_mask, parts, components, charge, flat)
 
 
 @dataclass
@@ -116,8 +120,8 @@ class Lagrange:
 
         log lambda <- clip(log lambda + lr * (mean cost - limit), log least, log most)
 
-    The multiplicative form keeps lambda positive. Safe RLHF (arXiv:2310.12773, appendix B.2) has another factor lambda in
-    the step, the derivative with respect to log lambda; it is left out, because with it a small lambda hardly rises
+    The multiplicative form keeps lambda positive. Safe RLHF (arXiv:2310.12773, appendix B.2) has another factor lambda
+    in the step, the derivative with respect to log lambda; it is left out, because with it a small lambda hardly rises
     when replies turn unsafe. Fixed points are the same: mean cost = limit, or lambda at a bound.
 
     Attributes:
