@@ -87,15 +87,16 @@ class HttpScorer:
     Args:
         url: of the server, such as "http://127.0.0.1:8500"; https works too.
         token: sent as bearer token. None: environment variable UPS_RM_TOKEN, if there is one.
-        timeout: seconds that one attempt may wait for the server: to connect, to take the request, to send the next
-            piece of its answer.
+        timeout: seconds that one attempt may take from connecting to the last byte of the answer, however the server
+            spreads its bytes.
         retries: how often a block is tried again after a lost connection, a timeout or a 408, 502, 503 or 504. A 429 is
             not counted: the server is well, only busy. A 500 is the model's failure and an error at once.
-        max_wait: seconds after which a block is given up, whatever it was waiting for.
+        max_wait: seconds after which a block is given up, whatever it was waiting for; an attempt is cut short by it.
         block: conversations per request. All conversations of one request may share batches, as in the in-process
             scorer; a lost connection repeats at most one request.
         concurrency: requests on their way at once.
-        client: an httpx.Client of your own (proxies, certificates); it stays yours to close.
+        client: an httpx.Client of your own (proxies, certificates): its timeouts hold instead of `timeout`, and it
+            stays yours to close.
     """
 
     def __init__(
@@ -111,12 +112,13 @@ class HttpScorer:
         client: httpx.Client | None = None,
     ) -> None:
         try:
-            import httpx
+            from ups_rm.reward.deadline import deadline_client
         except ImportError as error:
             raise RMServerError("httpx is not installed\n  fix: pip install 'ups-rm[serve]'") from error
         if not url.startswith(("http://", "https://")):
             raise RMServerError(f"{url!r} is not the address of a reward server\n  fix: write http://HOST:PORT")
         self.url = url.rstrip("/")
+        self.timeout = timeout
         self.retries = retries
         self.max_wait = max_wait
         self.block = block
@@ -126,9 +128,7 @@ class HttpScorer:
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._owns_client = client is None
         # no proxies of the environment: conversations go to the server that was named and nowhere else
-        self._client = client or httpx.Client(
-            timeout=timeout, limits=httpx.Limits(max_connections=max(concurrency, 64)), trust_env=False
-        )
+        self._client = client or deadline_client(max(concurrency, 64))
 
     def score(self, conversations: Sequence[Conversation], *, progress: bool = False) -> list[Score]:
         """One Score per conversation, in input order.
@@ -179,7 +179,7 @@ class HttpScorer:
         while not stop.is_set():
             wait = self.breaker.delay()
             if wait == 0.0:
-                response, problem = self._attempt(body)
+                response, problem = self._attempt(body, min(monotonic() + self.timeout, give_up))
                 if response is not None and response.status_code not in TRANSIENT:
                     return self._scores(response, len(conversations))
                 failures += response is None or response.status_code != 429
@@ -194,13 +194,17 @@ class HttpScorer:
             stop.wait(wait)
         raise RMServerError("scoring was stopped because another request of the same call failed")
 
-    def _attempt(self, body: bytes) -> tuple[httpx.Response | None, str]:
-        """(answer, what is wrong with it) of one POST; no answer at all is None. Tells the circuit breaker."""
+    def _attempt(self, body: bytes, moment: float) -> tuple[httpx.Response | None, str]:
+        """(answer, what is wrong with it) of one POST that ends by `moment`; no answer at all is None. Tells the
+        circuit breaker."""
         import httpx
+
+        from ups_rm.reward.deadline import until
 
         headers = self._headers | {"content-type": "application/json"}
         try:
-            response = self._client.post(f"{self.url}/score", content=body, headers=headers)
+            with until(moment):
+                response = self._client.post(f"{self.url}/score", content=body, headers=headers)
         except httpx.TransportError as error:
             self.breaker.failed()
             return None, f"{type(error).__name__}: {error}"
