@@ -115,7 +115,8 @@ def test_logged_advantages_recompute_exactly(tmp_path: Path, policy_folder: Path
     recipe = tiny_recipe(
         tmp_path, policy_folder, *LEARN, f"{ALGORITHM}objective=constrained", f"{ALGORITHM}adv_estimator={estimator}",
         f"{ALGORITHM}normalize_components={order}", f"{ALGORITHM}kl_ctrl.kl_coef=0.05",
-        "reward_model.overlong_buffer.enable=true", "reward_model.overlong_buffer.len=4", "trainer.total_training_steps=3",
+        "reward_model.overlong_buffer.enable=true", "reward_model.overlong_buffer.len=4",
+        "trainer.total_training_steps=3",
     )  # fmt: skip
     fit(recipe, opposed())
     for file in sorted((tmp_path / "run/groups").iterdir()):
