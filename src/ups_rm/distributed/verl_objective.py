@@ -8,7 +8,7 @@ trainer reads that from verl's TransferQueue before it lets verl compute the adv
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +77,7 @@ class StepObjective:
         finally:
             self._replies, _under_way = None, None
 
-    def advantages(self, token_level_rewards: Tensor, response_mask: Tensor, index: Sequence[Any]) -> Tensor:
+    def advantages(self, token_level_rewards: Tensor, response_mask: Tensor, index: Iterable[Any]) -> Tensor:
         """Advantages (B, R) of the replies of `during`; 0 for padding rows.
 
         Args:
@@ -91,8 +91,9 @@ class StepObjective:
         replies = self._replies
         assert replies is not None
         real = replies.real
-        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(str, index)))}
-        group_ids = torch.tensor([numbers[str(prompt)] for prompt in index])[real]
+        prompts = [str(prompt) for prompt in index]
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        group_ids = torch.tensor([numbers[prompt] for prompt in prompts])[real]
         mask, rewards, metrics = response_mask[real], token_level_rewards[real].clone(), {}
         if self.overlong.enable:
             buffer, longest = self.overlong, self.max_response_length
