@@ -6,6 +6,7 @@ rest are functions of what it read. Dimension letters: B replies, R response tok
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ class StepRecord:
         logprob_gap: |log pi at sampling - log pi recomputed| per token; None where not sampled with. Shape (B, R).
         extras: what our reward manager said of each reply, by name.
         response_ids: the tokens that response_mask lets through, of each reply.
+        categories: harm categories of each reply's prompt; empty where the rows do not carry them.
     """
 
     keys: list[str]
@@ -69,6 +71,7 @@ class StepRecord:
     logprob_gap: Tensor | None
     extras: list[dict[str, float]]
     response_ids: list[list[int]] = field(default_factory=list)
+    categories: list[list[str]] = field(default_factory=list)
 
     @property
     def scores(self) -> list[Score]:
@@ -134,6 +137,7 @@ def read_step(
         sampled_logprobs=padded.get("rollout_log_probs", padded.get("old_log_probs")),
         logprob_gap=gap,
         extras=extras,
+        categories=[_categories(info) for info in infos],
         response_ids=[ids[ragged["response_mask"][i].bool()].tolist() for i, ids in zip(keep, responses, strict=True)],
     )
 
@@ -211,6 +215,7 @@ def step_groups(record: StepRecord, tokenizer: Any = None, combined: Combined | 
         kl=record.kl,
         truncated=record.truncated,
         kinds=record.kinds,
+        categories=record.categories or None,
         token_ends=None if tokenizer is None else token_ends(tokenizer, record.response_ids, record.texts),
         combined=combined,
         flat=None if combined is None else combined.flat,
@@ -232,6 +237,12 @@ def validation_metrics(rewards: Sequence[float], extras: Mapping[str, Sequence[f
     for name, metric in OF_REPLY.items():
         metrics[metric] = float(torch.tensor(extras[name]).mean())
     return metrics
+
+
+def _categories(info: Mapping[str, Any]) -> list[str]:
+    """Harm categories out of what `lay_out_prompts` kept of the prompt's row."""
+    row = json.loads(info.get("row") or "{}")
+    return [str(name) for name in row.get("categories") or ()]
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

@@ -46,6 +46,8 @@ class StepRecord:
     """Of the usable replies, where the objective has several components."""
     reward_metrics: dict[str, float] = field(default_factory=dict)
     """Of the objective and the overlong penalty."""
+    judged: list[Score] | None = None
+    """What the second judge says of every reply, where it reads the step's own."""
 
 
 class Clock:

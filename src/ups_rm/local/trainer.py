@@ -247,8 +247,8 @@ class Trainer:
         kl_coef = self.kl_control.value if self.recipe.algorithm.use_kl_in_reward else 0.0
         metrics = step_metrics(record, self.recipe, number=number, epoch=epoch, kl_coef=kl_coef)
         if self.judge is not None and not self._validates():
-            means = judge_means(self.judge, record.rollout.conversations, record.scores)
-            metrics |= dict(zip(JUDGE["training"], means, strict=True))
+            record.judged = self.judge.score(record.rollout.conversations)
+            metrics |= dict(zip(JUDGE["training"], judge_means(record.judged, record.scores), strict=True))
         return metrics
 
     def validate(self, state: TrainingState) -> dict[str, float]:

@@ -61,7 +61,7 @@ class GroupRecord:
     """All replies to one prompt. `n`, `reward_mean` and `reward_std` describe the whole group, also after cutting;
     `GroupLog.write` fills them in. For a group of one they are 0 and 1, the values that GRPO uses then. Dropped replies
     are not counted. `flat`: its scores are equal, so all its advantages are 0 (`algorithm.zero_std_groups`). `weights`:
-    of the components, by name."""
+    of the components, by name. `categories`: the prompt's harm categories, as far as its file names them."""
 
     prompt_id: str | int
     messages: list[Message]
@@ -72,6 +72,7 @@ class GroupRecord:
     reward_std: float = math.nan
     flat: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
+    categories: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ def group_records(
     kl: Tensor | None = None,
     truncated: Sequence[bool] | Tensor | None = None,
     kinds: Sequence[str] | None = None,
+    categories: Sequence[Sequence[str]] | None = None,
     token_ends: Sequence[list[int]] | None = None,
     dropped: Tensor | None = None,
     flat: Tensor | None = None,
@@ -292,7 +294,8 @@ def group_records(
     """Collect the batch's replies into groups, in the order in which the groups first appear.
 
     Args:
-        group_ids: Shape (B,). prompt_ids, messages, responses, scores, truncated, kinds: one per sequence, B long.
+        group_ids: Shape (B,).
+        prompt_ids, messages, responses, scores, truncated, kinds, categories: one per sequence, B long.
         token_ends: of each sequence (`token_text.token_ends`); with them and a `kl` the KL of every token is kept.
         token_level_rewards, advantages, response_mask, kl: Shape (B, R).
         dropped: the reply is not counted in its group. flat: its group's scores are equal. Shape (B,), bool.
@@ -346,6 +349,7 @@ def group_records(
             kind=kinds[rows[0]] if kinds is not None else None,
             flat=bool(flat[rows[0]]) if flat is not None else False,
             weights=next((several[i]["weights"] for i in rows if i in several), {}),
+            categories=list(categories[rows[0]]) if categories is not None else [],
         )
         for rows in members.values()
     ]
