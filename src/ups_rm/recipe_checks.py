@@ -335,6 +335,20 @@ def _check_reward_models(recipe: Recipe) -> None:
             )
 
 
+def _check_no_secret(entry: RewardModelModel, where: str) -> None:
+    """A recipe is written into the run folder, checkpoints and trackers: no token in it, and none in these messages."""
+    if "@" in entry.url.partition("://")[2].partition("/")[0]:
+        raise RecipeError(
+            f"{where}url has a user or a token before the host, and the recipe is written into the run folder\n"
+            f"  fix: the address alone, and {where}token_env=NAME of an environment variable with the token"
+        )
+    if entry.token_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", entry.token_env):
+        raise RecipeError(
+            f"{where}token_env is not the name of an environment variable (letters, digits, '_'); what it is is not "
+            "shown here, for it may be the token itself\n  fix: put the token into a variable and give its name"
+        )
+
+
 def _check_entry(entry: RewardModelModel, where: str) -> None:
     sources = {"path": entry.path, "url": entry.url, "callable": entry.callable}
     given = [name for name, value in sources.items() if value]
@@ -352,6 +366,7 @@ def _check_entry(entry: RewardModelModel, where: str) -> None:
         )
     if entry.url and not entry.url.startswith(("http://", "https://")):
         raise RecipeError(f"{where}url={entry.url!r} must begin with http:// or https://")
+    _check_no_secret(entry, where)
     if entry.name and not re.fullmatch(r"[\w.-]+", entry.name):
         raise RecipeError(f"{where}name={entry.name!r} must be letters, digits, '-', '_' and '.': metrics carry it")
     if entry.reference_replies and entry.kind != "pairwise":

@@ -187,6 +187,7 @@ def _train(this: Run) -> None:
             action=train,
             keeps_partial=True,
             precious=True,
+            goes_on_changed=recipe.trainer.allow_changes,
         )
     )
     this.steps = int(json.loads(result_file.read_text(encoding="utf-8"))["steps"])
