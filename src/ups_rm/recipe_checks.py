@@ -19,6 +19,8 @@ KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 ADV_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo",
                   "reinforce_plus_plus_baseline")  # fmt: skip
+POLICY_LOSSES = ("vanilla", "gspo", "cispo")
+ORDERS = ("before", "after")
 DTYPES = ("auto", "bfloat16", "float32")
 RM_KINDS = ("auto", "myrm", "sequence", "token", "pairwise", "function", "http")
 NORMALIZE = ("auto", "reference", "fixed", "none")
@@ -51,6 +53,10 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
     "trainer.nonfinite": ("skip", "stop"),
     "algorithm.zero_std_groups": ("keep", "mask", "resample"),
+    "algorithm.objective": ("safety", "weighted", "constrained"),
+    "algorithm.constraint.on": ("all", "unsafe"),
+    "algorithm.normalize_components": ORDERS,
+    f"{ARR}.actor.policy_loss.loss_mode": POLICY_LOSSES,
 }
 INF = math.inf
 BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
@@ -110,6 +116,16 @@ BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
     "algorithm.zero_std_tolerance": (0, INF),
     "algorithm.resamples": (0, INF),
     "reward_model.max_dropped_share": (0, 1),
+    "reward_model.overlong_buffer.len": (0, INF),
+    "reward_model.overlong_buffer.penalty_factor": (0, INF),
+    "algorithm.objective_weights.safety": (0, INF),
+    "algorithm.objective_weights.helpfulness": (0, INF),
+    "algorithm.constraint.cost_limit": (-INF, INF),
+    "algorithm.constraint.lambda_init": (1e-12, INF),
+    "algorithm.constraint.lambda_lr": (0, INF),
+    "algorithm.constraint.lambda_min": (1e-12, INF),
+    "algorithm.constraint.lambda_max": (1e-12, INF),
+    "algorithm.constraint.warmup_steps": (0, INF),
     "trainer.group_log_freq": (0, INF),
     "trainer.nnodes": (1, INF),
     "trainer.n_gpus_per_node": (0, INF),
@@ -178,6 +194,7 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise RecipeError(f"{ARR}.actor.optim.betas={betas} must be two numbers in [0, 1), for example [0.9,0.999]")
     _check_together(recipe)
+    _check_objective(recipe)
     _check_reward_models(recipe)
     if engine == "local":
         _check_local(recipe)
@@ -250,6 +267,28 @@ def _check_target(recipe: Recipe) -> None:
         raise RecipeError(
             "reward_training.target=helpfulness makes no reward model for safety, and none is named\n"
             "  fix: reward_training.target=both, or reward_model.model.path=FOLDER"
+        )
+
+
+def _check_objective(recipe: Recipe) -> None:
+    algorithm, buffer = recipe.algorithm, recipe.reward_model.overlong_buffer
+    constraint, weights = algorithm.constraint, algorithm.objective_weights
+    if not constraint.lambda_min <= constraint.lambda_init <= constraint.lambda_max:
+        raise RecipeError(
+            f"algorithm.constraint.lambda_init={constraint.lambda_init:g} must lie between lambda_min="
+            f"{constraint.lambda_min:g} and lambda_max={constraint.lambda_max:g}"
+        )
+    if algorithm.objective == "weighted" and weights.safety + weights.helpfulness == 0:
+        raise RecipeError("algorithm.objective_weights: both are 0, so nothing would count")
+    if algorithm.objective != "safety" and algorithm.adv_estimator == "reinforce_plus_plus_baseline":
+        raise RecipeError(
+            f"algorithm.objective={algorithm.objective}: adv_estimator=reinforce_plus_plus_baseline whitens over the "
+            "batch, which knows of no components\n  fix: algorithm.adv_estimator=grpo (or rloo, opo, grpo_passk)"
+        )
+    longest = recipe.data.max_response_length
+    if buffer.enable and not 1 <= buffer.len <= longest:
+        raise RecipeError(
+            f"reward_model.overlong_buffer.len={buffer.len} must lie between 1 and data.max_response_length={longest}"
         )
 
 
