@@ -188,7 +188,7 @@ def _schema() -> pa.Schema:
         "reply": whole, "response": text, "logit": number, "safe_score": number, "reward": number,
         "advantage": number, "kl": number, "length": whole, "truncated": pa.bool_(),
         "model_logits": pa.map_(text, number), "components": pa.map_(text, number),
-        "component_advantages": pa.map_(text, number), "charge": number,
+        "component_advantages": pa.map_(text, number), "charge": number, "helpfulness": number,
     }  # fmt: skip
     return pa.schema(list(fields.items()))
 
