@@ -248,28 +248,6 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
 
 
-def _check_objective(recipe: Recipe) -> None:
-    algorithm, buffer = recipe.algorithm, recipe.reward_model.overlong_buffer
-    constraint, weights = algorithm.constraint, algorithm.objective_weights
-    if not constraint.lambda_min <= constraint.lambda_init <= constraint.lambda_max:
-        raise RecipeError(
-            f"algorithm.constraint.lambda_init={constraint.lambda_init:g} must lie between lambda_min="
-            f"{constraint.lambda_min:g} and lambda_max={constraint.lambda_max:g}"
-        )
-    if algorithm.objective == "weighted" and weights.safety + weights.helpfulness == 0:
-        raise RecipeError("algorithm.objective_weights: both are 0, so nothing would count")
-    if algorithm.objective != "safety" and algorithm.adv_estimator == "reinforce_plus_plus_baseline":
-        raise RecipeError(
-            f"algorithm.objective={algorithm.objective}: adv_estimator=reinforce_plus_plus_baseline whitens over the "
-            "batch, which knows of no components\n  fix: algorithm.adv_estimator=grpo (or rloo, opo, grpo_passk)"
-        )
-    longest = recipe.data.max_response_length
-    if buffer.enable and not 1 <= buffer.len <= longest:
-        raise RecipeError(
-            f"reward_model.overlong_buffer.len={buffer.len} must lie between 1 and data.max_response_length={longest}"
-        )
-
-
 def _check_target(recipe: Recipe) -> None:
     """Whether the heads that the run would make go with the reward models that are named."""
     made, models = recipe.reward_training, recipe.reward_model
@@ -289,6 +267,28 @@ def _check_target(recipe: Recipe) -> None:
         raise RecipeError(
             "reward_training.target=helpfulness makes no reward model for safety, and none is named\n"
             "  fix: reward_training.target=both, or reward_model.model.path=FOLDER"
+        )
+
+
+def _check_objective(recipe: Recipe) -> None:
+    algorithm, buffer = recipe.algorithm, recipe.reward_model.overlong_buffer
+    constraint, weights = algorithm.constraint, algorithm.objective_weights
+    if not constraint.lambda_min <= constraint.lambda_init <= constraint.lambda_max:
+        raise RecipeError(
+            f"algorithm.constraint.lambda_init={constraint.lambda_init:g} must lie between lambda_min="
+            f"{constraint.lambda_min:g} and lambda_max={constraint.lambda_max:g}"
+        )
+    if algorithm.objective == "weighted" and weights.safety + weights.helpfulness == 0:
+        raise RecipeError("algorithm.objective_weights: both are 0, so nothing would count")
+    if algorithm.objective != "safety" and algorithm.adv_estimator == "reinforce_plus_plus_baseline":
+        raise RecipeError(
+            f"algorithm.objective={algorithm.objective}: adv_estimator=reinforce_plus_plus_baseline whitens over the "
+            "batch, which knows of no components\n  fix: algorithm.adv_estimator=grpo (or rloo, opo, grpo_passk)"
+        )
+    longest = recipe.data.max_response_length
+    if buffer.enable and not 1 <= buffer.len <= longest:
+        raise RecipeError(
+            f"reward_model.overlong_buffer.len={buffer.len} must lie between 1 and data.max_response_length={longest}"
         )
 
 

@@ -73,7 +73,6 @@ class SafetyRewardManager(RewardManagerBase):
             "prompt_overlap": prompt_overlap(conversation[-2]["content"], text),
             "length": float(length),
             "benign": float(prompt_kind(item.non_tensor_batch.get("extra_info")) == "benign"),
-            **({} if score.helpfulness is None else {"helpfulness": score.helpfulness}),
             **{f"{MODEL_PREFIX}{name}": logit for name, logit in score.model_logits.items()},
             **({} if score.helpfulness is None else {"helpfulness": score.helpfulness}),
         }

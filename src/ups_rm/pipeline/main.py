@@ -84,6 +84,12 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
     from ups_rm.data.rows import source_parts
 
     recipe = this.recipe
+    helpful = recipe.reward_model.helpfulness.named or recipe.reward_training.target != "safety"
+    if recipe.algorithm.objective != "safety" and not recipe.reward_model.entries() and not helpful:
+        raise RecipeError(
+            f"algorithm.objective={recipe.algorithm.objective} needs a helpfulness head, and the reward model that this "
+            "run would make has none\n  fix: reward_training.target=both, or reward_model.helpfulness.path=FOLDER"
+        )
     console.print(f"device: {this.device}")
     if this.engine == "verl":
         from ups_rm.distributed.engine import check_machine
