@@ -14,7 +14,7 @@ import sys
 from ups_rm.console import console
 from ups_rm.data.prepare import prepare
 from ups_rm.data.tables import prepare_table, stats_tables
-from ups_rm.errors import UpsRmError
+from ups_rm.exits import guarded, show_tracebacks
 
 
 def main() -> int:
@@ -29,23 +29,21 @@ def main() -> int:
     parser.add_argument(
         "--train_ratio", type=float, default=0.9, help="train share if there are no test rows (%(default)s)"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    try:
-        report = prepare(
-            args.local_dataset_path,
-            args.local_save_dir,
-            subsets=args.subsets,
-            shuffle=args.shuffle,
-            seed=args.seed,
-            train_ratio=args.train_ratio,
-            progress=True,
-        )
-    except UpsRmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    show_tracebacks(args.debug)
+    report = prepare(
+        args.local_dataset_path,
+        args.local_save_dir,
+        subsets=args.subsets,
+        shuffle=args.shuffle,
+        seed=args.seed,
+        train_ratio=args.train_ratio,
+        progress=True,
+    )
     console.print(stats_tables(report.stats), prepare_table(report))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -14,26 +14,24 @@ from ups_rm.console import console
 from ups_rm.data.check import check_parquet
 from ups_rm.data.prompts import read_prompts
 from ups_rm.data.tables import print_check
-from ups_rm.errors import UpsRmError
+from ups_rm.exits import CHECK_FAILED, guarded, show_tracebacks
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parquet_path", default="Data/pku_saferlhf_verl/train.parquet", help="file (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    try:
-        result = check_parquet([args.parquet_path])
-        print_check(result, console)
-        if not result.ok:
-            return 1
-        first = read_prompts(args.parquet_path)[0]
-    except UpsRmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    show_tracebacks(args.debug)
+    result = check_parquet([args.parquet_path])
+    print_check(result, console)
+    if not result.ok:
+        return CHECK_FAILED
+    first = read_prompts(args.parquet_path)[0]
     console.print("first row:", json.dumps(first.messages, ensure_ascii=False), markup=False, soft_wrap=True)
     console.print("extra_info:", json.dumps(first.extra_info, ensure_ascii=False), markup=False, soft_wrap=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

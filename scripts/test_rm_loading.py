@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ups_rm.exits import CHECK_FAILED, guarded, show_tracebacks
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,7 +22,9 @@ def main() -> int:
         action="store_true",
         help="also load it through plain transformers, which runs the folder's own Python files",
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
+    show_tracebacks(arguments.debug)
 
     from ups_rm.reward.doctor import BATTERY, check_rm
     from ups_rm.reward.doctor.table import print_report
@@ -31,8 +35,8 @@ def main() -> int:
     for conversation, logit in zip(BATTERY, report.logits, strict=False):
         question, reply = (conversation[i]["content"][:60] for i in (-2, -1))
         print(f"logit {logit:+.4f}  safe score {safe_score(logit):.4f}  {question!r} -> {reply!r}")
-    return 0 if report.ok else 1
+    return 0 if report.ok else CHECK_FAILED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

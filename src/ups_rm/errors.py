@@ -1,16 +1,21 @@
 """The mistakes that UPS-RM reports, one class per kind.
 
 Every message says what is wrong, where (file, line, field), the number that shows it, and the way out. The command line
-prints the message alone and exits with code 2; from Python they are ordinary exceptions.
+prints the message alone and exits with the class's code (exits.py, docs/errors.md); from Python they are ordinary
+exceptions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 
 class UpsRmError(Exception):
     """Base of all errors that are the input's or the setting's fault rather than a bug of ours."""
+
+    exit_code: ClassVar[int] = 2
+    """Of a command that ends with it."""
 
 
 class RecipeError(UpsRmError):

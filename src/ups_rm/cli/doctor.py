@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ups_rm.cli.run import Overrides, Policy, RecipeName, RewardModel, named_overrides
+from ups_rm.exits import CHECK_FAILED
 
 EPILOG = (
     "Example: ups-rm doctor      "
@@ -64,4 +65,4 @@ def doctor(
         console.print(table)
         console.print("this machine can't run the recipe as it is" if failed else "nothing here stands in the way")
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ups_rm.cli.run import Overrides, RecipeName
+from ups_rm.exits import CHECK_FAILED
 
 EPILOG = (
     "Example: ups-rm plan --recipe pku_saferlhf_qwen2_7b_8gpu --gpus 8 --gpu-mem 140      "
@@ -98,4 +99,4 @@ def plan(
     else:
         print_plan(made, console)
     if not made.fits:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)

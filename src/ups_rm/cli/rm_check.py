@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ups_rm.exits import CHECK_FAILED
+
 CHECK_EPILOG = "Example: ups-rm rm check merge/merged_model/Naive-RM-saferlhf --data pairs.jsonl --json check.json"
 
 
@@ -97,4 +99,4 @@ def check(
             json_out.write_text(text + "\n", encoding="utf-8")
             console.print(f"report: {json_out}", soft_wrap=True)
     if not report.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ups_rm.exits import INTERRUPTED, STOPPED_BY_ALARM
+
 EPILOG = (
     "Example: ups-rm run trainer.total_training_steps=20 actor_rollout_ref.rollout.n=8      "
     "Own data: ups-rm run --recipe own_rows --data my_pairs.jsonl      "
@@ -30,8 +32,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print alarms, warnin
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object per line: steps, alarms, stages, the result.")
 ]
-STOPPED_BY_ALARM = 3
-"""Exit code of a training that an alarm of `monitor.stop_on` ended."""
 
 
 def run(
@@ -88,7 +88,7 @@ def run(
         from ups_rm.console import console
 
         console.print(f"{stop}; the same command resumes it")
-        raise typer.Exit(130) from stop
+        raise typer.Exit(INTERRUPTED) from stop
     except Stopped as stop:
         raise typer.Exit(STOPPED_BY_ALARM) from stop
     emit("summary", **summary)

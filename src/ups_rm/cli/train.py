@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ups_rm.cli.run import (
-    STOPPED_BY_ALARM,
     AsJson,
     Engine,
     Output,
@@ -20,6 +19,7 @@ from ups_rm.cli.run import (
     TrainData,
     ValData,
 )
+from ups_rm.exits import INTERRUPTED, STOPPED_BY_ALARM
 
 TRAIN_EPILOG = (
     "Example: ups-rm train --rm merge/merged_model/Naive-RM-saferlhf --out runs/mine "
@@ -105,7 +105,7 @@ def train(
     emit("result", folder=folder, policy=result.policy, steps=result.steps, interrupted=result.interrupted,
          stopped_by=result.stopped_by)  # fmt: skip
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     if result.stopped_by:
         raise typer.Exit(STOPPED_BY_ALARM)
     console.print(f"policy after {result.steps} steps: {result.policy}", soft_wrap=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ups_rm.control_tokens import ControlTokens, surrogate_at
 from ups_rm.errors import DataError
 from ups_rm.types import Conversation, Message
 
@@ -70,11 +71,48 @@ def distinct_prompts(rows: Sequence[PromptRow]) -> list[PromptRow]:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Conversation]) -> list[list[int]]:
-    """Token ids of each prompt with the policy's own chat template and the opening of the reply."""
-    return [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for messages in prompts
-    ]
+    """Token ids of each prompt with the policy's own chat template and the opening of the reply.
+
+    Text that spells a control token stays text, see `as_text`.
+
+    Raises:
+        DataError: a prompt that is no Unicode text, that the template refuses, or that would forge a turn in spite of
+            all; it is named by its place in `prompts`.
+    """
+    if not prompts:
+        return []
+    tokens, encoded = ControlTokens.of(tokenizer), []
+    for i, messages in enumerate(prompts):
+        try:
+            text = tokenizer.apply_chat_template(
+                as_text(tokens, messages, i), add_generation_prompt=True, tokenize=False
+            )
+        except DataError:
+            raise
+        except Exception as error:  # jinja2's own errors, and raise_exception() in templates
+            raise DataError(
+                f"prompt {i}: the policy's chat template refuses it: {type(error).__name__}: {error}"
+            ) from error
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokens.forged(text, ids):
+            raise DataError(
+                f"prompt {i}: the policy's tokenizer reads special tokens where the text spells none: it could forge a "
+                "turn\n  fix: leave the prompt out"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def as_text(tokens: ControlTokens, messages: Conversation, number: int = 0) -> Conversation:
+    """The messages as a chat template may write them: what spells a control token of the policy's is broken up.
+
+    Raises:
+        DataError: half a surrogate pair, which no tokenizer takes; prompt `number` is named.
+    """
+    for message in messages:
+        if (at := surrogate_at(message["role"] + message["content"])) is not None:
+            raise DataError(f"prompt {number}: half a surrogate pair at character {at} of a message: not Unicode text")
+    return [Message(role=tokens.broken(one["role"]), content=tokens.broken(one["content"])) for one in messages]
 
 
 def _source(info: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from ups_rm.data.prompts import kind_of
 from ups_rm.distributed.batch_queue import BatchQueue
 from ups_rm.distributed.failures import as_failure, failure_board
+from ups_rm.distributed.prompts import messages_of
 from ups_rm.distributed.rm_workers import PoolSettings, RMPool
 from ups_rm.distributed.step_record import MODEL_PREFIX
 from ups_rm.errors import RMError
@@ -54,7 +55,8 @@ class SafetyRewardManager(RewardManagerBase):
         responses = item.batch["responses"]  # (R,)
         length = int(item.batch["attention_mask"][-responses.shape[-1] :].sum())
         text = self.tokenizer.decode(responses[:length], skip_special_tokens=True)
-        conversation: Conversation = [*item.non_tensor_batch["raw_prompt"], Message(role="assistant", content=text)]
+        prompt = messages_of(item.non_tensor_batch["raw_prompt"], item.non_tensor_batch.get("extra_info"))
+        conversation: Conversation = [*prompt, Message(role="assistant", content=text)]
         try:
             score = await self.queue.score(conversation, tokens=int(item.batch["attention_mask"].sum()))
         except Exception as error:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ups_rm.distributed.prompts import messages_of
 from ups_rm.errors import RunError
 from ups_rm.evaluation.text import text_metrics
 from ups_rm.grpo import kl_penalty, model_metrics, place_on_last_token, rollout_metrics
 from ups_rm.reward.transforms import score_range
 from ups_rm.tracking.group_log import GroupRecord, group_records
 from ups_rm.tracking.token_text import token_ends
-from ups_rm.types import Conversation, Message, Score
+from ups_rm.types import Conversation, Score
 
 OF_REPLY = {
     "length": "val-aux/response_length/mean",
@@ -120,9 +121,7 @@ def read_step(
         group_ids=torch.tensor([uids[str(uid)] for uid in objects["uid"]]),
         prompt_ids=[int(info.get("index", 0)) for info in infos],
         kinds=["benign" if extra["benign"] else "unsafe" for extra in extras],
-        messages=[
-            [Message(role=turn["role"], content=turn["content"]) for turn in turns] for turns in objects["raw_prompt"]
-        ],
+        messages=[messages_of(turns, info) for turns, info in zip(objects["raw_prompt"], infos, strict=True)],
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in responses],
         truncated=[len(ids) >= limit and int(ids[-1]) not in ends for ids in responses],
         prompt_lengths=torch.tensor([len(ragged["prompts"][i]) for i in keep]),

@@ -28,6 +28,7 @@ from ups_rm.errors import CheckpointError, RunError
 from ups_rm.local.actor import Actor
 from ups_rm.local.provenance import differences
 from ups_rm.local.random_state import random_states, set_random_states
+from ups_rm.model_files import refused_pickle
 from ups_rm.recipe import Recipe
 from ups_rm.recipe_hash import MadeWith
 
@@ -275,6 +276,8 @@ def load_checkpoint(
         random = tensors["random"]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError) as error:
         reason = (str(error).splitlines() or [""])[0]
+        if refused := refused_pickle(error):
+            raise CheckpointError(f"{path}/training.pt can't be read: {refused}") from error
         raise CheckpointError(_unusable(path, f"{type(error).__name__} {reason}")) from error
     changes = made_with.check(now.made_with, path, allow_changes=allow_changes)
     state.changes += [f"after step {state.step}: {change}" for change in changes]

@@ -16,6 +16,7 @@ from ups_rm.errors import PolicyError
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.policy import needs_reference, with_lora
 from ups_rm.local.shared_prefix import LOGITS_AT_ONCE, ROWS_IN_FP32
+from ups_rm.model_files import check_model_folder
 from ups_rm.models import DEFAULT_MODEL, cache_folder
 from ups_rm.recipe import Recipe, as_list
 
@@ -129,6 +130,7 @@ def _local_config(path: str, trust_remote_code: bool) -> Any:
     folder = cache_folder() / "models" / DEFAULT_MODEL if path == DEFAULT_MODEL else Path(path).expanduser()
     if not (folder / "config.json").is_file():
         return None
+    check_model_folder(folder, PolicyError, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.shared_prefix import SharedPrefixForward
+from ups_rm.model_files import check_model_folder, refused_pickle
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Model, Recipe
 
@@ -192,11 +193,14 @@ def load_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     Raises:
         PolicyError: with the reason that transformers gave, or what is missing.
     """
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    check_model_folder(source, PolicyError, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -206,8 +210,9 @@ def load_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = refused_pickle(error) or said
         raise PolicyError(f"policy {source} can't be loaded as a causal language model: {reason}") from error
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
         raise PolicyError(

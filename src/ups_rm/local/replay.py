@@ -20,6 +20,7 @@ from ups_rm.console import console
 from ups_rm.data.prompts import PromptRow
 from ups_rm.durable import require_space
 from ups_rm.errors import CheckpointError, NumberError, RunError
+from ups_rm.model_files import refused_pickle
 from ups_rm.recipe import Recipe, load_recipe
 from ups_rm.types import Scorer
 
@@ -83,8 +84,8 @@ def replay(file: Path, scorer: Scorer | None = None) -> tuple[str, bool]:
         expected, rows = str(saved["tensor"]), list(saved["rows"])
         recipe = _recipe(str(saved["recipe"]))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{file} is not the file of a step: {type(error).__name__} {reason}") from error
+        reason = refused_pickle(error) or f"{type(error).__name__} {(str(error).splitlines() or [''])[0]}"
+        raise CheckpointError(f"{file} is not the file of a step: {reason}") from error
     trainer = Trainer(recipe, scorer)
     if [tuple(m.shape) for _, m in trainer.policy.masters] != [tuple(m.shape) for m in masters]:
         raise CheckpointError(f"{file} holds {len(masters)} tensors that do not fit {trainer.policy.source}")

@@ -28,6 +28,7 @@ from ups_rm.data.rows import Reject, Row, text_hash
 from ups_rm.data.schema import HARM_CATEGORIES
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
+from ups_rm.model_files import check_model_folder
 from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
 from ups_rm.reward.feature_set import UNKNOWN, FeatureInfo, FeatureSet, read_info
 from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer, render_policy
@@ -375,8 +376,9 @@ def backbone_config(backbone: Path | str) -> Any:
     """The backbone's config as AutoConfig gives it. Raises RMError when there is none."""
     from transformers import AutoConfig
 
+    check_model_folder(backbone, RMError)
     try:
-        return AutoConfig.from_pretrained(str(backbone))
+        return AutoConfig.from_pretrained(str(backbone), trust_remote_code=False)
     except Exception as error:  # transformers raises many classes
         raise RMError(f"the backbone {backbone} can't be loaded: {type(error).__name__}: {error}") from error
 

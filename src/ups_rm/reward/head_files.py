@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RMError
+from ups_rm.model_files import refused_pickle
 from ups_rm.reward.native import hidden_dim_text
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def _read_original_head(folder: Path) -> HeadWeights:
     try:
         state = torch.load(folder / "best_model.pth", map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zip's and torch's own errors
-        raise RMError(f"{folder}/best_model.pth can't be read safely (weights only): {error}") from error
+        reason = refused_pickle(error) or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise RMError(f"{folder}/best_model.pth can't be read as weights only: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RMError(f"{folder}/best_model.pth is not a state dict of tensors")
     # what the head was trained on, without the paths of somebody's machine

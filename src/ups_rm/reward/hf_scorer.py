@@ -14,11 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ups_rm.control_tokens import ControlTokens
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
+from ups_rm.model_files import check_model_folder, refused_pickle
 from ups_rm.reward.merge import DROPPABLE
 from ups_rm.reward.native import load_tokenizer, quiet_transformers, read_config, rm_folder
-from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages, special_pattern
+from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages
 from ups_rm.reward.scorer import RewardScorer, default_max_length
 from ups_rm.types import Conversation
 
@@ -73,8 +75,8 @@ class PairEncodingScorer(RewardScorer):
         Raises:
             RMError: a malformed conversation; an encoder that tells the two parts apart by token types.
         """
-        special, chosen = special_pattern(self.tokenizer), policy or self.policy
-        return [self._encode(checked_messages(one, i, special), chosen) for i, one in enumerate(conversations)]
+        tokens, chosen = ControlTokens.of(self.tokenizer), policy or self.policy
+        return [self._encode(checked_messages(one, i, tokens), chosen) for i, one in enumerate(conversations)]
 
     def _encode(self, messages: Conversation, policy: RenderPolicy) -> Rendered:
         before = "\n".join(message["content"] for message in messages[:-1])
@@ -113,6 +115,7 @@ def load_hf_model(
     import transformers
 
     path = rm_folder(folder)
+    check_model_folder(path, RMError, trust_remote_code=trust_remote_code)
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet_transformers():
@@ -120,6 +123,8 @@ def load_hf_model(
                 path, trust_remote_code=trust_remote_code, **options
             )
     except Exception as error:  # transformers raises many classes
+        if refused := refused_pickle(error):
+            raise RMError(f"{path} can't be loaded: {refused}") from error
         raise RMError(
             f"{path} can't be loaded by {AUTO_CLASSES[kind]}: {type(error).__name__}: {error}\n"
             "  fix: the right kind; if the folder has Python files of its own: trust_remote_code"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ups_rm.errors import RMError
+from ups_rm.model_files import check_model_folder, refused_pickle
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, make_card
 from ups_rm.reward.head_files import HeadWeights, folded, read_head
 from ups_rm.reward.model_card import keep_curves, write_model_card
@@ -121,11 +122,15 @@ def load_backbone(backbone: Path | str) -> tuple[Any, list[str]]:
     """
     from transformers import AutoModel
 
+    check_model_folder(backbone, RMError)
     try:
         with quiet_transformers():
-            model, info = AutoModel.from_pretrained(str(backbone), dtype="auto", output_loading_info=True)
+            model, info = AutoModel.from_pretrained(
+                str(backbone), dtype="auto", output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises many classes
-        raise RMError(f"the backbone {backbone} can't be loaded: {type(error).__name__}: {error}") from error
+        reason = refused_pickle(error) or f"{type(error).__name__}: {error}"
+        raise RMError(f"the backbone {backbone} can't be loaded: {reason}") from error
     if missing := sorted(info["missing_keys"]):
         raise RMError(f"the backbone {backbone} lacks weights, they would be re-initialised: {missing[:8]}")
     unexpected = sorted(info["unexpected_keys"])
@@ -144,9 +149,10 @@ def load_backbone_tokenizer(backbone: Path | str, chat_template: str | None) -> 
     """
     from transformers import AutoTokenizer
 
+    check_model_folder(backbone, RMError)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+            tokenizer = AutoTokenizer.from_pretrained(str(backbone), trust_remote_code=False)
     except Exception as error:  # transformers raises many classes
         raise RMError(f"the tokenizer of {backbone} can't be loaded: {type(error).__name__}: {error}") from error
     if chat_template is not None:

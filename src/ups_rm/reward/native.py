@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RMError
+from ups_rm.model_files import check_model_folder, refused_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +120,7 @@ def load_model(
         RMError: weights missing, unexpected or of another shape (by name), or a folder that can't be read.
     """
     path = rm_folder(folder)
+    check_model_folder(path, RMError, trust_remote_code=trust_remote_code)
     import torch
 
     # the native bf16 way starts from the stored weights: norms and embeddings are not rounded
@@ -140,7 +142,8 @@ def load_model(
     except Exception as error:  # OSError for missing shards, RuntimeError for shapes, ValueError of from_pretrained
         if "is not a whole reward model" in str(error):  # from modeling_myrm.py
             raise RMError(str(error)) from error
-        raise RMError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
+        reason = refused_pickle(error) or f"{type(error).__name__}: {error}"
+        raise RMError(f"{path} can't be loaded: {reason}") from error
     check_weights(path, info)
     if stored:
         lower_to_bf16(model.model)
@@ -176,6 +179,7 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
     """The RM's own tokenizer, exactly as plain AutoTokenizer gives it."""
     from transformers import AutoTokenizer
 
+    check_model_folder(folder, RMError, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(rm_folder(folder), trust_remote_code=trust_remote_code)

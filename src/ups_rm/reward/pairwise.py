@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ups_rm.control_tokens import ControlTokens
 from ups_rm.errors import RMError
 from ups_rm.reward.function import call_for_numbers, import_callable
 from ups_rm.reward.hf_scorer import AUTO_CLASSES, last_attended, load_hf_model
 from ups_rm.reward.native import load_tokenizer, read_config, rm_folder
-from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages, special_pattern
+from ups_rm.reward.render import Rendered, RenderPolicy, checked_messages
 from ups_rm.reward.scorer import RewardScorer, default_max_length
 from ups_rm.reward.transforms import safe_score
 from ups_rm.types import Conversation, Message, Score
@@ -240,15 +241,15 @@ class ModelJudge:
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """s of each pair. A text over the model's limit loses its oldest tokens."""
-        special = special_pattern(self.scorer.tokenizer)
-        rows = [self._render(pair, special) for pair in pairs]
+        tokens = ControlTokens.of(self.scorer.tokenizer)
+        rows = [self._render(pair, tokens) for pair in pairs]
         logits = self.scorer.logits(rows)
         return [Judgement(s, len(row.input_ids), row.truncated) for s, row in zip(logits, rows, strict=True)]
 
-    def _render(self, pair: Pair, special: Any) -> Rendered:
+    def _render(self, pair: Pair, tokens: ControlTokens) -> Rendered:
         """The template's text; as one user turn where the tokenizer has a chat template."""
         a, b = (
-            checked_messages([*pair.prompt, Message(role="assistant", content=reply)], 0, special)
+            checked_messages([*pair.prompt, Message(role="assistant", content=reply)], 0, tokens)
             for reply in (pair.a, pair.b)
         )
         known = {"messages": a[:-1], "a": a[-1]["content"], "b": b[-1]["content"], "quality": self.quality}

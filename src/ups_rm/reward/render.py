@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from ups_rm.control_tokens import ControlTokens, special_tokens, surrogate_at
 from ups_rm.errors import RMError
 from ups_rm.types import Conversation, Message
 
@@ -89,8 +90,8 @@ class Rendered:
 def render(tokenizer: Any, conversations: Sequence[Conversation], policy: RenderPolicy) -> list[Rendered]:
     """Token ids of each conversation, in input order.
 
-    Text in a message that spells one of the tokenizer's special tokens is broken by a space after its first character,
-    so that a reply can't end its own turn or begin another: it would be a way to cheat the RM.
+    Text in a message that spells a control token is broken up (control_tokens.py), so that a reply can't end its own
+    turn or begin another: it would be a way to cheat the RM.
 
     Args:
         tokenizer: the RM's own.
@@ -111,7 +112,7 @@ def render_text(tokenizer: Any, texts: Sequence[str], policy: RenderPolicy) -> l
     what stands in a message can no longer be told from what the template wrote, so special tokens in a reply count.
 
     Raises:
-        RMError: the policy's end token is not in the tokenizer.
+        RMError: the policy's end token is not in the tokenizer; more special tokens than the text spells.
     """
     if not texts:
         return []
@@ -122,7 +123,14 @@ def render_text(tokenizer: Any, texts: Sequence[str], policy: RenderPolicy) -> l
             raise RMError(f"end_token {policy.end_token!r} is not in the RM's tokenizer")
         ending = _ending(tokenizer)
         texts = [_closed(text, ending, policy.end_token) for text in texts]
-    return [_apply(ids, policy, tokenizer.bos_token_id, end_id) for ids in _encode(tokenizer, texts)]
+    encoded, tokens = _encode(tokenizer, texts), ControlTokens.of(tokenizer)
+    for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+        if tokens.forged(text, ids):
+            raise RMError(
+                f"conversation {i}: the RM's tokenizer reads special tokens where the text spells none: a message "
+                "could forge a turn\n  fix: special tokens that are not normalized (AddedToken(normalized=False))"
+            )
+    return [_apply(ids, policy, tokenizer.bos_token_id, end_id) for ids in encoded]
 
 
 @dataclass(frozen=True)
@@ -211,8 +219,8 @@ def template_sha256(tokenizer: Any) -> str:
 
 def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     template = chat_template_of(tokenizer)
-    pattern = special_pattern(tokenizer)
-    checked = [checked_messages(conversation, i, pattern) for i, conversation in enumerate(conversations)]
+    tokens = ControlTokens.of(tokenizer)
+    checked = [checked_messages(conversation, i, tokens) for i, conversation in enumerate(conversations)]
     extra = {"date_string": TEMPLATE_DATE} if "date_string" in template else {}
     try:
         texts = tokenizer.apply_chat_template(checked, tokenize=False, add_generation_prompt=False, **extra)
@@ -221,44 +229,40 @@ def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     return list(texts)
 
 
-def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds the tokenizer's special tokens in a text; None if it has none."""
-    special = sorted(special_tokens(tokenizer).values(), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, special))) if special else None
-
-
-def checked_messages(conversation: Conversation, index: int, special: re.Pattern[str] | None) -> Conversation:
-    """The messages with special tokens in their texts broken up.
+def checked_messages(conversation: Conversation, index: int, tokens: ControlTokens | None) -> Conversation:
+    """The messages with control tokens in their texts broken up.
 
     Raises:
-        RMError: no messages, malformed ones, or a last one that is no reply; conversation `index` is named.
+        RMError: no messages, malformed ones, a role that spells a control token, or a last message that is no reply;
+            conversation `index` is named.
     """
     if not conversation:
         raise RMError(f"conversation {index} has no messages")
     messages: Conversation = []
     for message in conversation:
+        if not isinstance(message, Mapping):
+            raise RMError(f"conversation {index}: a message is a {type(message).__name__}, expected role and content")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise RMError(
                 f"conversation {index}: a message needs text under 'role' and 'content', got "
                 f"{type(role).__name__} and {type(content).__name__}"
             )
-        if special is not None:
-            content = special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
+        if (at := surrogate_at(role + content)) is not None:
+            raise RMError(
+                f"conversation {index}: half a surrogate pair at character {at} of a message: not Unicode text"
+            )
+        if tokens is not None:
+            if tokens.broken(role) != role:
+                raise RMError(f"conversation {index}: role {role[:80]!r} spells a control token of the RM's tokenizer")
+            content = tokens.broken(content)
         messages.append(Message(role=role, content=content))
     if messages[-1]["role"] != "assistant":
         raise RMError(
-            f"conversation {index} ends with role {messages[-1]['role']!r}, expected 'assistant': the RM scores a "
+            f"conversation {index} ends with role {messages[-1]['role'][:80]!r}, expected 'assistant': the RM scores a "
             "reply (an empty one is {'role': 'assistant', 'content': ''})"
         )
     return messages
-
-
-def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Ids and texts of all special tokens, named ones (bos, eos, ...) and added ones."""
-    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-    return added | dict(named)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

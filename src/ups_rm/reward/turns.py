@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ups_rm.control_tokens import special_tokens
 from ups_rm.errors import RMError
-from ups_rm.reward.render import special_tokens
 from ups_rm.types import Conversation, Message
 
 _WORDS = ("Hmmsystem", "Hmmfirst", "Hmmanswer", "Hmmsecond", "Hmmreply")  # in no template
