@@ -36,6 +36,7 @@ def verl_overrides(recipe: Recipe) -> dict[str, Any]:
         "+trainer.group_log_max_groups": trainer.group_log_max_groups,
         "+trainer.group_log_max_samples_per_group": trainer.group_log_max_samples_per_group,
         **{f"+reward.ups_rm.{key}": value for key, value in _leaves(section)},
+        **{f"+trainer.ups_rm_algorithm.{key}": value for key, value in _leaves(dataclasses.asdict(recipe.algorithm))},
     }
 
 

@@ -8,6 +8,7 @@ its outputs, so a second run does only what is missing, and an interrupted one g
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ups_rm.models import resolve_model
 from ups_rm.pipeline.context import Interrupted, Run, Stopped, write_json
 from ups_rm.pipeline.prompts import make_prompts
 from ups_rm.pipeline.reward_model import make_rm
-from ups_rm.recipe import Recipe, as_list
+from ups_rm.recipe import Recipe, RewardModelModel, as_list
 from ups_rm.recipe_hash import OF_VERL
 from ups_rm.stages import Stage
 
@@ -177,6 +178,7 @@ def _train(this: Run) -> None:
             action=train,
             keeps_partial=True,
             precious=True,
+            goes_on_changed=recipe.trainer.allow_changes,
         )
     )
     this.steps = int(json.loads(result_file.read_text(encoding="utf-8"))["steps"])
@@ -184,14 +186,22 @@ def _train(this: Run) -> None:
 
 def _evaluate(this: Run) -> None:
     from ups_rm.data.prompts import read_prompts
+    from ups_rm.evaluation.judges import ScorerJudge
     from ups_rm.local.evaluate import evaluate, held_out_prompts
     from ups_rm.local.scoring import evaluation_scorer
+    from ups_rm.monitor.judge import judge_name, judge_settings, open_judge
+    from ups_rm.reward.open import inputs_of
 
     recipe, out, after = this.recipe, this.folder / "eval", this.folder / "policy"
+    judge_of = {} if recipe.monitor.judge == RewardModelModel() else {"judge": asdict(recipe.monitor.judge)}
 
     def compare() -> None:
         prompts = held_out_prompts(read_prompts(as_list(recipe.data.val_files)), recipe)
-        comparison = evaluate(recipe, this.policy, after, prompts, evaluation_scorer(recipe))
+        second = open_judge(recipe)
+        judges = [] if second is None else [ScorerJudge(judge_name(recipe), second)]
+        comparison = evaluate(
+            recipe, this.policy, after, prompts, evaluation_scorer(recipe), judges=judges, perplexity=True
+        )
         comparison.write_jsonl(out / "pairs.jsonl")
         write_json(out / "comparison.json", comparison.summary())
         comparison.show_pairs(5)
@@ -199,8 +209,14 @@ def _evaluate(this: Run) -> None:
     this.do(
         Stage(
             name="eval",
-            inputs=[this.policy, after, *this.reward_inputs, *as_list(recipe.data.val_files)],
-            settings=recipe.as_dict()["evaluation"] | this.number_formats,
+            inputs=[
+                this.policy,
+                after,
+                *this.reward_inputs,
+                *inputs_of(judge_settings(recipe)),
+                *as_list(recipe.data.val_files),
+            ],
+            settings=recipe.as_dict()["evaluation"] | this.number_formats | judge_of,
             out=out,
             outputs=[out / "comparison.json", out / "pairs.jsonl"],
             action=compare,

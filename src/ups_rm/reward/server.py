@@ -25,7 +25,7 @@ from ups_rm.errors import RMError, RMServerError
 from ups_rm.reward.batch_queue import BatchQueue, QueueFullError
 from ups_rm.reward.client import TOKEN_VARIABLE
 from ups_rm.reward.render import Rendered, render, render_text
-from ups_rm.reward.server_guard import Guard, RefusedError, is_loopback, patient_protocol, read_body
+from ups_rm.reward.server_guard import OPEN_PATHS, Guard, RefusedError, is_loopback, patient_protocol, read_body
 from ups_rm.reward.transforms import safe_score
 from ups_rm.reward.turns import TurnFormat
 from ups_rm.serving import Served, url_of
@@ -35,9 +35,11 @@ try:
     from fastapi import FastAPI, Request, Response
     from pydantic import BaseModel, ValidationError
     from starlette.exceptions import HTTPException
+    from starlette.responses import PlainTextResponse
 
     from ups_rm.reward import server_schemas as schemas
     from ups_rm.reward.server_metrics import ServerMetrics
+    from ups_rm.reward.server_openapi import REFUSALS, body_of, describe
 except ImportError as error:
     raise RMServerError(f"{error.name} is not installed\n  fix: pip install 'ups-rm[serve]'") from error
 
@@ -119,6 +121,8 @@ class RewardServer(Served):
 
         app = FastAPI(title="UPS-RM reward server", docs_url=None, redoc_url=None, lifespan=lifespan)
         add_endpoints(app, self)
+        bodies: list[type[BaseModel]] = [schemas.ScoreRequest, schemas.GetRewardRequest, schemas.ClassifyRequest]
+        describe(app, bodies, token=token is not None, open_paths=OPEN_PATHS)
         app.add_middleware(Guard, token=token, metrics=self.metrics)
         config = uvicorn.Config(
             app,
@@ -204,9 +208,8 @@ def add_endpoints(app: FastAPI, server: RewardServer) -> None:
     def post(
         path: str, model: type[BaseModel], response: type[BaseModel]
     ) -> Callable[[Callable[[Request], Awaitable[Any]]], Any]:
-        content = {"application/json": {"schema": model.model_json_schema()}}
-        extra = {"requestBody": {"required": True, "content": content}}
-        return app.post(path, responses={200: {"model": response}}, openapi_extra=extra, response_model=None)
+        answers = {200: {"model": response}, **REFUSALS}
+        return app.post(path, responses=answers, openapi_extra=body_of(model), response_model=None)
 
     @post("/score", schemas.ScoreRequest, schemas.ScoreResponse)
     async def score(request: Request) -> Response:
@@ -257,13 +260,13 @@ def add_endpoints(app: FastAPI, server: RewardServer) -> None:
             answer.id = f"classify-{body.request_id}"
         return _json(answer.model_dump())
 
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
     async def health() -> Response:
         """200 while every model can answer."""
         alive = server.queue.alive()
         return _json({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -30,6 +30,18 @@ def conversation(messages: list[Message]) -> Conversation:
     return [MessageDict(role=message.role, content=message.content) for message in messages]
 
 
+class ErrorResponse(BaseModel):
+    """Every refusal: what is wrong, by place and kind, never what was sent."""
+
+    error: str
+
+
+class Health(BaseModel):
+    """`ok` while every model can answer, else `stopping`."""
+
+    status: Literal["ok", "stopping"]
+
+
 class ScoreRequest(BaseModel):
     """`POST /score`: conversations, each ending with the reply to score."""
 
