@@ -457,6 +457,7 @@ OURS = {
     "data.unique_prompts",
     "data.benign_share",
     *({f"reward_model.model.{field.name}" for field in dataclasses.fields(RewardModelModel)} - OF_VERLS_RM),
+    *(f"reward_model.helpfulness.{field.name}" for field in dataclasses.fields(RewardModelModel)),
     "reward_model.models",
     "reward_model.transform",
     "reward_model.transform_temperature",

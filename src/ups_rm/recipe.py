@@ -72,6 +72,9 @@ class RewardTraining:
     """More labelled rows that are added: `sample` teaches a real RM that help with harmless questions is safe."""
     hidden_dims: str = "256,64"
     """Widths of the head's hidden layers."""
+    target: str = "safety"
+    """Heads of the RM: `safety`; `both`, a second one for helpfulness (`better_response_id`) over the same features and
+    in the same folder; `helpfulness` alone, beside a `reward_model.model` that is given."""
     loss: str = "bce"
     """`bce` on unsafe labels, `severity` regression, or `pairs` (Bradley-Terry)."""
     lr: float | None = None
@@ -414,7 +417,8 @@ class Algorithm:
 
 @dataclass
 class RewardModelModel:
-    """One reward model: `reward_model.model`, an entry of `reward_model.models`, or `monitor.judge`."""
+    """One reward model: `reward_model.model`, an entry of `reward_model.models`, `reward_model.helpfulness`, or
+    `monitor.judge`."""
 
     path: str = ""
     """RM folder; made by the run from `reward_training` if nothing else is given here."""
@@ -450,6 +454,11 @@ class RewardModelModel:
     reference_replies: str = ""
     """`pairwise`: JSONL of {prompt, response} to compare with; the other replies of the group if empty."""
 
+    @property
+    def named(self) -> bool:
+        """Whether it names a model at all."""
+        return bool(self.path or self.url or self.callable)
+
 
 @dataclass
 class OverlongBuffer:
@@ -469,6 +478,9 @@ class RewardModel:
     model: RewardModelModel = field(default_factory=RewardModelModel)
     models: list[RewardModelModel] = field(default_factory=list)
     """Several reward models instead of one: a list of entries with the keys of `reward_model.model`."""
+    helpfulness: RewardModelModel = field(default_factory=lambda: RewardModelModel(output="reward"))
+    """A second model that judges helpfulness, where the one for safety has no head for it: a folder of
+    `ups-rm rm train --target helpfulness`, or anything whose `output` is `reward` or `safety`."""
     transform: str = "sigmoid"
     """From unsafety logit to score: `sigmoid` of -logit, `logit` (-logit), `logsigmoid`, `tempered_sigmoid`."""
     transform_temperature: float = 1.0
@@ -495,8 +507,11 @@ class RewardModel:
 
     def entries(self) -> list[RewardModelModel]:
         """The reward models that are named; none where the run makes one."""
-        one = self.model
-        return list(self.models) or ([one] if one.path or one.url or one.callable else [])
+        return list(self.models) or ([self.model] if self.model.named else [])
+
+    def asked(self) -> list[RewardModelModel]:
+        """All models that are named: those for safety, then that for helpfulness."""
+        return [*self.entries(), *([self.helpfulness] if self.helpfulness.named else [])]
 
 
 @dataclass

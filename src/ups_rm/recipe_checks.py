@@ -29,6 +29,7 @@ CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 ARR = "actor_rollout_ref"
 ONE_OF: dict[str, tuple[str, ...]] = {
     "prepare.dedup": ("none", "prompt"),
+    "reward_training.target": ("safety", "helpfulness", "both"),
     "reward_training.loss": ("bce", "severity", "pairs"),
     "reward_training.pooling": ("last", "mean"),
     "data.truncation": ("error",),
@@ -233,6 +234,7 @@ def _check_together(recipe: Recipe) -> None:
                 f"reward_training.{name}={weight:g} and reward_training.lora=True: adapters do not learn from that "
                 f"comparison\n  fix: reward_training.{name}=0, or no lora"
             )
+    _check_target(recipe)
     for name in recipe.monitor.stop_on:
         if name not in ALARMS:
             near = difflib.get_close_matches(name, ALARMS, n=1, cutoff=0.0)[0]
@@ -244,6 +246,28 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(f"{told} are two names for one setting\n  fix: give one of them")
     if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
         raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
+
+
+def _check_target(recipe: Recipe) -> None:
+    """Whether the heads that the run would make go with the reward models that are named."""
+    made, models = recipe.reward_training, recipe.reward_model
+    if made.target == "both" and models.helpfulness.named and not models.entries():
+        raise RecipeError(
+            "reward_training.target=both makes a helpfulness head, and reward_model.helpfulness names another model\n"
+            "  fix: reward_training.target=safety, or leave reward_model.helpfulness out"
+        )
+    if made.target != "helpfulness":
+        return
+    if made.lora:
+        raise RecipeError(
+            "reward_training.target=helpfulness and reward_training.lora=True: adapters learn from labels of safety\n"
+            "  fix: reward_training.target=both, or no lora"
+        )
+    if not models.entries():
+        raise RecipeError(
+            "reward_training.target=helpfulness makes no reward model for safety, and none is named\n"
+            "  fix: reward_training.target=both, or reward_model.model.path=FOLDER"
+        )
 
 
 def _check_objective(recipe: Recipe) -> None:
@@ -308,6 +332,7 @@ def _check_reward_models(recipe: Recipe) -> None:
     prefix = "reward_model.model."
     entries = {f"reward_model.models[{i}].": entry for i, entry in enumerate(settings.models)}
     entries["monitor.judge."] = recipe.monitor.judge
+    entries["reward_model.helpfulness."] = settings.helpfulness
     for where, entry in entries.items():
         for key, allowed in ONE_OF.items():
             if key.startswith(prefix) and (value := getattr(entry, key.removeprefix(prefix))) not in allowed:
@@ -324,7 +349,19 @@ def _check_reward_models(recipe: Recipe) -> None:
     names = [entry.name for entry in settings.models if entry.name]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"reward_model.models: two entries have the name {twice[0]!r}")
-    relative = [entry for entry in settings.entries() if entry.kind == "pairwise" and not entry.reference_replies]
+    if settings.helpfulness.output == "unsafety":
+        raise RecipeError(
+            "reward_model.helpfulness.output=unsafety: helpfulness is a number that is higher for better replies\n"
+            "  fix: reward_model.helpfulness.output=reward"
+        )
+    plain = type(settings)().helpfulness
+    for name in ("weight", "normalize", "mean", "std"):
+        if (value := getattr(settings.helpfulness, name)) != getattr(plain, name):
+            raise RecipeError(
+                f"reward_model.helpfulness.{name}={value} has no effect: only reward models for safety are combined\n"
+                f"  fix: leave reward_model.helpfulness.{name} out"
+            )
+    relative = [entry for entry in settings.asked() if entry.kind == "pairwise" and not entry.reference_replies]
     rollout = recipe.actor_rollout_ref.rollout
     validates = recipe.trainer.test_freq > 0
     for key, n in ((f"{ARR}.rollout.n", rollout.n), (f"{ARR}.rollout.val_kwargs.n", rollout.val_kwargs.n)):

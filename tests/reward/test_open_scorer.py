@@ -16,7 +16,7 @@ from tiny import tiny_hf_rm, tiny_rm
 from ups_rm.errors import RecipeError, RMError
 from ups_rm.recipe import RewardModel, RewardModelModel, load_recipe
 from ups_rm.reward.combined import CombinedScorer, Member
-from ups_rm.reward.doctor.entries import check_entries
+from ups_rm.reward.doctor.entries import check_entries, check_helpfulness
 from ups_rm.reward.open import entry_names, files_of, kind_of, open_scorer, reference_conversations
 from ups_rm.reward.scorer import RewardScorer
 from ups_rm.reward.transforms import TRANSFORMS, score_of
@@ -272,6 +272,14 @@ def test_a_flipped_function_is_refused_but_a_reward_may_be_about_something_else(
     ((_, _, report),) = check_entries(settings, "cpu")
     assert report["direction"].verdict == verdict
     assert "saturation" not in {check.name for check in report.checks}
+
+
+@pytest.mark.parametrize(("name", "verdicts"), [("length", {}), ("constant", {"spread": "fail"})])
+def test_a_second_model_for_helpfulness_must_answer_too(name, verdicts):
+    report = check_helpfulness(RewardModel(function("length"), helpfulness=function(name, output="reward")), "cpu")
+    assert report is not None
+    assert {check.name: check.verdict for check in report.of("warn", "fail")} == verdicts
+    assert check_helpfulness(RewardModel(function("length")), "cpu") is None
 
 
 # ---- the recipe's words

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
-from ups_rm.errors import DataError, RMError, RunError, UpsRmError
+from ups_rm.errors import DataError, RecipeError, RMError, RunError, UpsRmError
 from ups_rm.locks import beside, only_one
 from ups_rm.models import resolve_model
 from ups_rm.pipeline.context import Interrupted, Run, Stopped, write_json
@@ -64,7 +64,7 @@ def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]
     recipe = this.recipe
     if not own_prompts:
         make_prompts(this)
-    if not recipe.reward_model.entries():
+    if _makes_rm(recipe):
         make_rm(this)
     _check(this, skip_rm_check)
     _train(this)
@@ -72,27 +72,39 @@ def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]
     return _finish(this, skip_rm_check)
 
 
+def _makes_rm(recipe: Recipe) -> bool:
+    """Whether the run trains the reward model, or the second one for helpfulness."""
+    models = recipe.reward_model
+    helpfulness = recipe.reward_training.target == "helpfulness" and not models.helpfulness.named
+    return not models.entries() or helpfulness
+
+
 def _check_inputs(this: Run, own_prompts: bool) -> None:
     """What is wrong with the named inputs is said before anything is downloaded or computed."""
     from ups_rm.data.rows import source_parts
 
     recipe = this.recipe
+    helpful = recipe.reward_model.helpfulness.named or recipe.reward_training.target != "safety"
+    if recipe.algorithm.objective != "safety" and not recipe.reward_model.entries() and not helpful:
+        raise RecipeError(
+            f"algorithm.objective={recipe.algorithm.objective} needs a helpfulness head, and the reward model that "
+            "this run would make has none\n  fix: reward_training.target=both, or reward_model.helpfulness.path=FOLDER"
+        )
     console.print(f"device: {this.device}")
     if this.engine == "verl":
         from ups_rm.distributed.engine import check_machine
 
         check_machine(recipe, rm_follows=True)
-    entries = recipe.reward_model.entries()
     if own_prompts:
         for file in [*as_list(recipe.data.train_files), *as_list(recipe.data.val_files)]:
             if not Path(file).is_file():
                 raise DataError(f"{file}: no such file (TRAIN_DATA, VAL_DATA: prompt parquet)")
     sources = [] if own_prompts else [recipe.prepare.source, recipe.prepare.benign_source]
-    sources += [] if entries else [recipe.reward_training.source, recipe.reward_training.benign_source]
+    sources += [] if not _makes_rm(recipe) else [recipe.reward_training.source, recipe.reward_training.benign_source]
     for source in dict.fromkeys(sources):
         if source not in ("", "none"):
             source_parts(source, split=None)
-    for entry in entries:
+    for entry in recipe.reward_model.asked():
         if entry.path and not (Path(entry.path).expanduser() / "config.json").is_file():
             raise RMError(
                 f"{entry.path} is not an RM folder: it has no config.json (REWARD_MODEL_PATH, reward_model.model.path)"
@@ -101,7 +113,7 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
 
 def _check(this: Run, skip: bool) -> None:
     from ups_rm.data.check import check_parquet
-    from ups_rm.reward.doctor.entries import check_entries
+    from ups_rm.reward.doctor.entries import check_entries, check_helpfulness
     from ups_rm.reward.doctor.table import print_report
 
     model = this.recipe.reward_model.model
@@ -126,6 +138,11 @@ def _check(this: Run, skip: bool) -> None:
                 )
             if not report.ok:
                 console.print("[bold red]the RM fails its check and is trained against all the same[/]")
+        helpful = check_helpfulness(this.recipe.reward_model, this.device)
+        if helpful is not None:
+            print_report(helpful)
+            if not helpful.ok and not skip:
+                raise RMError(f"{helpful.folder} fails its check, see above; nothing was trained")
         one = next(iter(reports.values()))
         write_json(folder / "rm_check.json", one if len(reports) == 1 else {"models": reports})
 
@@ -251,7 +268,7 @@ def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
     for what, path in (
         ("the report, to open in a browser", report),
         ("safer policy", this.folder / "policy"),
-        ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.entries())),
+        ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.asked())),
         ("before and after, reply by reply", this.folder / "eval" / "pairs.jsonl"),
         ("metrics of every step", this.folder / "metrics.jsonl"),
         ("replies of every step", Path(this.recipe.trainer.group_log_dir)),

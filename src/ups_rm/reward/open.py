@@ -10,10 +10,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ups_rm.errors import RecipeError, RMError
 from ups_rm.recipe import RewardModel, RewardModelModel
 from ups_rm.reward.combined import CombinedScorer, Member, measured
+from ups_rm.reward.helpfulness import HelpfulnessModel, WithHelpfulness
+from ups_rm.reward.transforms import unsafety_logit
 from ups_rm.types import Conversation, Message, Scorer
 
 REFERENCE_PROMPTS = 64
@@ -26,7 +29,7 @@ KIND_OF = {"ForSequenceClassification": "sequence", "ForTokenClassification": "t
 
 
 def open_scorer(settings: RewardModel, device: str = "cpu") -> Scorer:
-    """The scorer of a recipe.
+    """The scorer of a recipe; with `reward_model.helpfulness` it asks that model, too.
 
     Args:
         settings: `recipe.reward_model`.
@@ -59,9 +62,56 @@ def open_scorer(settings: RewardModel, device: str = "cpu") -> Scorer:
             member = replace(member, mean=entry.mean, std=entry.std)
         members.append(member)
     alone = members[0]
+    safety: Scorer = CombinedScorer(members, transform=settings.transform, temperature=settings.transform_temperature)
     if len(members) == 1 and settings.transform == "sigmoid" and (alone.output, normalized[0]) == ("unsafety", "none"):
-        return alone.scorer
-    return CombinedScorer(members, transform=settings.transform, temperature=settings.transform_temperature)
+        safety = alone.scorer
+    if not settings.helpfulness.named:
+        return safety
+    return WithHelpfulness(safety, open_helpfulness(settings.helpfulness, device, settings.max_batch_tokens))
+
+
+def open_helpfulness(entry: RewardModelModel, device: str, max_batch_tokens: int) -> HelpfulnessModel:
+    """What `reward_model.helpfulness` names: a folder of ours with a helpfulness head, or any model whose number is
+    higher for better replies (`output` reward or safety).
+
+    Raises:
+        RMError: it can't be opened; a folder of ours without a helpfulness head.
+    """
+    name = entry_names([entry])[0]
+    try:
+        if kind_of(entry) == "myrm":
+            from ups_rm.reward.scorer import RewardScorer
+
+            how = loading(entry, device, max_batch_tokens)
+            folder = RewardScorer.load(entry.path, safety=False, **how)
+            if "helpfulness" not in folder.heads:
+                raise RMError(
+                    f"{entry.path} has no helpfulness head (config.json, heads)\n"
+                    "  fix: ups-rm rm train --target helpfulness, then ups-rm rm merge"
+                )
+            return HelpfulnessModel(name, folder.helpfulness)
+        scorer = open_entry(entry, device, max_batch_tokens)
+    except RMError as error:
+        raise RMError(f"reward_model.helpfulness: {error}") from error
+
+    def ask(conversations: list[Conversation]) -> list[float]:
+        return [
+            -unsafety_logit(score.logit, entry.output) if score.helpfulness is None else score.helpfulness
+            for score in scorer.score(conversations)
+        ]
+
+    return HelpfulnessModel(name, ask)
+
+
+def loading(entry: RewardModelModel, device: str, max_batch_tokens: int) -> dict[str, Any]:
+    """How an entry's folder is loaded: arguments of `RewardScorer.load` and `load_hf_scorer`."""
+    return {
+        "device": device,
+        "dtype": entry.dtype,
+        "trust_remote_code": entry.trust_remote_code,
+        "max_batch_tokens": max_batch_tokens,
+        "chat_template": template_of(entry),
+    }
 
 
 def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int, *, template: str | None = None) -> Scorer:
@@ -81,20 +131,16 @@ def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int, *, t
         return HttpScorer(entry.url, token=token_of(entry))
     if kind == "pairwise":
         return _open_pairwise(entry, device, max_batch_tokens, template)
-    how = {
-        "device": device,
-        "dtype": entry.dtype,
-        "trust_remote_code": entry.trust_remote_code,
-        "max_batch_tokens": max_batch_tokens,
-        "chat_template": template or template_of(entry),
-    }
+    how = loading(entry, device, max_batch_tokens)
+    if template:
+        how["chat_template"] = template
     if kind == "myrm":
         from ups_rm.reward.scorer import RewardScorer
 
-        return RewardScorer.load(entry.path, **how)  # type: ignore[arg-type]
+        return RewardScorer.load(entry.path, **how)
     from ups_rm.reward.hf_scorer import load_hf_scorer
 
-    return load_hf_scorer(entry.path, kind, **how)  # type: ignore[arg-type]
+    return load_hf_scorer(entry.path, kind, **how)
 
 
 def kind_of(entry: RewardModelModel) -> str:
@@ -144,7 +190,7 @@ def inputs_of(settings: RewardModel) -> list[Path | str]:
     from ups_rm.data.rows import resolve_source
 
     entries = settings.entries()
-    files = [file for entry in entries for file in files_of(entry)]
+    files = [file for entry in settings.asked() for file in files_of(entry)]
     if any(normalization(entry, len(entries)) == "reference" for entry in entries):
         files.append(resolve_source(settings.reference_data))
     return files

@@ -35,6 +35,7 @@ class SampleRecord:
     an empty reply has no token to be rewarded on: reward 0, advantage 0. `truncated`: cut by the length limit.
     `dropped`: left out of the group, for want of a score of its own or of others; its numbers are nan, advantage 0.
     `model_logits`: unsafety logit of each reward model by name, where there are several or one is normalised.
+    `helpfulness`: helpfulness logit, higher = more helpful; None where no model judged it, and in older logs.
     `token_kl`: KL of each token (nats, three digits), and `token_ends` where it ends in `response` (characters); empty
     where they were not logged. For an objective of several components: `components` and `component_advantages` by name,
     before `charge` (KL, length) is taken off, and `reward` is their weighted mean after that."""
@@ -48,6 +49,7 @@ class SampleRecord:
     length: int
     truncated: bool
     model_logits: Mapping[str, float] = field(default_factory=dict)
+    helpfulness: float | None = None
     token_kl: list[float] = field(default_factory=list)
     token_ends: list[int] = field(default_factory=list)
     dropped: bool = False
@@ -334,6 +336,7 @@ def group_records(
             truncated=bool(truncated[i]) if truncated is not None else False,
             dropped=bool(out[i]),
             model_logits=dict(scores[i].model_logits),
+            helpfulness=scores[i].helpfulness,
             token_kl=token_kl[i] if token_kl else [],
             token_ends=token_ends[i] if token_kl and token_ends else [],
             components=several[i]["components"] if i in several else {},
@@ -398,4 +401,6 @@ def _limit(maximum: int | None) -> int | None:
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: math.nan if inner is None and key != "kind" else inner for key, inner in row.items()}
+    return {
+        key: math.nan if inner is None and key not in ("kind", "helpfulness") else inner for key, inner in row.items()
+    }

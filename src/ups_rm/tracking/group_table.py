@@ -187,7 +187,8 @@ def _schema() -> pa.Schema:
         "group_mean": number, "group_spread": number, "group_gain": number, "group_disagreement": number,
         "reply": whole, "response": text, "logit": number, "safe_score": number, "reward": number,
         "advantage": number, "kl": number, "length": whole, "truncated": pa.bool_(),
-        "model_logits": pa.map_(text, number), "components": pa.map_(text, number),
+        "model_logits": pa.map_(text, number), "helpfulness": number,
+        "components": pa.map_(text, number),
         "component_advantages": pa.map_(text, number), "charge": number,
     }  # fmt: skip
     return pa.schema(list(fields.items()))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ups_rm.recipe import RewardModel, RewardModelModel
 from ups_rm.reward.doctor.check import check_rm
 from ups_rm.reward.doctor.labelled import read_labelled
-from ups_rm.reward.doctor.outside import BEFORE_TRAINING, check_outside
+from ups_rm.reward.doctor.outside import BEFORE_TRAINING, FAST, SPREAD, check_outside, examine
 from ups_rm.reward.doctor.report import CheckReport
+from ups_rm.reward.helpfulness import HelpfulnessModel
+from ups_rm.types import Conversation, Score
 
 ROWS = 48
 """Of `reward_model.reference_data`, for models that are asked from outside."""
@@ -56,6 +59,34 @@ def check_entries(settings: RewardModel, device: str) -> Iterator[tuple[str, Rew
             only=[step for step in BEFORE_TRAINING if bent or step not in ("saturation", "groups")],
         )
         yield name, entry, _lenient(report) if entry.output == "reward" else report
+
+
+def check_helpfulness(settings: RewardModel, device: str) -> CheckReport | None:
+    """Of the second model, `reward_model.helpfulness`, only that it answers, and not always the same: there are no
+    labels of helpfulness here. None if there is none.
+
+    Raises:
+        RMError: it can't be opened.
+    """
+    from ups_rm.reward.open import open_helpfulness
+
+    if not settings.helpfulness.named:
+        return None
+    model = open_helpfulness(settings.helpfulness, device, settings.max_batch_tokens)
+    rows = read_labelled(settings.reference_data, max_rows=ROWS)
+    name = f"reward_model.helpfulness {model.name}"
+    return examine(_AsScorer(model), name, (*FAST, SPREAD), rows, kind="helpfulness", seconds=SECONDS)
+
+
+@dataclass(frozen=True)
+class _AsScorer:
+    """A helpfulness model's numbers as scores."""
+
+    model: HelpfulnessModel
+
+    def score(self, conversations: list[Conversation]) -> list[Score]:
+        numbers = self.model.numbers(conversations)
+        return [Score(logit=number, safe_score=math.nan, tokens=0, truncated=False) for number in numbers]
 
 
 def _lenient(report: CheckReport) -> CheckReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,14 @@ class DataExam:
     @cached_property
     def _data_numbers(self) -> torch.Tensor:
         return _numbers(self.data_scores)
+
+    @cached_property
+    def data_helpfulness(self) -> torch.Tensor:
+        """Helpfulness logits of the labelled conversations, from the same forward passes; nan without such a head."""
+        import torch
+
+        numbers = [math.nan if score.helpfulness is None else score.helpfulness for score in self.data_scores]
+        return torch.tensor(numbers, dtype=torch.float64)
 
     def unsafety(self, numbers: torch.Tensor) -> torch.Tensor:
         """The model's own numbers as logits of unsafety; a `reward`, which has no zero, in stds of the labelled data's.

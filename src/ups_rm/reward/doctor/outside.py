@@ -217,8 +217,6 @@ def check_outside(
         only: of the checks on data, those that are made. All if None.
         Others: as in `check_rm`.
     """
-    from ups_rm.reward.doctor.labelled import compared
-
     fast = (*FAST, *([PLACE] if entry.kind == "pairwise" else []), SPREAD)
     steps = [*fast, *(step for step in FULL if data is not None and (only is None or step.name in only))]
     try:
@@ -227,18 +225,22 @@ def check_outside(
         finding, way_out = finding_of(error)
         load = Check("fail", finding, way_out=way_out, name="load", section=ANSWERS)
         return CheckReport(name, "", (load, *(skipped(step, "load") for step in steps)))
-    of: type[OutsideExam] = JudgeExam if entry.kind == "pairwise" else OutsideExam
-    exam = of(
-        scorer=scorer,
-        kind=entry.kind,
-        output=entry.output,
-        data=compared(data) if data is not None and entry.kind == "pairwise" else data,
-        seconds=seconds,
-        plot=plot,
-        tell=tell,
-    )
+    how = {"kind": entry.kind, "output": entry.output, "seconds": seconds, "plot": plot, "tell": tell}
+    return examine(scorer, name, steps, data, **how)  # type: ignore[arg-type]
+
+
+def examine(
+    scorer: Scorer, name: str, steps: Sequence[Step], data: Labelled | None, *, kind: str, **how: Any
+) -> CheckReport:
+    """The report of a model that could be opened. `how`: fields of `OutsideExam`."""
+    from ups_rm.reward.doctor.labelled import compared
+
+    if data is not None and kind == "pairwise":
+        data = compared(data)
+    of: type[OutsideExam] = JudgeExam if kind == "pairwise" else OutsideExam
+    exam = of(scorer=scorer, kind=kind, data=data, **how)
     opened = {"http": "the service answers", "function": "it can be called", "pairwise": "the judge is there"}
-    exam.known["load"] = Check("pass", opened[entry.kind], name="load", section=ANSWERS)
+    exam.known["load"] = Check("pass", opened.get(kind, "it is loaded"), name="load", section=ANSWERS)
     for step in steps:
         exam.known[step.name] = make(step, exam)
     answered = exam.known["answers"].verdict == "pass"
