@@ -357,6 +357,29 @@ def refuses(conversations: list[list[dict[str, str]]]) -> list[float]:
     return [float(is_refusal(reply)) + 1e-4 * len(reply) for reply in replies]
 
 
+def test_a_run_makes_an_rm_with_two_heads_and_trains_against_both(place: Place) -> None:
+    both = ("reward_training.target=both", "algorithm.objective=weighted")
+    assert place.run(*both, **own(place.folder)) == 0, place.out
+    assert json.loads((place.folder / RM / "config.json").read_text())["heads"] == ["unsafety", "helpfulness"]
+    assert "helpfulness head after epoch" in place.out
+    logs = [read_group_log(file) for file in sorted((place.folder / RUN / "groups").glob("step_*.jsonl"))]
+    helpful = [sample.helpfulness for log in logs for group in log.groups for sample in group.samples]
+    assert all(isinstance(number, float) for number in helpful)
+    assert len(set(helpful)) > 3
+    assert place.run(*both, **own(place.folder)) == 0, place.out
+    assert {"head", "merge", "train"} <= set(place.skipped)
+
+
+def test_a_run_makes_a_helpfulness_rm_beside_the_one_that_is_given(place: Place, rm_folder: Path) -> None:
+    given = {**own(place.folder), "REWARD_MODEL_PATH": str(rm_folder)}
+    assert place.run("reward_training.target=helpfulness", **given) == 0, place.out
+    made = place.folder / "merge/merged_model/Helpfulness-RM"
+    assert json.loads((made / "config.json").read_text())["heads"] == ["helpfulness"]
+    assert not (place.folder / RM).exists()
+    group = read_group_log(min((place.folder / RUN / "groups").glob("step_*.jsonl"))).groups[0]
+    assert all(sample.helpfulness is not None for sample in group.samples)
+
+
 @pytest.mark.parametrize("only", ["TRAIN_DATA", "VAL_DATA"])
 def test_half_of_the_own_prompts_is_an_error(place: Place, only: str) -> None:
     assert place.run(**{only: own(place.folder)[only]}) == 2
@@ -375,6 +398,7 @@ def test_wrong_inputs_are_said_before_any_work(place: Place) -> None:
         ([], {"ENGINE": "ray"}, "ENGINE=ray is not known"),
         (["trainer.total_step=3"], {}, "did you mean trainer.total_"),
         (["--recipe", "slowstart"], {}, "packaged ones"),
+        (["algorithm.objective=constrained"], {}, "needs a helpfulness head"),
     ):
         assert place.run(*arguments, **environment) == 2
         assert message in place.out.replace("\n", " ")

@@ -87,8 +87,8 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
     helpful = recipe.reward_model.helpfulness.named or recipe.reward_training.target != "safety"
     if recipe.algorithm.objective != "safety" and not recipe.reward_model.entries() and not helpful:
         raise RecipeError(
-            f"algorithm.objective={recipe.algorithm.objective} needs a helpfulness head, and the reward model that "
-            "this run would make has none\n  fix: reward_training.target=both, or reward_model.helpfulness.path=FOLDER"
+            f"algorithm.objective={recipe.algorithm.objective} needs a helpfulness head, which the reward model that "
+            "this run would make lacks\n  fix: reward_training.target=both, or reward_model.helpfulness.path=FOLDER"
         )
     console.print(f"device: {this.device}")
     if this.engine == "verl":
