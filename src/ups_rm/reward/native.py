@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ups_rm.control_tokens import special_tokens
 from ups_rm.errors import RMError
 from ups_rm.model_files import check_model_folder, refused_pickle
 
@@ -176,13 +177,20 @@ def compute_context(dtype: torch.dtype, device: str | torch.device) -> AbstractC
 
 
 def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """The RM's own tokenizer, exactly as plain AutoTokenizer gives it."""
+    """The RM's own tokenizer, exactly as plain AutoTokenizer gives it.
+
+    Raises:
+        RMError: it can't be loaded, or does not work: transformers takes some files that it can't use afterwards.
+    """
     from transformers import AutoTokenizer
 
     check_model_folder(folder, RMError, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(rm_folder(folder), trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(rm_folder(folder), trust_remote_code=trust_remote_code)
+        special_tokens(tokenizer)
+        tokenizer(["Hi"], add_special_tokens=False)
+        return tokenizer
     except RMError:
         raise
     except Exception as error:

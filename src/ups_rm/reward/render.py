@@ -53,6 +53,10 @@ class RenderPolicy:
     def __post_init__(self) -> None:
         if self.bos not in ("one", "none"):
             raise RMError(f"bos is {self.bos!r}, expected 'one' or 'none'")
+        if self.end_token is not None and (
+            not isinstance(self.end_token, str) or surrogate_at(self.end_token) is not None
+        ):
+            raise RMError(f"end_token is {self.end_token!r}, expected the text of a special token, or null")
         if self.truncation_side not in ("left", "right"):
             raise RMError(f"truncation_side is {self.truncation_side!r}, expected 'left' or 'right'")
         if not isinstance(self.max_length, int) or self.max_length < 8:

@@ -117,7 +117,9 @@ class RewardServer(Served):
             await asyncio.get_running_loop().run_in_executor(None, self.queue.close)
             self._render_thread.shutdown()
 
-        app = FastAPI(title="UPS-RM reward server", docs_url=None, redoc_url=None, lifespan=lifespan)
+        app = FastAPI(
+            title="UPS-RM reward server", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+        )
         add_endpoints(app, self)
         app.add_middleware(Guard, token=token, metrics=self.metrics)
         config = uvicorn.Config(
