@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -160,6 +161,7 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
     Raises:
         RecipeError: names the key, its value and what is allowed.
     """
+    _check_integers(recipe)
     for key, allowed in ONE_OF.items():
         value = value_of(recipe, key)
         if value not in allowed:
@@ -182,8 +184,17 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
         _check_local(recipe)
 
 
+def _check_integers(section: Any, prefix: str = "") -> None:
+    """YAML reads integers of any length; tensors, seeds and JSON readers take 64 bits."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_integers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int) and not _is_finite(value):
+            raise RecipeError(f"{prefix}{field.name}={_shown(value)} is not a number of at most 64 bits")
+
+
 def _is_finite(value: float) -> bool:
-    """Whether a number is one that arrays and JSON can hold: YAML reads integers of any length."""
     return -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 

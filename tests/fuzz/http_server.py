@@ -33,7 +33,7 @@ METHODS = ("POST", "POST", "POST", "POST", "GET", "PUT", "HEAD", "OPTIONS", "DEL
 HEADS = ("content-length", "x", "authorization", "expect", "content-encoding", "transfer-encoding")
 VALUES = ("-1", "99999999999", "9" * 5000, "²", "\xff", "Basic ÿ", "gzip", "chunked", "100-continue", "")
 ANSWERS = {200, 400, 401, 404, 405, 408, 413, 422, 429}
-LIMITS = Limits(max_waiting=64, max_body_bytes=50_000, head_seconds=5.0, body_seconds=2.0, answer_seconds=20.0)
+LIMITS = Limits(max_waiting=64, max_body_bytes=50_000, head_seconds=5.0, body_seconds=0.3, answer_seconds=20.0)
 
 
 class Server:
@@ -74,7 +74,7 @@ class Server:
             headers[draw.randrange(2)] = (draw.choice(HEADS), draw.choice(VALUES))
         method = draw.choice(METHODS) if draw.random() < 0.1 else "POST"
         self.count += 1
-        if draw.random() < 0.08:
+        if draw.random() < 0.05:
             status, answer = self._by_socket(draw, method, path, headers, body)
         else:
             self.last = (method, path, headers, body)
@@ -144,7 +144,7 @@ class Server:
         self.last = data
         return self._exchange(data)
 
-    def _exchange(self, data: bytes, wait: float = 0.05) -> tuple[int, bytes]:
+    def _exchange(self, data: bytes, wait: float = 0.03) -> tuple[int, bytes]:
         host, _, port = self.server.url.removeprefix("http://").rpartition(":")
         came = b""
         with socket.create_connection((host, int(port)), timeout=10) as connection:

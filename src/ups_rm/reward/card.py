@@ -139,8 +139,8 @@ class RMCard:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RMError(f"{path} is not JSON: {error}") from error
+        except (ValueError, RecursionError, OSError) as error:
+            raise RMError(f"{path} is not JSON that can be read: {error}") from error
         return _parse(values, path)
 
 

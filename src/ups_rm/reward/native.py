@@ -48,8 +48,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     path = rm_folder(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RMError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise RMError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(config, dict):
         raise RMError(f"{path} holds a {type(config).__name__}, expected an object")
     return config
