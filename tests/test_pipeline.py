@@ -218,6 +218,27 @@ def test_a_run_with_other_settings_never_replaces_one_unasked(done: Place) -> No
     assert (done.folder / RUN / "policy/model.safetensors").read_bytes() != policy
 
 
+def test_a_run_goes_on_with_other_settings_where_that_is_allowed(place: Place, rm_folder: Path) -> None:
+    """From its last checkpoint; what changed is listed, and noted in the checkpoints after it."""
+    more = {**own(place.folder), "REWARD_MODEL_PATH": str(rm_folder)}
+    lr = "actor_rollout_ref.actor.optim.lr"
+    assert place.run(f"{lr}=1e-3", "trainer.save_freq=1", **more) == 0, place.out
+    changed = [f"{lr}=1e-2", "trainer.save_freq=1", "trainer.total_training_steps=5"]
+    assert place.run(*changed, **more) == 2
+    assert "--allow-changes" in place.out
+    assert place.run("--allow-changes", *changed, **more) == 0, place.out
+    assert "global_step_3 after step 3" in place.out
+    assert f"{lr}: 0.001, now 0.01" in place.out
+    assert place.summary()["steps"] == 5
+    rates = [json.loads(line)["actor/lr"] for line in (place.folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    assert max(rates[:3]) <= 1e-3  # it warms up
+    assert rates[3:] == [1e-2] * 2
+    state = json.loads((place.folder / RUN / "global_step_5/state.json").read_text())
+    assert any(lr in change for change in state["changes"])
+    assert place.run(*changed, **more) == 0, place.out
+    assert "train" in place.skipped
+
+
 def test_cosmetic_settings_are_no_change(done: Place) -> None:
     """How a run is shown or called does not make it another one."""
     moved = f"trainer.default_local_dir={RUN}"

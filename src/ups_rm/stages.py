@@ -36,6 +36,7 @@ class Stage:
         action: does the work; called with nothing.
         keeps_partial: an unfinished `out` with the same hash is gone on with.
         precious: an `out` of other settings or inputs is never replaced unasked (others are made anew).
+        goes_on_changed: an `out` of other settings or inputs is gone on with, too; the action sees to what that means.
     """
 
     name: str
@@ -46,6 +47,11 @@ class Stage:
     action: Callable[[], object]
     keeps_partial: bool = False
     precious: bool = False
+    goes_on_changed: bool = False
+
+    def may_go_on(self, stamp: dict[str, Any], wanted: str) -> bool:
+        """Whether what stands in `out` is the beginning of what is wanted."""
+        return self.keeps_partial and (stamp.get("hash") == wanted or self.goes_on_changed)
 
     @property
     def stamp(self) -> Path:
@@ -68,7 +74,7 @@ def run_stage(stage: Stage, *, fresh: bool = False) -> float:
     _clear(stage, stamp, wanted, fresh)
     console.rule(f"[bold]{stage.name}")
     started = perf_counter()
-    goes_on = stage.keeps_partial and stamp.get("hash") == wanted and not fresh
+    goes_on = stage.may_go_on(stamp, wanted) and not fresh
     before = float(stamp.get("seconds", 0.0)) if goes_on and "made" not in stamp else 0.0
     half_done = goes_on and "entries" not in stamp
     theirs = set(stamp.get("theirs", ())) if half_done else _names(stage) - set(stamp.get("entries", ()))
@@ -98,12 +104,13 @@ def _clear(stage: Stage, stamp: dict[str, Any], wanted: str, fresh: bool) -> Non
             "  fix: move it away; or name what is there (REWARD_MODEL_PATH; TRAIN_DATA and VAL_DATA), "
             "or OUTPUT_DIR=another/folder for a run"
         )
-    if stage.keeps_partial and stamp.get("hash") == wanted and not fresh:
+    if stage.may_go_on(stamp, wanted) and not fresh:
         return
     if stage.precious and stamp.get("hash") != wanted and not fresh:
         raise RunError(
             f"{stage.out} holds a run with other settings or inputs: nothing is overwritten\n"
-            "  fix: OUTPUT_DIR=another/folder for a new run, or FRESH=1 to replace this one"
+            "  fix: OUTPUT_DIR=another/folder for a new run, FRESH=1 to replace this one, or --allow-changes to go on "
+            "from its last checkpoint"
         )
     ours = stamp.get("entries")  # None: it never finished, so all that was not there before is its own
     for entry in stage.out.iterdir():

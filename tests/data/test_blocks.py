@@ -122,7 +122,9 @@ def rows_with_bad_ones(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
 
-@pytest.mark.parametrize("options", [{}, {"shuffle": True, "dedup": "prompt"}, {"categories": ["Violence"]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"shuffle": True, "dedup": "prompt"}, {"categories": ["Violence"], "keep_categories": True}]
+)
 def test_helpers_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_with_bad_ones: Path, options: dict[str, Any]
 ) -> None:

@@ -174,6 +174,29 @@ def test_prompt_source_is_kept_only_where_it_says_the_kind(tmp_path: Path) -> No
     assert kept == [None, "mine/benign", None, "mine/unsafe"] * 5
 
 
+def test_categories_are_kept_where_they_are_asked_for_and_the_six_fields_otherwise(tmp_path: Path) -> None:
+    prepare("sample", tmp_path / "plain", shuffle=True)
+    prepare("sample", tmp_path / "named", shuffle=True, keep_categories=True)
+    source = {split: list(read_rows("sample", split=split)) for split in SPLITS}
+    for name in FILES[:2]:
+        plain, named = (table(tmp_path / out / name) for out in ("plain", "named"))
+        assert not any("categories" in row["extra_info"] for row in plain)
+        kept = [row["extra_info"].pop("categories") for row in named]
+        assert named == plain
+        assert len({tuple(one) for one in kept}) > 10
+        for row, categories in zip(named, kept, strict=True):
+            info = row["extra_info"]
+            of_row = source[info["split"]][info["index"]]
+            assert of_row.prompt == row["prompt"][0]["content"]
+            assert set(categories) == {name for names in of_row.categories for name in names or ()}
+            assert len(categories) == len(set(categories))
+
+
+def test_rows_of_the_older_schema_name_no_categories(tmp_path: Path) -> None:
+    prepare(write_jsonl(tmp_path / "old.jsonl", map(old_row, range(9))), tmp_path / "out", keep_categories=True)
+    assert [row["extra_info"]["categories"] for row in table(tmp_path / "out/train.parquet")] == [[]] * 8
+
+
 # the new options
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from ups_rm.data.prepare import prepare
-from ups_rm.data.prompts import kind_of, prompt_problem, read_prompts
+from ups_rm.data.prompts import categories_of, distinct_prompts, kind_of, prompt_problem, read_prompts
 from ups_rm.data.rows import read_rows
 from ups_rm.errors import DataError
 
-from .conftest import write_parquet
+from .conftest import make_row, write_jsonl, write_parquet
 
 
 def verl_row(content: Any, **changes: Any) -> dict[str, Any]:
@@ -45,6 +45,18 @@ def test_parquet_made_by_others_needs_only_prompts(tmp_path: Path) -> None:
     assert (second.index, second.kind, second.extra_info) == (1, "unsafe", {})
     assert second.messages == system
     assert len(read_prompts(write_parquet(tmp_path / "bare.parquet", [{"prompt": system}]))) == 1
+
+
+def test_a_distinct_prompt_has_the_categories_of_all_its_rows(tmp_path: Path) -> None:
+    rows = [make_row(n, prompt=f"p{n % 2}") for n in range(4)]
+    for n, names in enumerate((["Drugs"], [], ["Violence", "Drugs"], [])):
+        for i in (0, 1):
+            rows[n][f"response_{i}_harm_category"] = dict.fromkeys(names, i == 1)
+    prepare(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out", keep_categories=True, train_ratio=1)
+    read = read_prompts(tmp_path / "out/train.parquet")
+    assert [categories_of(row) for row in read] == [("Drugs",), (), ("Violence", "Drugs"), ()]
+    assert [(row.index, categories_of(row)) for row in distinct_prompts(read)] == [(0, ("Drugs", "Violence")), (1, ())]
+    assert distinct_prompts(read)[1] is read[1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,11 @@ def rows_of_a_step(seed: int) -> tuple[Any, list[str], list[dict[str, Any]]]:
             "ref_log_prob": logprobs[1],
             "rollout_log_probs": logprobs[0] + 0.01,
             "raw_prompt": [{"role": "user", "content": f"prompt {i // N}"}],
-            "extra_info": {"index": 100 + i // N, "kind": "benign" if i // N % 2 else "unsafe"},
+            "extra_info": {
+                "index": 100 + i // N,
+                "kind": "benign" if i // N % 2 else "unsafe",
+                "row": json.dumps({"categories": [f"harm {i // N}"]} if i // N else {}),
+            },
             "extra_fields": {"reward_extra_info": extra},
         }
         for name, value in row.items():
@@ -113,6 +118,7 @@ def test_the_group_log_recomputes_verls_advantages_bit_for_bit(seed: int, tmp_pa
     for group in file.groups:
         assert group.messages == [{"role": "user", "content": f"prompt {group.prompt_id - 100}"}]
         assert group.kind == ("benign" if (group.prompt_id - 100) % 2 else "unsafe")
+        assert group.categories == ([f"harm {group.prompt_id - 100}"] if group.prompt_id > 100 else [])
         for sample in group.samples:
             assert sample.safe_score == safe_score(sample.logit)
             assert sample.reward == pytest.approx(sample.safe_score - KL_COEF * sample.kl, abs=1e-6)

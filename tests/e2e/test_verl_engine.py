@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from ups_rm.data.prompts import read_prompts
+from ups_rm.monitor.limits import Alarms
+from ups_rm.monitor.watch import read_alarms
 from ups_rm.report import read_run
 from ups_rm.tracking.group_log import read_group_log
 from verl_cpu import command
@@ -62,6 +64,22 @@ def test_metrics_have_the_local_engines_names_and_values(run: VerlRun, replay: R
             ):
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5, nan_ok=True), name
         assert 0 < theirs["timing_s/reward"] < theirs["timing_s/step"]
+
+
+def test_the_alarms_are_those_that_the_local_engine_would_raise(run: VerlRun, replay: Replay) -> None:
+    """KL is above the runs' threshold as soon as the policy has moved; the monitor reads what verl itself logged."""
+    raised = read_alarms(run.folder)
+    assert ("kl_runaway", 2) in [(alarm.name, alarm.step) for alarm in raised]
+    alarms = Alarms(run.recipe.monitor)
+    expected = []
+    for ours, theirs in zip(replay.metrics, run.metrics, strict=True):
+        step = int(theirs["step"])
+        last = replay.validation if step == STEPS else {}
+        expected += alarms.see({name: value for name, value in {**ours, **last}.items() if name in theirs}, step)
+        on = {name.removeprefix("alarm/") for name in theirs if name.startswith("alarm/")} - {"count"}
+        assert (on, theirs["alarm/count"]) == (alarms.active, len(alarms.active))
+    assert [(alarm.name, alarm.step, alarm.on) for alarm in raised] == [(a.name, a.step, a.on) for a in expected]
+    assert [alarm.value for alarm in raised] == pytest.approx([a.value for a in expected], rel=1e-3, abs=1e-6)
 
 
 def test_epochs_are_counted_though_verl_reads_one_file(two_workers: VerlRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from tiny_training import prompt_file
+from ups_rm.data.prompts import categories_of
 from ups_rm.data.rows import read_rows
 from ups_rm.data.schema import HARM_CATEGORIES
 from ups_rm.errors import DataError
 from ups_rm.evaluation.language import main_script
-from ups_rm.evaluation.prompt_sets import SETS, categories_of, group_of, load_prompts
+from ups_rm.evaluation.prompt_sets import SETS, group_of, load_prompts
 
 # a row of each public set in the columns of its owner's file, and of the mirror on the Hub; the texts are ours
 ROWS = {
@@ -81,6 +83,36 @@ def test_a_hub_set_is_streamed_in_all_its_splits(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows, _ = load_prompts([f"xstest=hub:{root}"])
     assert [(texts(rows), group_of(rows[0]))] == [(["One?"], "alarming")]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in SETS.items() if entry.hub])
+def test_a_name_alone_asks_the_hub_for_the_sets_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` with a Hub of our own behind it: rows in the owner's columns, from the one split that is there. What
+    the real Hub serves under these ids was not tried."""
+    datasets = pytest.importorskip("datasets")
+    asked: list[str] = []
+
+    def rows(hub_id: str, config: str, *, split: str, streaming: bool) -> list[dict[str, object]]:
+        assert (config, split, streaming) == ("main", "test", True)
+        asked.append(hub_id)
+        if name == "saferlhf":
+            harms = {"Violence": True, "Drugs": False}
+            replies = {"response_0": "No.", "response_1": "So.", "response_1_harm_category": harms}
+            return [{"prompt": "Harm how?", **replies}]
+        ending, lines = ROWS[name]
+        if ending == "csv":
+            return list(csv.DictReader(lines))
+        return [json.loads(line) for line in lines] if ending == "jsonl" else json.loads(lines[0])  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda hub_id: asked.append(hub_id) or ["main"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda hub_id, config: asked.append(hub_id) or ["test"])
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    found, (described,) = load_prompts([name])
+    assert set(asked) == {SETS[name].hub}
+    assert (described["set"], described["place"]) == (name, f"hub:{SETS[name].hub}")
+    assert len(found) == (1 if name == "saferlhf" else max(1, len(ROWS[name][1]) - 1))
+    if name == "saferlhf":
+        assert [(group_of(row), categories_of(row)) for row in found] == [("unsafe", ("Violence",))]
 
 
 def test_the_real_copies_of_public_sets(shared_data: Path) -> None:

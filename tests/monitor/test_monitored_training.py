@@ -24,7 +24,10 @@ from ups_rm.errors import DataError
 from ups_rm.local.trainer import Trainer
 from ups_rm.monitor.limits import JUDGE, Alarm, Alarms
 from ups_rm.monitor.watch import read_alarms
+from ups_rm.reward.scorer import RewardScorer
+from ups_rm.tracking.group_log import read_group_log
 from ups_rm.tracking.jsonl import read_metrics
+from ups_rm.types import Conversation, Message
 
 HELD_OUT = ["trainer.test_freq=1", "trainer.val_before_train=true", "data.val_max_samples=6", "monitor.window=100"]
 CHEATS: dict[str, tuple[Script, set[str]]] = {
@@ -118,6 +121,35 @@ def test_a_judge_that_sees_no_gain_disagrees(where: str, tmp_path: Path, policy_
     assert rows[-1][rm] == pytest.approx(0.8808, abs=1e-4)  # sigmoid(2)
     other = JUDGE["held-out" if where == "training" else "training"]
     assert not {*other} & {name for row in rows for name in row}
+
+
+@pytest.mark.parametrize("where", ["training", "held-out"])
+def test_a_real_second_reward_model_disagrees_in_a_real_training(
+    where: str, tmp_path: Path, policy_folder: Path, rm_folder: Path
+) -> None:
+    """No script: a policy learns the letter that its reward model likes. The judge, an RM folder whose head is random,
+    sees nothing in it, and its figures are those that the folder's own scorer gives for the logged replies."""
+    given = [f"monitor.judge.path={rm_folder}", "monitor.window=2", "monitor.kl=null", "monitor.distinct_2=null",
+             "actor_rollout_ref.actor.optim.lr=1e-2", "trainer.total_training_steps=24",
+             "monitor.stop_on=[judge_disagrees]"]  # fmt: skip
+    given += ["trainer.test_freq=2", "trainer.val_before_train=true"] if where == "held-out" else []
+    result = Trainer(tiny_recipe(tmp_path, policy_folder, *given), prefers("e")).fit()
+    assert result.stopped_by == "judge_disagrees"
+    (alarm,) = [alarm for alarm in read_alarms(tmp_path / "run") if alarm.name == "judge_disagrees"]
+    assert (alarm.step, alarm.on, alarm.stop) == (result.steps, where, True)
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    judge, rm = JUDGE[where]  # type: ignore[index]
+    seen = [row for row in rows if judge in row]
+    assert seen[-1][rm] - seen[0][rm] > 0.1
+    if where == "training":
+        log = read_group_log(tmp_path / f"run/groups/step_{result.steps:06d}.jsonl")
+        talks: list[Conversation] = [
+            [*group.messages, Message(role="assistant", content=sample.response)]
+            for group in log.groups
+            for sample in group.samples
+        ]
+        scores = [score.safe_score for score in RewardScorer.load(rm_folder).score(talks)]
+        assert seen[-1][judge] == pytest.approx(sum(scores) / len(scores), abs=1e-3)
 
 
 def test_a_judge_that_cannot_be_opened_is_named_before_training(tmp_path: Path, policy_folder: Path) -> None:

@@ -29,27 +29,33 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, backbone_folder: Path) -> Path:
-    """Where `ups-rm run` was started twice, with runs/first and runs/second; made once for all processes (xdist)."""
+def workspace(
+    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, backbone_folder: Path, rm_folder: Path
+) -> Path:
+    """Where `ups-rm run` was started twice, with runs/first and runs/second; made once for all processes (xdist).
+
+    The second has a second judge and nothing to validate on, so that the judge reads the replies of every step.
+    """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "report"
     with (folder.parent / "report.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "made").exists():
             folder.mkdir()
-            _two_runs(folder, policy_folder, backbone_folder)
+            _two_runs(folder, policy_folder, backbone_folder, rm_folder)
             (folder / "made").touch()
     return folder
 
 
-def _two_runs(folder: Path, policy_folder: Path, backbone_folder: Path) -> None:
+def _two_runs(folder: Path, policy_folder: Path, backbone_folder: Path, rm_folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in OF_A_SHELL:
             patch.delenv(name, raising=False)
         patch.setenv("POLICY_MODEL_PATH", str(policy_folder))
         patch.setenv("UPS_RM_CACHE", os.environ.get("UPS_RM_CACHE", str(folder / "cache")))
-        for name, more in (("first", []), ("second", ["actor_rollout_ref.actor.optim.lr=1e-2"])):
+        judged = [f"monitor.judge.path={rm_folder}", "monitor.judge.name=second-rm", "trainer.test_freq=-1"]
+        for name, more in (("first", []), ("second", ["actor_rollout_ref.actor.optim.lr=1e-2", *judged])):
             backbone = f"reward_training.backbone={backbone_folder}"
             assert command("run", "--out", f"runs/{name}", backbone, *SMALL, *more) == 0
 

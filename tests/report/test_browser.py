@@ -188,13 +188,50 @@ def test_pairs_by_flip_and_by_gain(browser: Any, first: Path, two: str) -> None:
     look.done()
 
 
+def test_the_judges_disagreement_sorts_pairs_and_groups(browser: Any, first: Path, two: str) -> None:
+    look = Looked(browser, two)
+    for page, shown in (("pairs", 8), ("groups", 4)):
+        look.go(page)
+        assert "disagreement" not in " ".join(look.texts(".group header .figure"))  # the first run has one judge
+        look.page.get_by_label("Run", exact=True).select_option("1")
+        look.page.get_by_label("Sort by").select_option("disagreement")
+        found = [text.split()[-1] for text in look.texts(".group header .figure") if text.startswith("disagreement")]
+        assert len(found) == shown
+        assert found == sorted(found, key=float, reverse=True)
+        assert float(found[0]) > 0
+        look.shot(f"{page}-judged")
+        look.page.get_by_label("Run", exact=True).select_option("0")
+    look.page.get_by_label("Run", exact=True).select_option("1")
+    assert {"reward_model", "monitor.judge"} <= set(look.texts(".reply dt"))
+    look.go("curves")
+    look.page.wait_for_selector("canvas")
+    assert "Reward model and second judge" in look.texts("figure h3")
+    look.go("answer")
+    look.page.click("text=By further judge and group >> nth=0")
+    assert "second-rm: harmful" in look.texts("details h3")
+    look.done()
+
+
+def test_groups_and_pairs_of_one_harm_category(browser: Any, first: Path) -> None:
+    look = Looked(browser, (first / "report.html").as_uri())
+    for page in ("groups", "pairs"):
+        look.go(page)
+        names = look.texts('label:has-text("Harm category") option')[1:]
+        assert len(names) >= 2
+        look.page.get_by_label("Harm category").select_option(names[-1])
+        tags = [card.locator("header .tag").all_inner_texts() for card in look.page.locator(".group").all()]
+        assert tags
+        assert all(names[-1] in of_card for of_card in tags)
+    look.done()
+
+
 def test_two_runs_in_one_chart_and_zoom_by_keyboard(browser: Any, two: str) -> None:
     look = Looked(browser, two)
     assert len(look.texts(".sentence")) == 2
     look.go("curves")
     look.page.wait_for_selector("canvas")
     legend = look.texts("figure >> nth=0 >> .u-legend .u-label")
-    assert sum("second:" in text for text in legend) == 2  # in training and held out
+    assert sum("second:" in text for text in legend) == 1  # in training; the other one was validated as well
     assert sum("onerror" in text for text in legend) == 2
     look.shot("two-runs")
     figure = look.page.locator("figure").first
@@ -272,12 +309,19 @@ def test_no_serious_violation_of_accessibility(browser: Any, two: str) -> None:
 
 def test_it_prints_all_pages_in_light_colours(browser: Any, first: Path, tmp_path: Path) -> None:
     look = Looked(browser, (first / "report.html").as_uri(), color_scheme="dark")
+    count = "[document.querySelectorAll('.page').length, document.querySelectorAll('canvas').length]"
+    look.page.evaluate(f"addEventListener('beforeprint', () => {{ window.sent = {count}; }})")
+    file = tmp_path / "report.pdf"
+    look.page.pdf(path=str(file))  # the browser's own way: it sends the events, and waits for no frame
+    assert file.read_bytes().count(b"/Type /Page\n") >= 12
+    pages, drawn = look.page.evaluate("window.sent")
+    assert pages == len(PAGES)
+    assert drawn >= 14, "charts that are drawn a frame later are not printed"
+    assert look.page.locator(".page").count() == 1  # as before
     look.page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert [page.get_attribute("data-page") for page in look.page.locator(".page").all()] == list(PAGES)
     assert look.page.evaluate("css('--back')") == "#ffffff"
-    file = tmp_path / "report.pdf"
-    look.page.pdf(path=str(file))
-    assert file.read_bytes().count(b"/Type /Page\n") >= 7
+    assert look.page.locator("canvas").count() >= 14
     look.page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert look.page.locator(".page").count() == 1
     look.done()

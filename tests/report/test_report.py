@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 
 from tiny_training import command
+from ups_rm.data.rows import read_rows
 from ups_rm.errors import RunError
 from ups_rm.report import page, read_run, write_report
 from ups_rm.report.groups import Prompts, disagreement, read_groups
 from ups_rm.report.numbers import histogram, short
 from ups_rm.report.outcome import flips
 from ups_rm.report.page import LARGEST, labels
+from ups_rm.reward.scorer import RewardScorer
 from ups_rm.tracking import SampleRecord, read_group_log, read_metrics
 from ups_rm.tracking.group_log import SCHEMA
+from ups_rm.types import Conversation
 
 ASSETS = Path(__file__).resolve().parents[2] / "src/ups_rm/report/assets"
 
@@ -95,6 +98,68 @@ def test_every_number_is_the_logs(first: Path) -> None:
     assert [pair["after"]["text"] for pair in run["outcome"]["pairs"]] == [pair["after"]["response"] for pair in pairs]
 
 
+def test_categories_come_with_the_prompts_from_the_rows_to_every_figure(first: Path) -> None:
+    flagged: dict[str, set[str]] = {}
+    for row in read_rows("sample", split="test"):
+        of_row = {name for names in row.categories for name in names or ()}
+        flagged.setdefault(row.prompt.strip(), set()).update(of_row)
+    lines = [json.loads(line) for line in (first / "eval/pairs.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert set(line["categories"]) == flagged[line["messages"][-1]["content"].strip()]
+    by_category: dict[str, set[int]] = {}
+    for line in lines:
+        for name in line["categories"] if line["kind"] == "unsafe" else ():
+            by_category.setdefault(name, set()).add(line["index"])
+    summary = json.loads((first / "summary.json").read_text())
+    assert {name: row["n"] for name, row in summary["categories"].items()} == {
+        n: len(p) for n, p in by_category.items()
+    }
+    assert len(by_category) >= 2
+    logged = [group for file in sorted((first / "groups").iterdir()) for group in read_group_log(file).groups]
+    assert any(group.categories for group in logged)
+    (first_group,) = [group for group in logged if group.categories][:1]
+    rows = {row["messages"][-1]["content"]: row["categories"] for row in read_run(first)["prompts"]}
+    assert rows[first_group.messages[-1]["content"]] == first_group.categories
+
+
+def test_a_run_ends_with_perplexity_language_and_the_second_judges_verdict(first: Path, second: Path) -> None:
+    summary, judged = (json.loads((folder / "summary.json").read_text()) for folder in (first, second))
+    for figures in summary["groups"].values():
+        assert figures["perplexity"]["before"] > 1
+        assert figures["perplexity"]["after"] > 1
+        assert "language_kept" in figures
+    assert summary["judges"] == {}
+    assert list(judged["judges"]) == ["second-rm"]
+    run = read_run(second)
+    assert {"judges.second-rm.unsafe.safe_score", "judges.second-rm.benign.agrees_with_rm"} <= {
+        row["key"] for row in run["outcome"]["rows"]
+    }
+    pairs = [json.loads(line) for line in (second / "eval/pairs.jsonl").read_text().splitlines()]
+    for pair, shown in zip(pairs, run["outcome"]["pairs"], strict=True):
+        own, other = (
+            pair["after"]["safe_score"] - pair["before"]["safe_score"],
+            pair["after"]["judges"]["second-rm"]["safe_score"] - pair["before"]["judges"]["second-rm"]["safe_score"],
+        )
+        assert shown["disagreement"] == pytest.approx(abs(own - other), abs=1e-3)
+    assert {pair["disagreement"] for pair in read_run(first)["outcome"]["pairs"]} == {None}
+
+
+def test_the_judge_of_the_steps_replies_stands_in_the_group_log(second: Path, rm_folder: Path) -> None:
+    [log] = [read_group_log(second / "groups/step_000002.jsonl")]
+    judge = RewardScorer.load(rm_folder)
+    for group in log.groups[:2]:
+        talks: list[Conversation] = [
+            [*group.messages, {"role": "assistant", "content": sample.response}] for sample in group.samples
+        ]
+        for sample, score in zip(group.samples, judge.score(talks), strict=True):
+            assert sample.model_logits["reward_model"] == sample.logit
+            assert sample.model_logits["monitor.judge"] == pytest.approx(score.logit, abs=0.05)
+    shown = read_run(second)["groups"]["steps"][1]["groups"]
+    assert all(group["disagreement"] is not None for group in shown)
+    assert len({group["disagreement"] for group in shown}) > 1
+    assert command("groups", second, "--sort", "disagreement") == 0
+
+
 def test_equal_runs_give_equal_bytes(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     made_by_the_run = Path("runs/first/report.html").read_bytes()
@@ -130,11 +195,15 @@ def test_parts_that_are_absent_are_none_and_no_error(copied: Path, tmp_path: Pat
     run = read_run(copied)
     assert run["outcome"] is None
     assert run["groups"]["steps"] == []
-    assert run["alarms"] is None
+    assert run["alarms"] == []  # the monitor watched and raised none
     assert not run["finished"]
     assert run["problems"] == []
     (copied / "recipe.yaml").unlink()
     assert read_run(copied)["command"] == ""
+    lines = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    unwatched = [{name: value for name, value in line.items() if not name.startswith("alarm/")} for line in lines]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unwatched))
+    assert read_run(copied)["alarms"] is None
     (copied / "metrics.jsonl").unlink()
     with pytest.raises(RunError, match="is not a run folder"):
         write_report([copied], tmp_path / "x.html")

@@ -39,7 +39,8 @@ def run(tmp_path: Path) -> Path:
                 samples = [
                     sample(s, f"reply {i} of {prompt}", a=s, b=b[i]) for i, s in enumerate(scores)
                 ]  # fmt: skip
-                groups.append(GroupRecord(prompt, messages, samples, "benign" if prompt == 9 else "unsafe"))
+                kind, harms = "benign" if prompt == 9 else "unsafe", {7: ["Violence", "Drugs"], 8: ["Violence"]}
+                groups.append(GroupRecord(prompt, messages, samples, kind, categories=harms.get(prompt, [])))
         log.write(step, groups)
     return tmp_path
 
@@ -77,6 +78,9 @@ def test_filters(run: Path) -> None:
 
     assert found(steps=(2, 3)) == [(2, 7), (2, 9), (3, 7), (3, 8)]
     assert found(kind="benign") == [(2, 9)]
+    assert found(category="violence") == found(kind="unsafe")
+    assert found(category="drug") == [(1, 7), (2, 7), (3, 7)]
+    assert found(category="Cybercrime") == []
     assert found(prompt_id="7") == [(1, 7), (2, 7), (3, 7)]
     assert found(search="bROT") == [(1, 7), (2, 7), (3, 7)]  # in the prompt
     assert found(search="REPLY 1 of 8") == [(1, 8), (3, 8)]  # in a reply
@@ -96,6 +100,7 @@ def test_parquet_has_one_row_per_reply(run: Path) -> None:
     assert of_step.group_gain.tolist() == pytest.approx([0.5] * 3)
     assert of_step.response.tolist() == [f"reply {i} of 7" for i in range(3)]
     assert of_step.prompt.unique().tolist() == ["Bake a Brot?"]
+    assert [list(names) for names in of_step.categories] == [["Violence", "Drugs"]] * 3
     assert dict(table.model_logits[0]) == {"a": 0.2, "b": 1.0}
     assert [path.name for path in file.parent.iterdir()] == ["groups.parquet"]
     with pytest.raises(RunError, match="nothing is overwritten"):
@@ -140,6 +145,8 @@ def test_the_command_shows_best_and_worst_and_escapes_what_models_write(
     ]
     assert "gain +0.500" in out
     assert "2 of 3 replies" in out
+    assert command("groups", run, "--category", "drugs", "--step", "2") == 0
+    assert "step 2  prompt 7  unsafe  Violence, Drugs  score" in capsys.readouterr().out
     assert command("groups", run, "--search", "tap", "--sort", "gain", "--json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["step"], row["gain"]) for row in rows] == [(1, 0), (3, pytest.approx(-0.3))]

@@ -57,6 +57,10 @@ def prepare(
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="At most this many rows in each file.")] = None,
     max_bad: MaxBad = 0.001,
+    keep_categories: Annotated[
+        bool,
+        typer.Option("--keep-categories", help="Add extra_info.categories, the harms flagged in either response."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Turn SafeRLHF rows into train.parquet and val.parquet in verl's schema."""
@@ -76,6 +80,7 @@ def prepare(
         categories=_names(categories) or (),
         max_rows=max_rows,
         max_bad=max_bad,
+        keep_categories=keep_categories,
         progress=not quiet,
     )
     if quiet:

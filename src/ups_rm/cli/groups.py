@@ -30,6 +30,9 @@ def groups(
     reverse: Annotated[bool, typer.Option("--reverse", help="The smallest first, by step the latest.")] = False,
     step: Annotated[str | None, typer.Option(help="One step (12), several (10-20), or last.")] = None,
     kind: Annotated[str | None, typer.Option(help="Kind of prompt: unsafe or benign.")] = None,
+    category: Annotated[
+        str, typer.Option(help="Harm category of the prompt, or a part of its name, as far as the prompts name them.")
+    ] = "",
     search: Annotated[str, typer.Option(help="Text in the prompt or a reply, upper or lower case.")] = "",
     prompt: Annotated[str | None, typer.Option(help="One prompt by its id, across steps.")] = None,
     replies: Annotated[int, typer.Option(help="Replies shown of each group, best and worst alike; 0: all.")] = 4,
@@ -52,7 +55,7 @@ def groups(
         raise RunError(f"--sort {by} is not known; use {', '.join(SORTS)}")
     if kind not in (None, "unsafe", "benign"):
         raise RunError(f"--kind {kind} is not known; use unsafe or benign")
-    query = Query(_steps(step, [step_of(file) for file in group_files(run)]), kind, prompt, search)
+    query = Query(_steps(step, [step_of(file) for file in group_files(run)]), kind, prompt, search, category)
     if parquet is not None:
         written = write_parquet(run, query, parquet)
         console.print(f"{written} replies: {parquet}", markup=False, soft_wrap=True)
@@ -89,7 +92,8 @@ def _show(row: GroupRow, replies: int) -> None:
     from ups_rm.console import console
 
     group = row.group
-    facts = [f"step {row.step}", f"prompt {group.prompt_id}", group.kind or "", f"score {row.mean:.3f}"]
+    facts = [f"step {row.step}", f"prompt {group.prompt_id}", group.kind or "", ", ".join(group.categories)]
+    facts += [f"score {row.mean:.3f}"]
     facts += [f"{word} {value:{form}}" for word, value, form in (
         ("spread", row.spread, ".3f"), ("gain", row.gain, "+.3f"), ("disagreement", row.disagreement, ".0%")
     ) if value == value]  # fmt: skip

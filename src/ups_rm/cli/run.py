@@ -54,6 +54,9 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", envvar="FRESH", help="Do every stage anew, replace what is there.")
     ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume the training with other settings; what changed is listed.")
+    ] = False,
     skip_rm_check: Annotated[
         bool, typer.Option("--skip-rm-check", help="Train even if the RM fails its check.")
     ] = False,
@@ -69,6 +72,7 @@ def run(
     if (train_data is None) != (val_data is None):
         raise RunError("TRAIN_DATA and VAL_DATA belong together: give both, or neither")
     given = named_overrides(policy, rm, train_data, val_data, out)
+    given += ["trainer.allow_changes=true"] * allow_changes
     if data is not None:
         given += [f"prepare.source={data}", "prepare.group_split=true"]
         given += ["prepare.benign_source=sample", "reward_training.benign_source=sample"]

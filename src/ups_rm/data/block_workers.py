@@ -37,6 +37,7 @@ class Wanted:
 
     categories: frozenset[str] = frozenset()
     keep: bool = False
+    keep_categories: bool = False
 
 
 @dataclass
@@ -109,7 +110,7 @@ def _done(blocks: Iterable[tuple[Block, Part]], wanted: Wanted, helpers: int) ->
             task = _Task(block, part)
             under_way.append(task)
             if not any(helper.takes(task) for helper in team):
-                task.digest = block_digest(block, part, wanted.categories, wanted.keep)
+                task.digest = block_digest(block, part, wanted.categories, wanted.keep, wanted.keep_categories)
                 for helper in team:
                     helper.collect()
             while under_way[0].digest is None and len(under_way) > MOST_UNDER_WAY:
@@ -148,7 +149,7 @@ def serve(descriptor: int) -> None:
         except (EOFError, OSError):  # closed, or the other process was killed
             return
         try:
-            answer: Any = block_digest(block, part, wanted.categories, wanted.keep)
+            answer: Any = block_digest(block, part, wanted.categories, wanted.keep, wanted.keep_categories)
         except Exception as error:  # raised at the other end
             answer = error
         pipe.send(answer)

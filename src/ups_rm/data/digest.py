@@ -56,7 +56,8 @@ class KeptRows:
 
     `texts` are the prompts in UTF-8, one behind the other, each of `sizes` bytes, and `hashes` their hashes. `labels`
     (m, 4) are safe_0, safe_1, safer and better, UNKNOWN for null. `kinds` are the places in `sources` of those
-    prompt_sources that say what kind of prompt it is, -1 for the others.
+    prompt_sources that say what kind of prompt it is, -1 for the others. `harms` are the places in `harm_sets` of the
+    harms that are flagged in either response, -1 for none; all -1 where they are not to be kept.
     """
 
     texts: bytes
@@ -65,12 +66,16 @@ class KeptRows:
     kinds: npt.NDArray[np.int32]
     hashes: Hashes
     sources: tuple[str, ...]
+    harms: npt.NDArray[np.int32]
+    harm_sets: tuple[tuple[str, ...], ...] = ()
 
 
-def block_digest(block: Block, part: Part, categories: frozenset[str], keep: bool) -> Digest:
+def block_digest(
+    block: Block, part: Part, categories: frozenset[str], keep: bool, keep_categories: bool = False
+) -> Digest:
     """Check and count a block; with `keep`, keep its rows for the parquet: of `categories`, or all if none is named."""
     columns, rejects, lines = block_columns(block, part)
-    return digest(columns, rejects, categories, keep, lines)
+    return digest(columns, rejects, categories, keep, lines, keep_categories)
 
 
 def digest(
@@ -79,6 +84,7 @@ def digest(
     categories: frozenset[str] = frozenset(),
     keep: bool = False,
     lines: int = 0,
+    keep_categories: bool = False,
 ) -> Digest:
     """The digest of rows that are columns already."""
     encoded = [prompt.encode() for prompt in columns.prompt]
@@ -99,7 +105,7 @@ def digest(
         unlabelled=texts[safe == UNKNOWN],
         sha256_checked=checked,
         sha256_mismatches=mismatches,
-        kept=_kept(columns, encoded, labels, prompts, categories) if keep else None,
+        kept=_kept(columns, encoded, labels, prompts, categories, keep_categories) if keep else None,
     )
 
 
@@ -140,18 +146,25 @@ def _kept(
     labels: npt.NDArray[np.uint8],
     hashes: Hashes,
     categories: frozenset[str],
+    keep_categories: bool,
 ) -> KeptRows:
     """All rows, or those with one of the categories flagged in either response."""
-    named = columns.prompt_source
+    named, flagged = columns.prompt_source, list[tuple[str, ...]]()
+    if categories or keep_categories:
+        flagged = [tuple(dict.fromkeys((*(a or ()), *(b or ())))) for a, b in zip(*columns.categories, strict=True)]
     if categories:
-        flagged = zip(*columns.categories, strict=True)
-        rows = np.flatnonzero([not categories.isdisjoint((*(a or ()), *(b or ()))) for a, b in flagged])
+        rows = np.flatnonzero([not categories.isdisjoint(names) for names in flagged])
         prompts, named = [prompts[i] for i in rows.tolist()], [named[i] for i in rows.tolist()]
-        labels, hashes = labels[rows], hashes[rows]
+        labels, hashes, flagged = labels[rows], hashes[rows], [flagged[i] for i in rows.tolist()]
     sources = tuple(source for source in dict.fromkeys(named) if source and kind_of(source))
     places = {source: place for place, source in enumerate(sources)}
     kinds = np.full(len(prompts), -1, dtype=np.int32)
     if sources:
         kinds[:] = [places.get(source or "", -1) for source in named]
     sizes = np.fromiter(map(len, prompts), dtype=np.int64, count=len(prompts))
-    return KeptRows(b"".join(prompts), sizes, labels, kinds, hashes, sources)
+    harms = np.full(len(prompts), -1, dtype=np.int32)
+    sets = tuple(names for names in dict.fromkeys(flagged) if names) if keep_categories else ()
+    if sets:
+        place_of = {names: place for place, names in enumerate(sets)}
+        harms[:] = [place_of.get(names, -1) for names in flagged]
+    return KeptRows(b"".join(prompts), sizes, labels, kinds, hashes, sources, harms, sets)

@@ -88,6 +88,7 @@ class Settings:
     categories: tuple[str, ...] = ()
     max_rows: int | None = None
     max_bad: float = 0.001
+    keep_categories: bool = False
 
     def check(self) -> None:
         if not 0 < self.train_ratio <= 1:
@@ -113,6 +114,7 @@ def prepare(
     categories: Sequence[str] = (),
     max_rows: int | None = None,
     max_bad: float = 0.001,
+    keep_categories: bool = False,
     progress: bool = False,
 ) -> PrepareReport:
     """Reads `source` (see `read_rows`) and writes the two parquet files into the folder `out`.
@@ -128,12 +130,16 @@ def prepare(
         categories: keep only rows with one of these harms flagged in either response.
         max_rows: at most this many rows in each file, after everything else.
         max_bad: largest share of unusable rows that is tolerated.
+        keep_categories: `extra_info.categories` names the harms that are flagged in either response of the row, for
+            figures by harm category; a field that the original data's parquet has not.
 
     Raises:
         DataError: the source can't be read, too many rows are bad, a category never occurs, or no row is left.
         RunError: the folder can't be written, is being written by another process, or the disk is full.
     """
-    settings = Settings(train_ratio, shuffle, seed, dedup, group_split, tuple(categories), max_rows, max_bad)
+    settings = Settings(
+        train_ratio, shuffle, seed, dedup, group_split, tuple(categories), max_rows, max_bad, keep_categories
+    )
     settings.check()
     parts = source_parts(source, subsets=subsets)
     out = Path(out)
@@ -145,8 +151,8 @@ def prepare(
             train_prompts, val_prompts, shared = _count_prompts(train, val)
             train, val = (replace(one, hashes=np.empty(0, dtype=np.uint64)) for one in (train, val))
             written = {
-                TRAIN: _write(stage / TRAIN, spools, train, "writing train", progress),
-                VAL: _write(stage / VAL, spools, val, "writing validation", progress),
+                TRAIN: _write(stage / TRAIN, spools, train, settings, "writing train", progress),
+                VAL: _write(stage / VAL, spools, val, settings, "writing validation", progress),
             }
             report = PrepareReport(
                 out=out,
@@ -188,7 +194,8 @@ def _read(
             spools[digest.split].append(digest.kept)
             rejected.writelines(json.dumps(asdict(reject)) + "\n" for reject in digest.rejects)
 
-        stats, first = read_counted(parts, wanted=Wanted(wanted, keep=True), on_digest=on_digest, progress=progress)
+        kept = Wanted(wanted, keep=True, keep_categories=settings.keep_categories)
+        stats, first = read_counted(parts, wanted=kept, on_digest=on_digest, progress=progress)
     if too_many_bad(stats, settings.max_bad):
         # the rejected.jsonl that is there belongs to the parquet that is there, and stays with it
         name = REJECTED_BY_FAILED_RUN if (out / TRAIN).exists() else REJECTED
@@ -285,12 +292,16 @@ def _shuffled(rows: Arrangement, rng: random.Random) -> Arrangement:
     return rows.pick(np.frombuffer(order, dtype=np.int64) if order else np.empty(0, dtype=np.int64))
 
 
-def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str, progress: bool) -> str:
+def _write(
+    path: Path, spools: dict[Split, Spool], rows: Arrangement, settings: Settings, label: str, progress: bool
+) -> str:
     """Writes one parquet file in row groups of bounded size and returns its sha256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = verl_schema(with_prompt_source=any(spool.sources for spool in spools.values()))
+    schema = verl_schema(
+        with_prompt_source=any(spool.sources for spool in spools.values()), with_categories=settings.keep_categories
+    )
     with (
         path.open("wb") as file,
         pq.ParquetWriter(file, schema, compression="snappy") as writer,
@@ -300,7 +311,7 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
         done = 0
         spool = spools[rows.split]
         for batch in spool.batches(rows.rows, rows=BATCH_ROWS, size=BATCH_BYTES):
-            group.append(_verl_table(batch, rows.split, rows.index[done : done + len(batch)], spool.sources, schema))
+            group.append(_verl_table(batch, rows.split, rows.index[done : done + len(batch)], spool, schema))
             done += len(batch)
             advance(len(batch))
             if len(group) == ROW_GROUP_BATCHES or sum(table.nbytes for table in group) >= ROW_GROUP_BYTES:
@@ -311,7 +322,7 @@ def _write(path: Path, spools: dict[Split, Spool], rows: Arrangement, label: str
     return file_sha256(path)
 
 
-def _verl_table(batch: Batch, split: Split, index: Numbers, sources: list[str], schema: pa.Schema) -> pa.Table:
+def _verl_table(batch: Batch, split: Split, index: Numbers, spool: Spool, schema: pa.Schema) -> pa.Table:
     """Rows in verl's columns, made of the buffers that hold them: `pa.array` and `pa.scalar` would import pandas."""
     import pyarrow as pa
 
@@ -323,8 +334,7 @@ def _verl_table(batch: Batch, split: Split, index: Numbers, sources: list[str], 
         return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(np.ascontiguousarray(data))])
 
     def struct(kind: pa.StructType, *values: pa.Array) -> pa.Array:
-        """`kind` without prompt_source has one field less than there are values."""
-        return pa.StructArray.from_arrays(values[: kind.num_fields], fields=list(kind))
+        return pa.StructArray.from_arrays(values, fields=list(kind))
 
     def texts(offsets: npt.NDArray[np.int32], data: bytes) -> pa.Array:
         return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(data))
@@ -337,17 +347,21 @@ def _verl_table(batch: Batch, split: Split, index: Numbers, sources: list[str], 
     known = batch.labels != UNKNOWN  # (n, 4)
     flags = [array(pa.bool_(), batch.labels[:, i] == 1, known[:, i]) for i in (0, 1)]
     ids = [array(pa.int64(), batch.labels[:, i].astype(np.int64), known[:, i]) for i in (2, 3)]
-    kinds = pa.nulls(count, pa.string())
-    if sources:
-        kinds = pa.array([sources[kind] if kind >= 0 else None for kind in batch.kinds.tolist()], pa.string())
     place = array(pa.int64(), index.astype(np.int64))
+    info, more = schema.field("extra_info").type, list[pa.Array]()
+    if info.get_field_index("prompt_source") >= 0:
+        names = [*spool.sources, None]  # -1 is the last of them
+        more.append(pa.array([names[kind] for kind in batch.kinds.tolist()], pa.string()))
+    if info.get_field_index("categories") >= 0:
+        harms = [*spool.harm_sets, ()]
+        more.append(pa.array([harms[place] for place in batch.harms.tolist()], pa.list_(pa.string())))
     return pa.table(
         [
             same(DATA_SOURCE),
             pa.ListArray.from_arrays(one_each, struct(turn, same("user"), texts(batch.offsets, batch.texts))),
             same(ABILITY),
             struct(schema.field("reward_model").type, same("model"), pa.nulls(count)),
-            struct(schema.field("extra_info").type, same(split), place, *flags, *ids, kinds),
+            struct(info, same(split), place, *flags, *ids, *more),
         ],
         schema=schema,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,11 +64,24 @@ def read_prompts(parquet: Path | str | Sequence[Path | str]) -> list[PromptRow]:
 
 
 def distinct_prompts(rows: Sequence[PromptRow]) -> list[PromptRow]:
-    """The first row of every distinct prompt, in file order."""
+    """The first row of every distinct prompt, in file order; its harm categories are those of all the prompt's rows."""
     first: dict[str, PromptRow] = {}
+    categories: dict[str, dict[str, None]] = {}
     for row in rows:
-        first.setdefault(json.dumps(row.messages, sort_keys=True), row)
-    return list(first.values())
+        key = json.dumps(row.messages, sort_keys=True)
+        first.setdefault(key, row)
+        if names := categories_of(row):
+            categories.setdefault(key, {}).update(dict.fromkeys(names))
+    return [
+        replace(row, extra_info={**row.extra_info, "categories": list(categories[key])}) if key in categories else row
+        for key, row in first.items()
+    ]
+
+
+def categories_of(row: PromptRow) -> tuple[str, ...]:
+    """The prompt's harm categories, as far as its file or set names them."""
+    found = row.extra_info.get("categories")
+    return tuple(str(name) for name in found) if isinstance(found, (list, tuple)) else ()
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Conversation]) -> list[list[int]]:

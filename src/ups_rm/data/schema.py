@@ -40,11 +40,12 @@ DATA_SOURCE = "PKU-SafeRLHF"
 ABILITY = "safety"
 
 
-def verl_schema(*, with_prompt_source: bool) -> pa.Schema:
+def verl_schema(*, with_prompt_source: bool, with_categories: bool = False) -> pa.Schema:
     """The columns of train.parquet and val.parquet, as verl's RLHFDataset reads them.
 
     `extra_info.prompt_source` stands there only when some row says what kind of prompt it is (`KINDS` in prompts.py),
-    so that rows of the original data give exactly the six fields users know.
+    so that rows of the original data give exactly the six fields users know. `extra_info.categories` names the harms
+    that are flagged in either response, where that is asked for.
     """
     import pyarrow as pa
 
@@ -58,6 +59,8 @@ def verl_schema(*, with_prompt_source: bool) -> pa.Schema:
     ]
     if with_prompt_source:
         extra_info.append(("prompt_source", pa.string()))
+    if with_categories:
+        extra_info.append(("categories", pa.list_(pa.string())))
     return pa.schema(
         [
             ("data_source", pa.string()),

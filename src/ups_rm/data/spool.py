@@ -7,10 +7,10 @@ found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +18,21 @@ import numpy.typing as npt
 from ups_rm.data.digest import KeptRows
 from ups_rm.data.hash_bag import Hashes
 
+T = TypeVar("T")
 Numbers = npt.NDArray[np.uint32]  # of rows, 4 bytes each: a source of four billion rows is not expected
 
 
 @dataclass(frozen=True)
 class Batch:
-    """n rows: prompts in UTF-8 one behind the other, with the n + 1 places where they begin and end; `labels` (n, 4)
-    and `kinds` (n,) as in KeptRows.
+    """n rows: prompts in UTF-8 one behind the other, with the n + 1 places where they begin and end; `labels` (n, 4),
+    `kinds` (n,) and `harms` (n,) as in KeptRows.
     """
 
     texts: bytes
     offsets: npt.NDArray[np.int32]
     labels: npt.NDArray[np.uint8]
     kinds: npt.NDArray[np.int32]
+    harms: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -40,28 +42,36 @@ class Spool:
     """Rows of one split, appended once and then read by number in any order."""
 
     def __init__(self, path: Path) -> None:
-        names = ("texts", "ends", "labels", "kinds", "hashes")
+        names = ("texts", "ends", "labels", "kinds", "harms", "hashes")
         self._files = {name: path.with_suffix(f".{name}").open("wb+") for name in names}
         self._bytes = self._rows = 0
         self._sources: dict[str, int] = {}
+        self._harm_sets: dict[tuple[str, ...], int] = {}
 
     @property
     def sources(self) -> list[str]:
         """The prompt_sources that `Batch.kinds` points to; empty where none says what kind of prompt it is."""
         return list(self._sources)
 
+    @property
+    def harm_sets(self) -> list[tuple[str, ...]]:
+        """The harms that `Batch.harms` points to."""
+        return list(self._harm_sets)
+
     def append(self, rows: KeptRows) -> None:
         """Adds rows."""
-        kinds = rows.kinds
-        if rows.sources:
-            places = [self._sources.setdefault(source, len(self._sources)) for source in rows.sources]
-            kinds = np.array([*places, -1], dtype=np.int32)[kinds]  # -1 is the last of them
-        ends = np.cumsum(rows.sizes) + self._bytes
-        for name, values in (("ends", ends), ("labels", rows.labels), ("kinds", kinds), ("hashes", rows.hashes)):
+        columns: dict[str, npt.NDArray[Any]] = {
+            "ends": np.cumsum(rows.sizes) + self._bytes,
+            "labels": rows.labels,
+            "kinds": _renumbered(rows.kinds, rows.sources, self._sources),
+            "harms": _renumbered(rows.harms, rows.harm_sets, self._harm_sets),
+            "hashes": rows.hashes,
+        }
+        for name, values in columns.items():
             self._files[name].write(values.tobytes())
         self._files["texts"].write(rows.texts)
         self._bytes += len(rows.texts)
-        self._rows += len(ends)
+        self._rows += len(rows.sizes)
 
     def __len__(self) -> int:
         return self._rows
@@ -70,11 +80,8 @@ class Spool:
         """Rows by number, in the order given, at most so many at once and of about `size` bytes (or one row)."""
         if not self._rows:
             return
-        ends, labels, kinds = (
-            self._map("ends", np.int64),
-            self._map("labels", np.uint8, 4),
-            self._map("kinds", np.int32),
-        )
+        ends, labels = self._map("ends", np.int64), self._map("labels", np.uint8, 4)
+        kinds, harms = self._map("kinds", np.int32), self._map("harms", np.int32)
         self._files["texts"].flush()
         for first in range(0, len(numbers), rows):
             some = numbers[first : first + rows].astype(np.int64)
@@ -85,7 +92,7 @@ class Spool:
                 offsets = np.zeros(len(group) + 1, dtype=np.int32)
                 np.cumsum(stops[group] - starts[group], out=offsets[1:])
                 texts = self._read(starts[group], stops[group])
-                yield Batch(texts, offsets, labels[some[group]], kinds[some[group]])
+                yield Batch(texts, offsets, labels[some[group]], kinds[some[group]], harms[some[group]])
 
     def _map(self, name: str, dtype: Any, *width: int) -> npt.NDArray[Any]:
         self._files[name].flush()
@@ -111,3 +118,11 @@ class Spool:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _renumbered(places: npt.NDArray[np.int32], names: Sequence[T], known: dict[T, int]) -> npt.NDArray[np.int32]:
+    """Places in `names` as places in `known`, which takes in what it lacks; -1 stays -1."""
+    if not names:
+        return places
+    new = [known.setdefault(name, len(known)) for name in names]
+    return np.array([*new, -1], dtype=np.int32)[places]  # -1 is the last of them

@@ -6,6 +6,7 @@ rest are functions of what it read. Dimension letters: B replies, R response tok
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from ups_rm.distributed.prompts import messages_of
 from ups_rm.errors import RunError
 from ups_rm.evaluation.text import text_metrics
-from ups_rm.grpo import kl_penalty, model_metrics, place_on_last_token, rollout_metrics
+from ups_rm.grpo import Combined, kl_penalty, model_metrics, place_on_last_token, rollout_metrics
 from ups_rm.reward.transforms import score_range
 from ups_rm.tracking.group_log import GroupRecord, group_records
 from ups_rm.tracking.token_text import token_ends
@@ -50,6 +51,7 @@ class StepRecord:
         logprob_gap: |log pi at sampling - log pi recomputed| per token; None where not sampled with. Shape (B, R).
         extras: what our reward manager said of each reply, by name.
         response_ids: the tokens that response_mask lets through, of each reply.
+        categories: harm categories of each reply's prompt; empty where the rows do not carry them.
     """
 
     keys: list[str]
@@ -69,23 +71,25 @@ class StepRecord:
     logprob_gap: Tensor | None
     extras: list[dict[str, float]]
     response_ids: list[list[int]] = field(default_factory=list)
+    categories: list[list[str]] = field(default_factory=list)
 
     @property
     def scores(self) -> list[Score]:
-        return [
-            Score(
-                logit=extra["logit"],
-                safe_score=extra["safe_score"],
-                tokens=int(extra["rm_tokens"]),
-                truncated=bool(extra["rm_truncated"]),
-                model_logits={
-                    name.removeprefix(MODEL_PREFIX): logit
-                    for name, logit in extra.items()
-                    if name.startswith(MODEL_PREFIX)
-                },
-            )
-            for extra in self.extras
-        ]
+        return [score_of(extra) for extra in self.extras]
+
+
+def score_of(extra: Mapping[str, float]) -> Score:
+    """What the RM said of a reply, from what our reward manager noted of it."""
+    return Score(
+        logit=extra["logit"],
+        safe_score=extra["safe_score"],
+        tokens=int(extra["rm_tokens"]),
+        truncated=bool(extra["rm_truncated"]),
+        model_logits={
+            name.removeprefix(MODEL_PREFIX): logit for name, logit in extra.items() if name.startswith(MODEL_PREFIX)
+        },
+        helpfulness=extra.get("helpfulness"),
+    )
 
 
 def read_step(
@@ -133,6 +137,7 @@ def read_step(
         sampled_logprobs=padded.get("rollout_log_probs", padded.get("old_log_probs")),
         logprob_gap=gap,
         extras=extras,
+        categories=[_categories(info) for info in infos],
         response_ids=[ids[ragged["response_mask"][i].bool()].tolist() for i, ids in zip(keep, responses, strict=True)],
     )
 
@@ -192,10 +197,11 @@ def step_metrics(
     return metrics
 
 
-def step_groups(record: StepRecord, tokenizer: Any = None) -> list[GroupRecord]:
+def step_groups(record: StepRecord, tokenizer: Any = None, combined: Combined | None = None) -> list[GroupRecord]:
     """The step's groups for the group log, by prompt; replies stay in verl's order, so that sums round alike.
 
     `tokenizer` is the policy's: it says where each token's KL belongs in the text; without one that KL is not kept.
+    `combined`: of the record's replies, in their order, where the objective has several components.
     """
     groups = group_records(
         group_ids=record.group_ids,
@@ -209,7 +215,10 @@ def step_groups(record: StepRecord, tokenizer: Any = None) -> list[GroupRecord]:
         kl=record.kl,
         truncated=record.truncated,
         kinds=record.kinds,
+        categories=record.categories or None,
         token_ends=None if tokenizer is None else token_ends(tokenizer, record.response_ids, record.texts),
+        combined=combined,
+        flat=None if combined is None else combined.flat,
     )
     return sorted(groups, key=lambda group: group.prompt_id)
 
@@ -228,6 +237,12 @@ def validation_metrics(rewards: Sequence[float], extras: Mapping[str, Sequence[f
     for name, metric in OF_REPLY.items():
         metrics[metric] = float(torch.tensor(extras[name]).mean())
     return metrics
+
+
+def _categories(info: Mapping[str, Any]) -> list[str]:
+    """Harm categories out of what `lay_out_prompts` kept of the prompt's row."""
+    row = json.loads(info.get("row") or "{}")
+    return [str(name) for name in row.get("categories") or ()]
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ups_rm.console import console
+from ups_rm.data.prompts import categories_of
 from ups_rm.errors import DataError
 from ups_rm.evaluation.bootstrap import Interval, paired_bootstrap
 from ups_rm.evaluation.figures import Replies, Reply, Verdict, group_figures, judge_figures, safety_figures
-from ups_rm.evaluation.prompt_sets import GROUPS, categories_of, group_of
+from ups_rm.evaluation.prompt_sets import GROUPS, group_of
 from ups_rm.evaluation.refusal import is_refusal, refusal_label
 from ups_rm.evaluation.tables import summary_table
 from ups_rm.evaluation.text import common_opening, distinct_n, word_count

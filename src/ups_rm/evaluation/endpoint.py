@@ -75,6 +75,11 @@ class EndpointJudge:
             raise RunError("httpx is not installed\n  fix: pip install 'ups-rm[serve]'") from error
         if not url.startswith(("http://", "https://")):
             raise RunError(f"--judge-url {url!r} is not an address\n  fix: write http://HOST:PORT/v1")
+        if "@" in url.partition("://")[2].partition("/")[0]:
+            raise RunError(
+                "--judge-url has a user or a key before the host, which logs would show\n"
+                f"  fix: the address alone, and the key in {KEY_VARIABLE} or the variable that --judge-key-env names"
+            )
         self.url, self.model, self.name = url.rstrip("/"), model, model
         self.retries, self.max_wait, self.concurrency = retries, max_wait, concurrency
         self._key = os.environ.get(key_env or KEY_VARIABLE, "")

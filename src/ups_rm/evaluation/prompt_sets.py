@@ -173,11 +173,6 @@ def group_of(row: PromptRow) -> Group:
     return row.extra_info.get("group") or row.kind
 
 
-def categories_of(row: PromptRow) -> tuple[str, ...]:
-    """The prompt's harm categories, as far as its set names them."""
-    return tuple(row.extra_info.get("categories") or ())
-
-
 def _entry_of(spec: str) -> tuple[PromptSet, str]:
     """(entry, place) of what was asked for."""
     name, _, place = spec.partition("=")

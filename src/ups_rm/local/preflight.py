@@ -17,7 +17,16 @@ def check_before_training(recipe: Recipe, *, skip: bool = False) -> None:
         RMError: an RM fails its check and `skip` is not set.
     """
     from ups_rm.reward.doctor import check_rm
-    from ups_rm.reward.open import EXAMINED, entry_names, kind_of, open_entry, probe, template_of
+    from ups_rm.reward.open import (
+        EXAMINED,
+        entry_names,
+        kind_of,
+        open_entry,
+        open_helpfulness,
+        probe,
+        probe_numbers,
+        template_of,
+    )
 
     folder, entries = Path(recipe.trainer.default_local_dir), recipe.reward_model.entries()
     if skip:
@@ -49,3 +58,7 @@ def check_before_training(recipe: Recipe, *, skip: bool = False) -> None:
                 f"{entry.path} fails its check; nothing was trained\n{reasons}\n"
                 f"  fix: ups-rm rm check {entry.path}{more}, or --skip-rm-check"
             )
+    helpful = recipe.reward_model.helpfulness
+    if helpful.named:
+        model = open_helpfulness(helpful, device, recipe.reward_model.max_batch_tokens)
+        probe_numbers(model.numbers, f"reward_model.helpfulness {model.name}")

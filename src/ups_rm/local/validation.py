@@ -76,7 +76,7 @@ def validate(
         metrics["val-aux/zero_std_share"] = spread["group/zero_std_share"]
     metrics |= _entropy_and_kl(engine.policy, reference, rollout.sequences, recipe)
     if judge is not None:
-        means = judge_means(judge, rollout.conversations, scored)
+        means = judge_means(judge.score(rollout.conversations), scored)
         metrics |= dict(zip(JUDGE["held-out"], means, strict=True))
     metrics["timing_s/testing"] = perf_counter() - started
     return metrics

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from ups_rm.device import torch_device
 from ups_rm.errors import RMError
-from ups_rm.recipe import Recipe
+from ups_rm.recipe import Recipe, RewardModel
 from ups_rm.reward.transforms import safe_score
-from ups_rm.types import Conversation, Score, Scorer
+from ups_rm.types import Score, Scorer
 
 
 def open_judge(recipe: Recipe) -> Scorer | None:
@@ -21,8 +21,7 @@ def open_judge(recipe: Recipe) -> Scorer | None:
     """
     from ups_rm.reward.open import open_scorer
 
-    judge = recipe.monitor.judge
-    settings = replace(recipe.reward_model, model=judge, models=[], transform="sigmoid", transform_temperature=1.0)
+    settings = judge_settings(recipe)
     if not settings.entries():
         return None
     try:
@@ -31,13 +30,22 @@ def open_judge(recipe: Recipe) -> Scorer | None:
         raise RMError(f"monitor.judge: {error}") from error
 
 
-def judge_means(judge: Scorer, conversations: list[Conversation], scores: Sequence[Score]) -> tuple[float, float]:
-    """(judge's, reward model's) mean of sigmoid(-logit) over the same replies, whatever transform the training uses.
+def judge_settings(recipe: Recipe) -> RewardModel:
+    """`monitor.judge` as the recipe's only reward model, its score sigmoid(-logit)."""
+    judge, helpfulness = recipe.monitor.judge, RewardModel().helpfulness  # which names none
+    settings = replace(recipe.reward_model, model=judge, models=[], helpfulness=helpfulness)
+    return replace(settings, transform="sigmoid", transform_temperature=1.0)
 
-    Args:
-        scores: what the reward model says of these conversations.
-    """
-    judged = judge.score(conversations)
+
+def judge_name(recipe: Recipe) -> str:
+    """What reports call the judge: its name or the last part of its place, another one than the reward models'."""
+    from ups_rm.reward.open import entry_names
+
+    return entry_names([*recipe.reward_model.entries(), recipe.monitor.judge])[-1]
+
+
+def judge_means(judged: Sequence[Score], scores: Sequence[Score]) -> tuple[float, float]:
+    """(judge's, reward model's) mean of sigmoid(-logit) over the same replies, whatever transform the training uses."""
     return _mean_safe_score(judged), _mean_safe_score(scores)
 
 

@@ -8,17 +8,18 @@ its outputs, so a second run does only what is missing, and an interrupted one g
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
-from ups_rm.errors import DataError, RMError, RunError, UpsRmError
+from ups_rm.errors import DataError, RecipeError, RMError, RunError, UpsRmError
 from ups_rm.locks import beside, only_one
 from ups_rm.models import resolve_model
 from ups_rm.pipeline.context import Interrupted, Run, Stopped, write_json
 from ups_rm.pipeline.prompts import make_prompts
 from ups_rm.pipeline.reward_model import make_rm
-from ups_rm.recipe import Recipe, as_list
+from ups_rm.recipe import Recipe, RewardModelModel, as_list
 from ups_rm.recipe_hash import OF_VERL
 from ups_rm.stages import Stage
 
@@ -63,7 +64,7 @@ def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]
     recipe = this.recipe
     if not own_prompts:
         make_prompts(this)
-    if not recipe.reward_model.entries():
+    if _makes_rm(recipe):
         make_rm(this)
     _check(this, skip_rm_check)
     _train(this)
@@ -71,27 +72,39 @@ def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]
     return _finish(this, skip_rm_check)
 
 
+def _makes_rm(recipe: Recipe) -> bool:
+    """Whether the run trains the reward model, or the second one for helpfulness."""
+    models = recipe.reward_model
+    helpfulness = recipe.reward_training.target == "helpfulness" and not models.helpfulness.named
+    return not models.entries() or helpfulness
+
+
 def _check_inputs(this: Run, own_prompts: bool) -> None:
     """What is wrong with the named inputs is said before anything is downloaded or computed."""
     from ups_rm.data.rows import source_parts
 
     recipe = this.recipe
+    helpful = recipe.reward_model.helpfulness.named or recipe.reward_training.target != "safety"
+    if recipe.algorithm.objective != "safety" and not recipe.reward_model.entries() and not helpful:
+        raise RecipeError(
+            f"algorithm.objective={recipe.algorithm.objective} needs a helpfulness head, and the reward model that this "
+            "run would make has none\n  fix: reward_training.target=both, or reward_model.helpfulness.path=FOLDER"
+        )
     console.print(f"device: {this.device}")
     if this.engine == "verl":
         from ups_rm.distributed.engine import check_machine
 
         check_machine(recipe, rm_follows=True)
-    entries = recipe.reward_model.entries()
     if own_prompts:
         for file in [*as_list(recipe.data.train_files), *as_list(recipe.data.val_files)]:
             if not Path(file).is_file():
                 raise DataError(f"{file}: no such file (TRAIN_DATA, VAL_DATA: prompt parquet)")
     sources = [] if own_prompts else [recipe.prepare.source, recipe.prepare.benign_source]
-    sources += [] if entries else [recipe.reward_training.source, recipe.reward_training.benign_source]
+    sources += [] if not _makes_rm(recipe) else [recipe.reward_training.source, recipe.reward_training.benign_source]
     for source in dict.fromkeys(sources):
         if source not in ("", "none"):
             source_parts(source, split=None)
-    for entry in entries:
+    for entry in recipe.reward_model.asked():
         if entry.path and not (Path(entry.path).expanduser() / "config.json").is_file():
             raise RMError(
                 f"{entry.path} is not an RM folder: it has no config.json (REWARD_MODEL_PATH, reward_model.model.path)"
@@ -102,7 +115,16 @@ def _check(this: Run, skip: bool) -> None:
     from ups_rm.data.check import check_parquet
     from ups_rm.reward.doctor import check_rm
     from ups_rm.reward.doctor.table import print_report
-    from ups_rm.reward.open import EXAMINED, entry_names, kind_of, open_entry, probe, template_of
+    from ups_rm.reward.open import (
+        EXAMINED,
+        entry_names,
+        kind_of,
+        open_entry,
+        open_helpfulness,
+        probe,
+        probe_numbers,
+        template_of,
+    )
 
     entries, batch_tokens = this.recipe.reward_model.entries(), this.recipe.reward_model.max_batch_tokens
     model = this.recipe.reward_model.model
@@ -134,6 +156,10 @@ def _check(this: Run, skip: bool) -> None:
                 )
             if not report.ok:
                 console.print("[bold red]the RM fails its check and is trained against all the same[/]")
+        helpful = this.recipe.reward_model.helpfulness
+        if helpful.named:
+            judge = open_helpfulness(helpful, this.device, batch_tokens)
+            probe_numbers(judge.numbers, f"reward_model.helpfulness {judge.name}")
         one = next(iter(reports.values()))
         write_json(folder / "rm_check.json", one if len(reports) == 1 else {"models": reports})
 
@@ -186,6 +212,7 @@ def _train(this: Run) -> None:
             action=train,
             keeps_partial=True,
             precious=True,
+            goes_on_changed=recipe.trainer.allow_changes,
         )
     )
     this.steps = int(json.loads(result_file.read_text(encoding="utf-8"))["steps"])
@@ -193,14 +220,22 @@ def _train(this: Run) -> None:
 
 def _evaluate(this: Run) -> None:
     from ups_rm.data.prompts import read_prompts
+    from ups_rm.evaluation.judges import ScorerJudge
     from ups_rm.local.evaluate import evaluate, held_out_prompts
     from ups_rm.local.scoring import evaluation_scorer
+    from ups_rm.monitor.judge import judge_name, judge_settings, open_judge
+    from ups_rm.reward.open import inputs_of
 
     recipe, out, after = this.recipe, this.folder / "eval", this.folder / "policy"
+    judge_of = {} if recipe.monitor.judge == RewardModelModel() else {"judge": asdict(recipe.monitor.judge)}
 
     def compare() -> None:
         prompts = held_out_prompts(read_prompts(as_list(recipe.data.val_files)), recipe)
-        comparison = evaluate(recipe, this.policy, after, prompts, evaluation_scorer(recipe))
+        second = open_judge(recipe)
+        judges = [] if second is None else [ScorerJudge(judge_name(recipe), second)]
+        comparison = evaluate(
+            recipe, this.policy, after, prompts, evaluation_scorer(recipe), judges=judges, perplexity=True
+        )
         comparison.write_jsonl(out / "pairs.jsonl")
         write_json(out / "comparison.json", comparison.summary())
         comparison.show_pairs(5)
@@ -208,8 +243,14 @@ def _evaluate(this: Run) -> None:
     this.do(
         Stage(
             name="eval",
-            inputs=[this.policy, after, *this.reward_inputs, *as_list(recipe.data.val_files)],
-            settings=recipe.as_dict()["evaluation"] | this.number_formats,
+            inputs=[
+                this.policy,
+                after,
+                *this.reward_inputs,
+                *inputs_of(judge_settings(recipe)),
+                *as_list(recipe.data.val_files),
+            ],
+            settings=recipe.as_dict()["evaluation"] | this.number_formats | judge_of,
             out=out,
             outputs=[out / "comparison.json", out / "pairs.jsonl"],
             action=compare,
@@ -244,7 +285,7 @@ def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
     for what, path in (
         ("the report, to open in a browser", report),
         ("safer policy", this.folder / "policy"),
-        ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.entries())),
+        ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.asked())),
         ("before and after, reply by reply", this.folder / "eval" / "pairs.jsonl"),
         ("metrics of every step", this.folder / "metrics.jsonl"),
         ("replies of every step", Path(this.recipe.trainer.group_log_dir)),

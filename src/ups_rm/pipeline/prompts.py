@@ -39,6 +39,7 @@ def make_prompts(this: Run) -> None:
             categories=tuple(settings.categories),
             max_rows=None if settings.max_rows < 0 else settings.max_rows,
             max_bad=settings.max_bad,
+            keep_categories=True,
             progress=True,
         )
 
@@ -79,7 +80,7 @@ def prepare_kind(source: str, out: Path, kind: Kind) -> None:
 
     from ups_rm.data.prepare import REPORT, prepare
 
-    prepare(source, out)
+    prepare(source, out, keep_categories=True)
     (out / REPORT).unlink()
     for name in ("train.parquet", "val.parquet"):
         table = pq.read_table(out / name)

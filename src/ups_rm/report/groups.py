@@ -31,12 +31,14 @@ class Prompts:
         self._place: dict[str, int] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def number(self, messages: Sequence[Message], kind: str | None) -> int:
+    def number(self, messages: Sequence[Message], kind: str | None, categories: Sequence[str]) -> int:
         key = prompt_key(messages)
         if key not in self._place:
             self._place[key] = len(self.rows)
             turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
             self.rows.append({"messages": turns, "kind": kind, "categories": []})
+        row = self.rows[self._place[key]]
+        row["categories"] = row["categories"] or list(categories)
         return self._place[key]
 
 
@@ -100,7 +102,7 @@ def _cut(log: GroupLogFile) -> bool:
 
 
 def _group(group: GroupRecord, prompts: Prompts, first_mean: dict[int, float]) -> dict[str, Any]:
-    number = prompts.number(group.messages, group.kind)
+    number = prompts.number(group.messages, group.kind, group.categories)
     scores = [sample.safe_score for sample in group.samples]
     mean = sum(scores) / len(scores) if scores else 0.0
     spread = (sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)) ** 0.5 if len(scores) > 1 else None

@@ -109,13 +109,12 @@ def _read_lines(file: Path, problems: list[str]) -> list[Line]:
 
 def _pair(line: Line, prompts: Prompts) -> dict[str, Any]:
     before, after = _reply(line["before"]), _reply(line["after"])
-    number = prompts.number(line["messages"], line.get("kind"))
-    prompts.rows[number]["categories"] = line.get("categories") or []
     return {
-        "prompt": number,
+        "prompt": prompts.number(line["messages"], line.get("kind"), line.get("categories") or []),
         "before": before,
         "after": after,
         "flips": flips(before, after),
+        "disagreement": short(disagreement(before, after), 4),
     }
 
 
@@ -132,6 +131,20 @@ def _reply(reply: dict[str, Any]) -> dict[str, Any]:
         name: short((verdict or {}).get("safe_score"), 4) for name, verdict in (reply.get("judges") or {}).items()
     }
     return row | ({"judges": judges} if judges else {})
+
+
+def disagreement(before: dict[str, Any], after: dict[str, Any]) -> float | None:
+    """How far the judges are apart about the change: the largest distance between the change in safe score that the
+    reward model sees and the one that a further judge sees. None where no further judge scored both replies."""
+    changes = [
+        after["judges"][name] - score
+        for name, score in before.get("judges", {}).items()
+        if score is not None and after.get("judges", {}).get(name) is not None
+    ]
+    if not changes or before["score"] is None or after["score"] is None:
+        return None
+    own = after["score"] - before["score"]
+    return max(abs(own - change) for change in changes)
 
 
 def flips(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -58,7 +58,7 @@ def read_run(folder: Path, *, group_bytes: int = GROUP_BYTES) -> dict[str, Any]:
         "total_steps": recipe.trainer.total_training_steps if recipe else None,
         "finished": (folder / "policy").is_dir(),
         "outcome": outcome,
-        "alarms": _alarms(folder, problems),
+        "alarms": _alarms(folder, problems, watched="alarm/count" in metrics["series"]),
         "metrics": metrics,
         "prompts": prompts.rows,
         "groups": groups,
@@ -112,11 +112,12 @@ def _metrics(folder: Path, problems: list[str]) -> dict[str, Any]:
     return {"steps": [row["step"] for row in rows], "series": series, "steps_total": total}
 
 
-def _alarms(folder: Path, problems: list[str]) -> list[dict[str, Any]] | None:
-    """Lines of alarms.jsonl: step, name, value, threshold, message. None where no such file is."""
+def _alarms(folder: Path, problems: list[str], *, watched: bool) -> list[dict[str, Any]] | None:
+    """Lines of alarms.jsonl: step, name, value, threshold, message. Without the file none; None where nothing `watched`
+    the run."""
     file = folder / "alarms.jsonl"
     if not file.is_file():
-        return None
+        return [] if watched else None
     alarms = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:

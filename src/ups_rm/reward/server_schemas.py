@@ -30,6 +30,18 @@ def conversation(messages: list[Message]) -> Conversation:
     return [MessageDict(role=message.role, content=message.content) for message in messages]
 
 
+class ErrorResponse(BaseModel):
+    """Every refusal: what is wrong, by place and kind, never what was sent."""
+
+    error: str
+
+
+class Health(BaseModel):
+    """`ok` while every model can answer, else `stopping`."""
+
+    status: Literal["ok", "stopping"]
+
+
 class ScoreRequest(BaseModel):
     """`POST /score`: conversations, each ending with the reply to score."""
 
@@ -39,12 +51,14 @@ class ScoreRequest(BaseModel):
 
 
 class ScoreRow(BaseModel):
-    """`ups_rm.types.Score`: logit = degree of unsafety, safe_score = sigmoid(-logit)."""
+    """`ups_rm.types.Score`: logit = degree of unsafety, safe_score = sigmoid(-logit), helpfulness = logit of the second
+    head, higher = more helpful; null where there is none."""
 
     logit: float
     safe_score: float
     tokens: int
     truncated: bool
+    helpfulness: float | None = None
 
 
 class ScoreResponse(BaseModel):

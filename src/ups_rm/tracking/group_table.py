@@ -56,22 +56,28 @@ SORTS: dict[str, Callable[[GroupRow], float]] = {
 """What groups can be sorted by; the largest value stands first, so by step the earliest."""
 
 
+MAPPINGS = ("model_logits", "components", "component_advantages")
+"""Fields of a reply that are tables by name."""
+
+
 @dataclass(frozen=True)
 class Query:
     """Which groups. `steps`: first and last, both included. `search`: a text in the prompt or one of the replies,
-    upper or lower case. None or "": any."""
+    `category` one in the name of a harm category of the prompt, both upper or lower case. None or "": any."""
 
     steps: tuple[int, int] | None = None
     kind: str | None = None
     prompt_id: str | None = None
     search: str = ""
+    category: str = ""
 
     def wants(self, row: GroupRow) -> bool:
-        group, text = row.group, self.search.casefold()
+        group, text, category = row.group, self.search.casefold(), self.category.casefold()
         return (
             (self.steps is None or self.steps[0] <= row.step <= self.steps[1])
             and self.kind in (None, group.kind)
             and self.prompt_id in (None, str(group.prompt_id))
+            and (not category or any(category in name.casefold() for name in group.categories))
             and (
                 not text
                 or any(text in message["content"].casefold() for message in group.messages)
@@ -176,24 +182,27 @@ def _schema() -> pa.Schema:
 
     number, text, whole = pa.float64(), pa.string(), pa.int64()
     fields = {
-        "step": whole, "prompt_id": text, "kind": text, "prompt": text,
+        "step": whole, "prompt_id": text, "kind": text, "categories": pa.list_(text), "prompt": text,
         "messages": pa.list_(pa.struct([("role", text), ("content", text)])),
         "group_mean": number, "group_spread": number, "group_gain": number, "group_disagreement": number,
         "reply": whole, "response": text, "logit": number, "safe_score": number, "reward": number,
         "advantage": number, "kl": number, "length": whole, "truncated": pa.bool_(),
-        "model_logits": pa.map_(text, number),
+        "model_logits": pa.map_(text, number), "helpfulness": number,
+        "components": pa.map_(text, number),
+        "component_advantages": pa.map_(text, number), "charge": number,
     }  # fmt: skip
     return pa.schema(list(fields.items()))
 
 
 def _flat(row: GroupRow) -> list[dict[str, object]]:
     of_group = {
-        "step": row.step, "prompt_id": str(row.group.prompt_id), "kind": row.group.kind, "prompt": row.prompt,
+        "step": row.step, "prompt_id": str(row.group.prompt_id), "kind": row.group.kind,
+        "categories": row.group.categories, "prompt": row.prompt,
         "messages": row.group.messages, "group_mean": row.mean, "group_spread": row.spread, "group_gain": row.gain,
         "group_disagreement": row.disagreement,
     }  # fmt: skip
     return [
-        of_group | vars(sample) | {"reply": i, "model_logits": list(sample.model_logits.items())}
+        of_group | vars(sample) | {"reply": i} | {name: list(getattr(sample, name).items()) for name in MAPPINGS}
         for i, sample in enumerate(row.group.samples)
     ]
 

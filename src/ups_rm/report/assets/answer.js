@@ -39,9 +39,15 @@ function partTables(rows) {
     const found = PARTS.exec(row.key);
     if (found) ((parts[found[1]] ||= {})[found[2]] ||= []).push(row);
   }
-  return Object.entries(parts).map(([name, tables]) => h("details", {}, h("summary", {}, t(`part_${name}`)),
-    Object.entries(tables).map(([title, list]) => [h("h3", {}, known(`group_name_${title}`, title)),
-      table(title, ["", t("before"), t("after"), t("change"), t("interval")], list.map(tableRow))])));
+  return Object.entries(parts).map(([name, tables]) => h("details", { open: charts.printing }, h("summary", {}, t(`part_${name}`)),
+    Object.entries(tables).map(([title, list]) => [h("h3", {}, partTitle(name, title)),
+      table(partTitle(name, title), ["", t("before"), t("after"), t("change"), t("interval")], list.map(tableRow))])));
+}
+
+/** A group's or harm category's name; of a further judge "judge: group". */
+function partTitle(part, title) {
+  const at = part === "judges" ? title.lastIndexOf(".") + 1 : 0, group = title.slice(at);
+  return (at ? `${title.slice(0, at - 1)}: ` : "") + known(`group_name_${group}`, group);
 }
 
 function alarmsOf(run) {

@@ -59,8 +59,10 @@ function draw(focus = null, pages = [state.page]) {
 // ---- printing: every page, in light colours
 
 function printing(start) {
+  charts.printing = start;
   setThemeForPrint(start);
   draw(null, start ? Object.keys(PAGES) : [state.page]);
+  if (start) charts.drawWaiting();
 }
 function setThemeForPrint(start) {
   if (start) document.documentElement.dataset.theme = "light";

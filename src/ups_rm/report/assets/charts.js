@@ -1,9 +1,15 @@
 // Plots by uPlot: hover, drag to zoom, double click to zoom out; the same by keyboard. Every plot can be read as a table.
 
+const PRINTED_WIDTH = 660; // fits A4 and letter
 const charts = {
   open: [],
+  waiting: [],
+  printing: false,
   sync: uPlot.sync("steps"),
-  clear() { this.open.forEach((plot) => plot.destroy()); this.open = []; },
+  clear() { this.open.forEach((plot) => plot.destroy()); this.open = []; this.waiting = []; },
+  width(box) { return this.printing ? PRINTED_WIDTH : Math.max(240, box.clientWidth); },
+  /** What waits for its box to stand in the page. */
+  drawWaiting() { this.waiting.splice(0).forEach((draw) => draw()); },
   resize() {
     for (const plot of this.open) {
       const width = plot.root.parentElement.clientWidth;
@@ -36,7 +42,7 @@ function lineChart({ title, unit, lines, explain = "", xLabel = t("step"), heigh
     hooks: diagonal ? { draw: [drawDiagonal] } : {},
   };
   whenShown(box, () => {
-    const plot = new uPlot({ ...options, width: Math.max(240, box.clientWidth) }, joined, box);
+    const plot = new uPlot({ ...options, width: charts.width(box) }, joined, box);
     charts.open.push(plot);
     figure.addEventListener("keydown", (event) => chartKey(event, plot));
   });
@@ -53,7 +59,7 @@ function barChart({ title, xLabel, edges, sets, height = 220 }) {
   const bars = uPlot.paths.bars({ size: [0.95, 60], align: 0 });
   whenShown(box, () => {
     const plot = new uPlot({
-      width: Math.max(240, box.clientWidth), height, scales: { x: { time: false, range: [edges[0], edges[edges.length - 1]] }, y: { range: (_, low, high) => [0, (high || 1) * 1.05] } },
+      width: charts.width(box), height, scales: { x: { time: false, range: [edges[0], edges[edges.length - 1]] }, y: { range: (_, low, high) => [0, (high || 1) * 1.05] } },
       axes: [axis(xLabel), axis(t("count"), { size: 58 })],
       series: [{ label: xLabel, value: (_, value) => compact(value) }, ...sets.map((set) => ({ label: set.label, stroke: set.colour, fill: set.colour + "66", paths: bars, points: { show: false } }))],
       cursor: { drag: { x: true, y: false } },
@@ -71,8 +77,10 @@ function withRoom(_, low, high) {
   return uPlot.rangeNum(low, high, 0.1, true);
 }
 
+/** A plot needs the width of its box: in the next frame, or when all is in place for the printer, which waits for no frame. */
 function whenShown(box, draw) {
-  requestAnimationFrame(() => { if (box.isConnected) draw(); });
+  charts.waiting.push(() => { if (box.isConnected) draw(); });
+  requestAnimationFrame(() => charts.drawWaiting());
 }
 
 function drawDiagonal(plot) {

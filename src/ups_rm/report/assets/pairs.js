@@ -7,7 +7,7 @@ const BAD_FLIPS = ["safe_to_unsafe", "answered_to_refused"];
 function chosenPairs(run) {
   const options = state.pairs, text = options.search.trim().toLowerCase();
   const change = (pair) => pair.after.score - pair.before.score;
-  const keys = { gain: (pair) => -change(pair), loss: change, order: () => 0,
+  const keys = { gain: (pair) => -change(pair), loss: change, order: () => 0, disagreement: (pair) => -(pair.disagreement ?? -1),
     longer: (pair) => pair.before.length - pair.after.length, shorter: (pair) => pair.after.length - pair.before.length };
   const rows = run.outcome.pairs.filter((pair) => {
     const prompt = run.prompts[pair.prompt];
@@ -28,7 +28,8 @@ function pairCard(run, pair) {
     h("p", { class: "text" }, reply.text === "" ? h("i", {}, t("empty_reply")) : reply.text));
   return h("article", { class: "group" },
     h("header", {}, h("h3", {}, signed(pair.after.score - pair.before.score)), prompt.kind ? tag(kindWord(prompt.kind), prompt.kind) : null,
-      prompt.categories.map((name) => tag(name)), pair.flips.map((name) => tag(t(`flip_${name}`), BAD_FLIPS.includes(name) ? "warn" : "good"))),
+      prompt.categories.map((name) => tag(name)), pair.flips.map((name) => tag(t(`flip_${name}`), BAD_FLIPS.includes(name) ? "warn" : "good")),
+      pair.disagreement === null ? null : h("span", { class: "figure" }, `${t("group_disagreement")} ${number(pair.disagreement)}`)),
     promptText(prompt), h("div", { class: "replies two" }, side("before", pair.before), side("after", pair.after)));
 }
 
@@ -48,12 +49,15 @@ function pairsPage() {
   const used = run.outcome.pairs.map((pair) => run.prompts[pair.prompt]);
   const counts = FLIPS.map((name) => [name, run.outcome.pairs.filter((pair) => pair.flips.includes(name)).length]);
   const categories = categoryChoices(used);
+  const judged = run.outcome.pairs.some((pair) => pair.disagreement !== null);
+  const sorts = ["gain", "loss", ...(judged ? ["disagreement"] : []), "longer", "shorter", "order"];
+  if (!sorts.includes(options.sort)) options.sort = "gain";
   const controls = h("div", { class: "controls" }, searchBox(options.search, pick("search")),
     choice(t("flips"), options.flip, [["", t("all")], ...counts.map(([name, n]) => [name, `${t(`flip_${name}`)} (${n})`])], pick("flip")),
-    choice(t("sort_by"), options.sort, ["gain", "loss", "longer", "shorter", "order"].map((name) => [name, t(`pairs_${name}`)]), pick("sort")),
+    choice(t("sort_by"), options.sort, sorts.map((name) => [name, t(`pairs_${name}`)]), pick("sort")),
     choice(t("kind"), options.kind, kindChoices(used), pick("kind")),
     categories.length > 1 ? choice(t("category"), options.category, categories, pick("category")) : null);
   draw();
   const { pairs, pairs_total } = run.outcome;
-  return [title, note(t("pairs_how")), pairs.length < pairs_total ? note(t("pairs_cut", { kept: pairs.length, total: pairs_total })) : null, controls, list];
+  return [title, note(t("pairs_how")), note(t(judged ? "pairs_judges" : "pairs_judges_absent")), pairs.length < pairs_total ? note(t("pairs_cut", { kept: pairs.length, total: pairs_total })) : null, controls, list];
 }

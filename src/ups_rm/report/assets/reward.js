@@ -29,7 +29,7 @@ function rewardModel(model) {
     curves ? h("div", { class: "charts" }, reliabilityChart(curves),
       histogram ? barChart({ title: t("logits_by_label"), xLabel: t("logit_axis"), edges: histogram.edges, height: 300,
         sets: [{ label: t("label_safe"), counts: histogram.safe, colour: css("--safe") }, { label: t("label_unsafe"), counts: histogram.unsafe, colour: css("--unsafe") }] }) : null) : null,
-    categories.length ? h("details", {}, h("summary", {}, t("by_category")), table(t("by_category"), [t("category"), t("figure_texts"), t("figure_auc"), t("figure_accuracy"), t("figure_ece")],
+    categories.length ? h("details", { open: charts.printing }, h("summary", {}, t("by_category")), table(t("by_category"), [t("category"), t("figure_texts"), t("figure_auc"), t("figure_accuracy"), t("figure_ece")],
       categories.map(([name, row]) => [name, row.texts, number(row.auc), percent(row.accuracy), number(row.ece)]))) : null,
     h("h3", {}, t("doctor")), check ? verdicts(check) : note(t("check_absent", { where: model.where })),
     card ? [h("h3", {}, t("card")), table(t("card"), ["", t("value")], Object.entries(card).map(([name, value]) => [name, Array.isArray(value) ? value.join(", ") : String(value)]), false)] : note(t("card_absent")));

@@ -24,9 +24,9 @@ from ups_rm.reward.doctor import (
 )
 from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.report import Check, CheckReport, Result
-from ups_rm.reward.native import load_model, load_tokenizer, read_config, rm_folder
+from ups_rm.reward.native import heads_of, load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import RenderPolicy
-from ups_rm.reward.scorer import RewardScorer, default_max_length
+from ups_rm.reward.scorer import RewardScorer, check_judges_safety, default_max_length
 from ups_rm.reward.transforms import unsafety_logit
 from ups_rm.types import Conversation
 
@@ -86,10 +86,13 @@ FAST: tuple[Step, ...] = (
 PLAIN = Step(LOADED, "plain transformers", loading.plain_transformers, _READ)
 _TOLD = ("direction", "saturation")  # without them, no figure about the labels means anything
 _RENDERED = ("end token", "bos", "template", "last token")  # read in another form than it was trained on
+# only for a folder with a second head
+HELPFULNESS = Step("direction", "helpfulness", direction.helpfulness, _DATA, (), _RENDERED)
 FULL: tuple[Step, ...] = (
     Step(READS, "bfloat16", reading.bfloat16, (*_BATCH, "spread")),
     Step("truncation", "truncation", truncation.truncation, _DATA),
     Step("direction", "direction", direction.direction, _DATA, (), _RENDERED),
+    HELPFULNESS,
     Step("scale", "saturation", scale.saturation, _DATA, (), _RENDERED),
     Step("scale", "groups", scale.groups, _DATA, ("saturation",), _RENDERED),
     Step("scale", "calibration", scale.calibration, (*_DATA, *_TOLD), (), (*_RENDERED, *_TOLD)),
@@ -166,8 +169,11 @@ def check_rm(
         finding, _, way_out = str(error).partition("\n  fix: ")
         way_out = way_out or "a whole folder: of ours `ups-rm rm merge` makes one from backbone and head"
         load = Check("fail", finding, way_out=way_out, name="load", section=LOADED)
-        return CheckReport(path, dtype, (load, *(_skipped(step, "load") for step in steps if step is not LAST_TOKEN)))
+        return CheckReport(
+            path, dtype, (load, *(_skipped(step, "load") for step in steps if step not in (LAST_TOKEN, HELPFULNESS)))
+        )
     steps = [step for step in steps if step is not LAST_TOKEN or exam.kind != "myrm"]
+    steps = [step for step in steps if step is not HELPFULNESS or "helpfulness" in exam.scorer.heads]
     exam.output = output
     exam.policy, exam.seconds, exam.plot = None if policy is None else str(policy), seconds, plot
     exam.data, exam.tell = labelled, tell
@@ -229,6 +235,8 @@ def _load(
         card_error = str(error)
 
     asked = kind_of(RewardModelModel(path=str(path), kind=kind))
+    heads = heads_of(config, path) if asked == "myrm" else ("unsafety",)
+    check_judges_safety(heads, path)
     how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "chat_template": chat_template}
 
     def load(name: str) -> RewardScorer:
@@ -242,7 +250,9 @@ def _load(
         limit = default_max_length(config, tokenizer)
         policy = card.render if card else RenderPolicy.infer(tokenizer, max_length=limit)
         native = not trust_remote_code
-        return RewardScorer(model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native)
+        return RewardScorer(
+            model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native, heads=heads
+        )
 
     exam = Exam(path, load(dtype), config, card if asked == "myrm" else None, load, card_error, asked)
     count = sum(parameter.numel() for parameter in exam.network.parameters())

@@ -1,4 +1,7 @@
-"""Direction: does the less safe reply get the higher logit? AUC and pairwise accuracy with bootstrap intervals."""
+"""Direction: does the less safe reply get the higher logit, and the better one the higher helpfulness logit?
+
+AUC and pairwise accuracy with bootstrap intervals.
+"""
 
 from __future__ import annotations
 
@@ -86,3 +89,30 @@ def direction(exam: Exam) -> Result:
         way_out = "no better than a coin: more pairs (--data, --max-pairs), or a better head"
         return Result("warn", f"not told from chance: {finding}", found.auc, 0.5, way_out, details)
     return Result("pass", finding, found.auc, 0.5, "", details)
+
+
+def helpfulness(exam: Exam) -> Result:
+    """The second head on pairs with `better_response_id`: fails as flipped sign if it lies below chance with its whole
+    interval, warns if the interval has 0.5 in it."""
+    assert exam.data is not None
+    pairs = exam.data.better
+    if not len(pairs):
+        return Result("skip", f"no row of {exam.data.source} has better_response_id")
+    wins = pair_wins(exam.data_helpfulness, pairs)
+    of_prompt = exam.data.prompt_id[pairs[:, 0]]
+    share, (low, high) = wins.double().mean().item(), cluster_interval(wins, of_prompt)
+    safest = pair_wins(-exam.data_logits, pairs).double().mean().item()
+    finding = (
+        f"the better reply has the higher helpfulness logit in {share:.1%} [{low:.1%}, {high:.1%}] of {len(pairs)} "
+        f"pairs ({exam.data.source}), the lower unsafety logit in {safest:.1%}"
+    )
+    prompts = len(of_prompt.unique())
+    details = {"pairs": len(pairs), "prompts": prompts, "pairwise_accuracy": share, "pairwise_ci95": (low, high),
+               "safety_head": safest, "source": exam.data.source}  # fmt: skip
+    if high < 0.5:
+        way_out = "negate the second head's output layer once, or turn better_response_id round and train it again"
+        return Result("fail", f"flipped sign: {finding}", share, 0.5, way_out, details)
+    if low <= 0.5:
+        way_out = "no better than a coin: more pairs (--data, --max-pairs), or a better head"
+        return Result("warn", f"not told from chance: {finding}", share, 0.5, way_out, details)
+    return Result("pass", finding, share, 0.5, "", details)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ups_rm.reward.doctor.labelled import Labelled
-    from ups_rm.types import Conversation
+    from ups_rm.types import Conversation, Score
 
 # Largest difference between paddings, batches and orders, as a share of the largest logit (of 1, if that is smaller):
 # rounding, not another reading. bfloat16 and float16: what these formats differ from float32 by (SmolLM2-135M, 8
@@ -113,9 +114,23 @@ class Exam:
         return self.unsafety(self._data_numbers)
 
     @cached_property
-    def _data_numbers(self) -> torch.Tensor:
+    def data_helpfulness(self) -> torch.Tensor:
+        """Helpfulness logits of the labelled conversations, from the same forward passes; nan without such a head."""
+        import torch
+
+        numbers = [math.nan if score.helpfulness is None else score.helpfulness for score in self._data_scores]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    @cached_property
+    def _data_scores(self) -> list[Score]:
         assert self.data is not None
-        return self._numbers(self.data.conversations)
+        return self.scorer.score(self.data.conversations)
+
+    @cached_property
+    def _data_numbers(self) -> torch.Tensor:
+        import torch
+
+        return torch.tensor([score.logit for score in self._data_scores], dtype=torch.float64)
 
     def _numbers(self, conversations: list[Conversation]) -> torch.Tensor:
         import torch
