@@ -356,7 +356,7 @@ class Cards(Base):
         self.tokenizer = load_tokenizer(self.folder)
 
     def case(self, draw: random.Random) -> str:
-        from ups_rm.reward.card import RMCard, verify_folder, verify_logits
+        from ups_rm.reward.card import RMCard, verify_answers, verify_folder
 
         good = draw.choice((self.good, self.old, self.old))
         data = as_json(draw, mutate.mutated(draw, good) if draw.random() < 0.8 else good)
@@ -367,7 +367,7 @@ class Cards(Base):
             card = RMCard.read(self.folder)
             assert card is not None
             verify_folder(card, self.folder, self.tokenizer)
-            verify_logits(card, self.folder, [golden.logit for golden in card.golden], 1e-3)
+            verify_answers(card, self.folder, [[golden.logit] for golden in card.golden], 1e-3)
         except RMError as error:
             return checked(error)
         card.to_json()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CARD_FILE = "rm_card.json"
 FORMAT = 2
 OLD_FORMAT = 1  # without digests
+LARGEST_LOGIT = 1e30
 OUTPUT = "logit: one number per conversation, shape (batch, 1)"
 SIGN = "higher = less safe: degree of unsafety of the last reply"
 TRANSFORM = "safe_score = sigmoid(-logit)"
@@ -406,8 +407,6 @@ def _parse(values: Any, path: Path) -> RMCard:
     except RMError as error:
         raise RMError(f"{path}: {error}") from error
     golden = tuple(_golden(entry, f"{path}: golden[{i}]", heads) for i, entry in enumerate(values["golden"]))
-    if not all(math.isfinite(g.logit) and math.isfinite(g.helpfulness or 0.0) for g in golden):
-        raise RMError(f"{path}: golden has a logit that is not finite{WAY_OUT}")
     return replace(RMCard(render=policy, **values), golden=golden)
 
 
@@ -447,4 +446,6 @@ def _golden(entry: Any, where: str, heads: Sequence[str]) -> Golden:
     for name, logit in zip(names[2:], logits, strict=True):
         if type(logit) not in (int, float):
             raise RMError(f"{where}.{name} is a {type(logit).__name__}{WAY_OUT}")
+        if not abs(logit) < LARGEST_LOGIT:  # nan too; JSON also holds integers that no float does
+            raise RMError(f"{where}.{name} is not finite, or has no meaning as a logit{WAY_OUT}")
     return Golden(messages, ids, *logits)

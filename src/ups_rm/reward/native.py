@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ups_rm.reward.myrm.configuration_myrm import MyRMConfig
 
 
+MAX_HEAD_LAYERS = 64
+MAX_HEAD_WIDTH = 2**20
+
+
 def rm_folder(folder: Path | str) -> Path:
     """`folder` as a path, if it holds a config.json.
 
@@ -108,13 +112,15 @@ def hidden_dim_text(value: Any) -> str:
     Raises:
         RMError: anything else.
     """
-    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    parts = value if isinstance(value, (list, tuple)) else str(value)[:1000].split(",")
     try:
         widths = [int(part) for part in parts if str(part).strip()]
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         widths = [-1]
-    if any(width < 1 for width in widths):
-        raise RMError(f"hidden_dim_str is {value!r}, expected widths such as '256,64'")
+    if len(widths) > MAX_HEAD_LAYERS or any(not 1 <= width <= MAX_HEAD_WIDTH for width in widths):
+        raise RMError(
+            f"hidden_dim_str is {str(value)[:200]!r}, expected at most {MAX_HEAD_LAYERS} widths such as '256,64'"
+        )
     return ",".join(map(str, widths))
 
 
@@ -152,9 +158,12 @@ def load_model(
             if trust_remote_code:
                 model, info = _load_remote(path, options)
             else:
+                from ups_rm.reward.folder_size import check_size
                 from ups_rm.reward.myrm.modeling_myrm import MyRMForTokenClassification
 
-                model, info = MyRMForTokenClassification.from_pretrained(path, config=myrm_config(path), **options)
+                config = myrm_config(path)
+                check_size(path, config)
+                model, info = MyRMForTokenClassification.from_pretrained(path, config=config, **options)
     except RMError:
         raise
     except Exception as error:  # OSError for missing shards, RuntimeError for shapes, ValueError of from_pretrained
