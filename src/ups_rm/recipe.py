@@ -857,11 +857,22 @@ def _unknown(key: str) -> str:
     if not near:
         like = difflib.get_close_matches(leaf, set(leaves.values()), n=1)
         near = [other for other in known if [leaves[other]] == like]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    near = near or [_nearest(key, known)]
     names = " or ".join(near[:4])
     if key in VERL_ONLY:
         return f"{key} is verl's and has no effect here ({VERL_ONLY[key]}); leave it out, or did you mean {names}?"
     return f"{key} is not a key of the recipe; did you mean {names}?"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The one that shares most letters: quick, for what resembles nothing."""
+    matcher = difflib.SequenceMatcher(None, "", word)
+
+    def likeness(other: str) -> float:
+        matcher.set_seq1(other)
+        return matcher.quick_ratio()
+
+    return max(known, key=likeness)
 
 
 def _check_size(root: Any, file: Path) -> None:

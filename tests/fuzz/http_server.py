@@ -40,13 +40,18 @@ class Server:
     """A server with a model whose logit is the number of tokens that it reads."""
 
     def __init__(self, folder: Path) -> None:
-        logging.disable(logging.ERROR)
+        logging.disable(logging.ERROR)  # of refused requests
         tokenizer = llama3_tokenizer()
         policy = RenderPolicy.infer(tokenizer, max_length=500)
         model: Any = SimpleNamespace(
-            tokenizer=tokenizer, policy=policy, device="cpu", max_batch_tokens=4096, enough_tokens=4096,
-            batch_logits=lambda rows, **_: [len(row) / 100 for row in rows],
-        )  # fmt: skip
+            tokenizer=tokenizer,
+            policy=policy,
+            heads=("unsafety",),
+            device="cpu",
+            max_batch_tokens=4096,
+            enough_tokens=4096,
+            batch_answers=lambda rows: [(len(row) / 100,) for row in rows],
+        )
         self.server = RewardServer([model], name="fuzzed", limits=LIMITS)
         self.server.__enter__()
         self.app: Any = self.server._uvicorn.config.app
@@ -60,6 +65,7 @@ class Server:
     def close(self) -> None:
         self.loop.close()
         self.server.__exit__()
+        logging.disable(logging.NOTSET)
 
     def case(self, draw: random.Random) -> str:
         path = draw.choice(list(GOOD)) if draw.random() < 0.9 else draw.choice(PATHS)

@@ -156,12 +156,12 @@ class Recipes(Base):
         text = b"{}"
         if draw.random() < 0.75:
             document = self._document(draw)
-            document = mutate.mutated(draw, document) if draw.random() < 0.6 else document
+            document = mutate.mutated(draw, document) if draw.random() < 0.8 else document
             try:
                 text = self.yaml.dump(document, Dumper=self.dumper, allow_unicode=True).encode("utf-8", "surrogatepass")
             except (ValueError, UnicodeEncodeError, self.yaml.YAMLError):  # YAML can't say it
                 text = json.dumps(document).encode()
-            if draw.random() < 0.5:
+            if draw.random() < 0.6:
                 text = mutate.damaged(draw, text)
         if text == b"{}" or draw.random() < 0.2:
             for _ in range(draw.choice((1, 2))):

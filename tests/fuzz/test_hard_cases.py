@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pyarrow as pa
@@ -326,3 +329,49 @@ def test_a_parquet_of_wrong_types_is_told(name: str, tmp_path: Path) -> None:
         told = str(error)
     assert "wrong.parquet" in told
     assert not rows
+
+
+SIZES: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648, the weights have 2"),
+    "vocabulary": ({"vocab_size": 2**33}, "describes a model of"),
+    "width": ({"intermediate_size": 2**30}, "describes a model of"),
+    "heads": ({"head_dim": 2**24}, "describes a model of"),
+    "head's width": ({"hidden_dim_str": "999999999999"}, "hidden_dim_str is '999999999999'"),
+    "head's layers": ({"hidden_dim_str": "8," * 100_000}, "hidden_dim_str is '8,8,"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_config_of_another_size_than_the_weights_is_told_before_anything_is_built(
+    name: str, tmp_path: Path, rm_folder: Path
+) -> None:
+    import shutil
+
+    import torch
+
+    from ups_rm.reward.native import load_model
+
+    changes, words = SIZES[name]
+    folder = Path(shutil.copytree(rm_folder, tmp_path / "rm"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    start = perf_counter()
+    with pytest.raises(RMError, match=re.escape(words)):
+        load_model(folder, dtype=torch.float32)
+    assert perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "²", "-1", "1e9", "0x10"])
+def test_a_length_that_is_no_length_is_no_bug_of_the_servers(length: str) -> None:
+    """The head of a request reaches the application unchecked where another server than ours runs it."""
+    from fuzz.http_server import Server
+
+    server = Server(Path())
+    try:
+        headers = [("content-length", length), ("content-type", "application/json")]
+        body = json.dumps({"conversations": []}).encode()
+        draw = random.Random(0)
+        status, _ = server.loop.run_until_complete(server._straight(draw, "POST", "/score", headers, body))
+        assert status == (413 if len(length) > 1000 else 200)
+    finally:
+        server.close()

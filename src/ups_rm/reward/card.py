@@ -8,7 +8,6 @@ names the field. `make_card` writes one for a folder that has none.
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Sequence

@@ -230,6 +230,8 @@ def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
         texts = tokenizer.apply_chat_template(checked, tokenize=False, add_generation_prompt=False, **extra)
     except Exception as error:  # jinja2's own errors, and raise_exception() in templates
         raise RMError(f"the RM's chat template refuses a conversation: {type(error).__name__}: {error}") from error
+    if not all(isinstance(text, str) for text in texts):
+        raise RMError("the RM's chat template writes no text: look at chat_template in the tokenizer's files")
     return list(texts)
 
 
