@@ -355,6 +355,11 @@ def _check_reward_models(recipe: Recipe) -> None:
             f"reward_model.transform_temperature={settings.transform_temperature:g} has no effect on "
             f"reward_model.transform={settings.transform}\n  fix: reward_model.transform=tempered_sigmoid"
         )
+    for i, entry in enumerate(settings.models):
+        if not dataclasses.is_dataclass(entry):  # an interpolation may stand for anything
+            raise RecipeError(
+                f"reward_model.models[{i}] is {_shown(entry)!r}, expected a section with the keys of model"
+            )
     prefix = "reward_model.model."
     entries = {f"reward_model.models[{i}].": entry for i, entry in enumerate(settings.models)}
     entries["monitor.judge."] = recipe.monitor.judge

@@ -28,7 +28,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-CASE_SECONDS = 30
+CASE_SECONDS = 60
 EXTRA_MEMORY = 2 * 2**30
 """Address space beyond what the process has when it starts."""
 PER_PROCESS = 25_000

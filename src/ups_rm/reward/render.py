@@ -272,7 +272,10 @@ def checked_messages(conversation: Conversation, index: int, tokens: ControlToke
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    try:
+        encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    except Exception as error:  # half surrogate pairs that a template writes, a vocabulary with holes
+        raise RMError(f"the RM's tokenizer does not take a conversation: {type(error).__name__}: {error}") from error
     return [list(ids) for ids in encoded["input_ids"]]
 
 
