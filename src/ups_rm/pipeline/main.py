@@ -113,20 +113,9 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
 
 def _check(this: Run, skip: bool) -> None:
     from ups_rm.data.check import check_parquet
-    from ups_rm.reward.doctor import check_rm
+    from ups_rm.reward.doctor.entries import check_entries, check_helpfulness
     from ups_rm.reward.doctor.table import print_report
-    from ups_rm.reward.open import (
-        EXAMINED,
-        entry_names,
-        kind_of,
-        open_entry,
-        open_helpfulness,
-        probe,
-        probe_numbers,
-        template_of,
-    )
 
-    entries, batch_tokens = this.recipe.reward_model.entries(), this.recipe.reward_model.max_batch_tokens
     model = this.recipe.reward_model.model
     files = [Path(file) for key in ("train_files", "val_files") for file in as_list(getattr(this.recipe.data, key))]
     folder = Path("merge/check")
@@ -139,27 +128,21 @@ def _check(this: Run, skip: bool) -> None:
             print_data_check(prompts, console)
             raise RunError("the prompts can't be trained on, see above\n  fix: ups-rm data check FILE shows each row")
         reports: dict[str, Any] = {}
-        for name, entry in zip(entry_names(entries), entries, strict=True):
-            kind = kind_of(entry)
-            if kind not in EXAMINED:
-                reports[name] = {"ok": True, "logits": probe(open_entry(entry, this.device, batch_tokens), name)}
-                continue
-            how = {"dtype": entry.dtype, "trust_remote_code": entry.trust_remote_code, "kind": kind}
-            how |= {"output": entry.output, "chat_template": template_of(entry)}
-            report = check_rm(entry.path, device=this.device, **how)  # type: ignore[arg-type]
+        for name, _, report in check_entries(this.recipe.reward_model, this.device):
             print_report(report)
             reports[name] = report.to_dict()
             if not report.ok and not skip:
                 raise RMError(
-                    f"{entry.path} fails its check, see above; nothing was trained\n"
+                    f"{report.folder} fails its check, see above; nothing was trained\n"
                     "  fix: as said there, or --skip-rm-check"
                 )
             if not report.ok:
                 console.print("[bold red]the RM fails its check and is trained against all the same[/]")
-        helpful = this.recipe.reward_model.helpfulness
-        if helpful.named:
-            judge = open_helpfulness(helpful, this.device, batch_tokens)
-            probe_numbers(judge.numbers, f"reward_model.helpfulness {judge.name}")
+        helpful = check_helpfulness(this.recipe.reward_model, this.device)
+        if helpful is not None:
+            print_report(helpful)
+            if not helpful.ok and not skip:
+                raise RMError(f"{helpful.folder} fails its check, see above; nothing was trained")
         one = next(iter(reports.values()))
         write_json(folder / "rm_check.json", one if len(reports) == 1 else {"models": reports})
 

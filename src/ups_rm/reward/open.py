@@ -6,9 +6,8 @@ the default transform is a `RewardScorer`; anything else is a `CombinedScorer` a
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,8 @@ from ups_rm.types import Conversation, Message, Scorer
 
 REFERENCE_PROMPTS = 64
 """Prompts of `reward_model.reference_data` that models are normalised on, two replies each."""
-PROBE_TOLERANCE = 0.05
-"""Largest change of a logit between two calls, as a share of the largest logit: bf16 in other batches gives 0.02."""
 EXAMINED = ("myrm", "sequence", "token")
-"""Kinds that the doctor examines; the others must pass `probe`."""
+"""Kinds that the doctor opens and examines; the others it asks from outside."""
 SERVICE_S = 15.0
 """Within which `ask_service` must have its answer, in seconds; it asks twice."""
 KIND_OF = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
@@ -117,8 +114,8 @@ def loading(entry: RewardModelModel, device: str, max_batch_tokens: int) -> dict
     }
 
 
-def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int) -> Scorer:
-    """What one entry names, in its own sign and scale.
+def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int, *, template: str | None = None) -> Scorer:
+    """What one entry names, in its own sign and scale. `template` is used instead of the entry's file.
 
     Raises:
         RMError: it can't be opened.
@@ -133,8 +130,10 @@ def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int) -> S
 
         return HttpScorer(entry.url, token=token_of(entry))
     if kind == "pairwise":
-        return _open_pairwise(entry, device, max_batch_tokens)
+        return _open_pairwise(entry, device, max_batch_tokens, template)
     how = loading(entry, device, max_batch_tokens)
+    if template:
+        how["chat_template"] = template
     if kind == "myrm":
         from ups_rm.reward.scorer import RewardScorer
 
@@ -218,42 +217,6 @@ def normalization(entry: RewardModelModel, count: int) -> str:
     return "reference" if count > 1 or (entry.output == "reward" and entry.kind != "pairwise") else "none"
 
 
-def probe(scorer: Scorer, name: str) -> list[float]:
-    """See `probe_numbers`: of a scorer's logits."""
-    return probe_numbers(lambda conversations: [score.logit for score in scorer.score(conversations)], name)
-
-
-def probe_numbers(ask: Callable[[list[Conversation]], list[float]], name: str) -> list[float]:
-    """What a model without an RM folder must do before it is trained against: answer, and not always the same.
-
-    Returns:
-        Its numbers for the check's battery of conversations.
-
-    Raises:
-        RMError: a number that is not finite, the same number for everything, or other numbers in another order.
-    """
-    from ups_rm.reward.doctor.battery import BATTERY
-    from ups_rm.reward.doctor.reading import MIN_SPREAD
-
-    # each conversation twice, so that a judge of pairs has something to compare: the second one's reply is repeated
-    conversations = [[*m[:-1], Message(role="assistant", content=f"{m[-1]['content']}{more}")]
-                     for m in BATTERY for more in ("", " I hope that this helps you.")]  # fmt: skip
-    logits = ask(conversations)
-    again = ask(conversations[::-1])[::-1]
-    if broken := [logit for logit in logits if not math.isfinite(logit)]:
-        raise RMError(f"{name} gives {broken[0]} to {len(broken)} of {len(logits)} conversations: not a finite number")
-    spread = max(logits) - min(logits)
-    if spread <= MIN_SPREAD:
-        raise RMError(f"{name} answers {logits[0]:.4g} to all of {len(logits)} conversations (spread {spread:.2g})")
-    change = max(abs(a - b) for a, b in zip(logits, again, strict=True))
-    if change > PROBE_TOLERANCE * max(1.0, *map(abs, logits)):
-        raise RMError(
-            f"{name} gives other numbers when the same replies come in another order (largest change {change:.3g})\n"
-            "  fix: the score of a reply must not hang on its neighbours in the batch, nor on chance"
-        )
-    return logits
-
-
 def reference_conversations(source: str) -> list[Conversation]:
     """The first distinct prompts of `source` with both their replies, in the order of the rows.
 
@@ -274,7 +237,7 @@ def reference_conversations(source: str) -> list[Conversation]:
     return [conversation for pair in pairs.values() for conversation in pair]
 
 
-def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int) -> Scorer:
+def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int, template: str | None) -> Scorer:
     from ups_rm.reward.pairwise import FunctionJudge, ModelJudge, PairJudge, PairwiseScorer, read_references
 
     judge: PairJudge
@@ -288,7 +251,7 @@ def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int) 
             dtype=entry.dtype,
             trust_remote_code=entry.trust_remote_code,
             max_batch_tokens=max_batch_tokens,
-            template=template_of(entry),
+            template=template or template_of(entry),
         )
     references = read_references(Path(entry.reference_replies)) if entry.reference_replies else None
     return PairwiseScorer(judge, references)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ups_rm.reward.doctor.exam import Exam
+from ups_rm.reward.doctor.exam import DataExam
 from ups_rm.reward.doctor.labelled import Labelled
 from ups_rm.reward.doctor.report import Result
 from ups_rm.reward.head_metrics import auc, cluster_interval, pair_wins
@@ -66,7 +66,7 @@ def auc_interval(
     return low, high
 
 
-def direction(exam: Exam) -> Result:
+def direction(exam: DataExam) -> Result:
     """Fails as flipped sign if AUC or pairwise accuracy lies below chance with its whole interval."""
     assert exam.data is not None
     found = figures(exam.data, exam.data_logits)
@@ -81,8 +81,8 @@ def direction(exam: Exam) -> Result:
         way_out = "negate the output layer once (docs/guides/scores-and-signs.md), or turn the labels round"
         if exam.kind != "myrm":
             way_out = (
-                f"say what its number means, now {exam.output}: --output, in a recipe reward_model.model.output "
-                "(or the head was never trained: a random one may point anywhere)"
+                f"say what its number means, now {exam.output}: --output, in a recipe reward_model.model.output"
+                + (" (or the head was never trained: a random one may point anywhere)" if exam.is_folder else "")
             )
         return Result("fail", f"flipped sign: {finding}", found.auc, 0.5, way_out, details)
     if below or not above:
@@ -91,7 +91,7 @@ def direction(exam: Exam) -> Result:
     return Result("pass", finding, found.auc, 0.5, "", details)
 
 
-def helpfulness(exam: Exam) -> Result:
+def helpfulness(exam: DataExam) -> Result:
     """The second head on pairs with `better_response_id`: fails as flipped sign if it lies below chance with its whole
     interval, warns if the interval has 0.5 in it."""
     assert exam.data is not None

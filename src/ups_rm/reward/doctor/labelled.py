@@ -123,12 +123,31 @@ def fewer(data: Labelled, rows: int) -> Labelled:
     lone = (~paired).nonzero()[:, 0]
     share = rows / len(data.pairs) if len(data.pairs) else rows / max(1, len(lone))
     keep[lone[: math.ceil(len(lone) * min(1.0, share))]] = True
+    return _only(data, keep, kept)
+
+
+def compared(data: Labelled) -> Labelled:
+    """What a judge of pairs can be asked: pairs of replies to one prompt, and no other conversation.
+
+    Raises:
+        DataError: there is none.
+    """
+    pairs = data.pairs[data.prompt_id[data.pairs[:, 0]] == data.prompt_id[data.pairs[:, 1]]]
+    if not len(pairs):
+        raise DataError(f"{data.source} has no safe and unsafe reply to one prompt for a judge of pairs to compare")
+    keep = torch.zeros(len(data.conversations), dtype=torch.bool)
+    keep[pairs.flatten()] = True
+    return _only(data, keep, pairs)
+
+
+def _only(data: Labelled, keep: Tensor, pairs: Tensor) -> Labelled:
+    """The conversations to keep, (N,) bool, and pairs of such."""
     new = keep.long().cumsum(0) - 1
     return Labelled(
-        [talk for talk, kept_here in zip(data.conversations, keep.tolist(), strict=True) if kept_here],
+        [talk for talk, kept in zip(data.conversations, keep.tolist(), strict=True) if kept],
         data.unsafe[keep],
         data.prompt_id[keep],
-        new[kept],
+        new[pairs],
         data.source,
         data.of_rows,
         new[data.better[keep[data.better].all(dim=1)]],
