@@ -73,9 +73,9 @@ def crossed_bootstrap(
     grid = np.asarray(differences, dtype=np.float64)  # (seeds, prompts)
     rng = np.random.default_rng(seed)
     seeds, prompts = grid.shape
-    means = np.empty(n_resamples)
-    for i in range(n_resamples):
-        of_seeds = grid[rng.integers(0, seeds, size=seeds)].mean(axis=0)  # (prompts,)
-        means[i] = of_seeds[rng.integers(0, prompts, size=prompts)].mean()
+    # how often each seed and each prompt is drawn, as shares
+    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n_resamples) / seeds  # (N, seeds)
+    of_prompts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=n_resamples) / prompts  # (N, prompts)
+    means = ((of_seeds @ grid) * of_prompts).sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(grid.mean()), float(low), float(high), prompts, level)
