@@ -374,7 +374,12 @@ def test_an_empty_file_is_the_defaults(file: Path) -> None:
 
 
 def packaged() -> list[str]:
-    return sorted(entry.name for entry in (resources.files("ups_rm") / "recipes").iterdir() if ".yaml" in entry.name)
+    names = sorted(entry.name for entry in (resources.files("ups_rm") / "recipes").iterdir() if ".yaml" in entry.name)
+    return [name for name in names if not name.startswith("study_")]
+
+
+def test_a_study_is_no_recipe_and_says_what_runs_it() -> None:
+    assert "fix: ups-rm study study_constrained" in failure("study_constrained")
 
 
 @pytest.mark.parametrize("name", packaged())

@@ -149,6 +149,7 @@ class Replay:
             trainer._rollout = lambda prompts, number, rollout=rollout: rollout  # type: ignore[method-assign]
             records.append(trainer.step(prompts, step))
             metrics.append(trainer.metrics(records[-1], step))
+            trainer.objective.after_step(metrics[-1])
             weights.append(_copy(trainer))
         validation = trainer.validate(TrainingState()) if run.recipe.trainer.test_freq > 0 else {}
         return Replay(records, metrics, weights[0], weights[1:], validation)

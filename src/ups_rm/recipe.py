@@ -681,8 +681,10 @@ def recipe_file(name: str) -> Path:
             raise RecipeError(f"no recipe file at {path}")
         return path
     packaged = Path(str(resources.files("ups_rm") / "recipes" / f"{name}.yaml"))
+    if name.startswith("study_") and packaged.is_file():
+        raise RecipeError(f"{name} is a study of several recipes\n  fix: ups-rm study {name}")
     if not packaged.is_file():
-        known = sorted(entry.stem for entry in packaged.parent.glob("*.yaml"))
+        known = sorted(entry.stem for entry in packaged.parent.glob("*.yaml") if not entry.stem.startswith("study_"))
         raise RecipeError(f"no recipe named {name!r}; packaged ones: {', '.join(known)}; or give a .yaml file")
     return packaged
 

@@ -13,17 +13,26 @@ import psutil
 import pytest
 
 from faulty_rms import slow_rm
+from tiny import tiny_rm
 from tiny_training import prompt_file
 from verl_cpu import command
 from verl_runs import OWN_CODE, Interrupted, Replay, VerlRun, planned, replies_with
 
+CONSTRAINED = (
+    "algorithm.objective=constrained", "algorithm.constraint.on=unsafe", "algorithm.constraint.lambda_lr=0.5",
+    "reward_model.overlong_buffer.enable=true", "reward_model.overlong_buffer.len=4",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="session")
-def interrupted(
-    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, rm_folder: Path
-) -> tuple[VerlRun, Interrupted]:
-    """`ENGINE=verl bash scripts/run_grpo_pku_saferlhf.sh` on one worker, after a Ctrl-C while step 2 is sampled."""
-    run = planned(tmp_path_factory.mktemp("one"), policy_folder, rm_folder, starts=2)
+def interrupted(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path) -> tuple[VerlRun, Interrupted]:
+    """`ENGINE=verl bash scripts/run_grpo_pku_saferlhf.sh` on one worker, after a Ctrl-C while step 2 is sampled.
+
+    Its objective is the constrained one with an RM of two heads: what a resume has to keep is then the multiplier too.
+    """
+    folder = tmp_path_factory.mktemp("one")
+    rm = tiny_rm(folder / "rm", heads=("unsafety", "helpfulness"))
+    run = planned(folder, policy_folder, rm, *CONSTRAINED, starts=2)
     asked_at = 0.0
 
     def ctrl_c(process: subprocess.Popen[str]) -> None:

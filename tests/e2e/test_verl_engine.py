@@ -8,7 +8,9 @@ verl sampled is replayed through the local engine, which runs through.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +62,19 @@ def test_metrics_have_the_local_engines_names_and_values(run: VerlRun, replay: R
         assert set(ours) - LOCAL_ONLY <= set(theirs)
         for name in set(ours) - LOCAL_ONLY:
             if name.startswith(
-                ("critic/", "reward/", "score/", "kl/", "group/", "text/", "response", "prompt", "train", "rollout/e")
+                (
+                    "critic/",
+                    "reward/",
+                    "score/",
+                    "kl/",
+                    "group/",
+                    "text/",
+                    "response",
+                    "prompt",
+                    "train",
+                    "rollout/e",
+                    "objective/",
+                )
             ):
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5, nan_ok=True), name
         assert 0 < theirs["timing_s/reward"] < theirs["timing_s/step"]
@@ -131,7 +145,10 @@ def test_every_token_has_the_same_score_reward_advantage_and_logprobs(run: VerlR
         ours = []
         for i, length in enumerate(sequences.response_mask.sum(1).tolist()):
             prompt = sequences.prompts[i][sequences.prompt_mask[i].bool()].tolist()
-            columns = (record.token_level_scores, record.token_level_rewards, record.advantages, record.kl)
+            rewards = record.token_level_rewards
+            if record.combined is not None:  # verl keeps its own rewards; ours are made of components beside them
+                rewards = record.token_level_scores - 0.05 * record.kl
+            columns = (record.token_level_scores, rewards, record.advantages, record.kl)
             ours.append(
                 (prompt, sequences.responses[i, :length].tolist(), torch.stack([c[i, :length] for c in columns]))
             )
@@ -189,6 +206,27 @@ def test_a_step_leads_to_the_same_weights(run: VerlRun, replay: Replay) -> None:
         assert float(moved.abs().max()) > 5e-6, "nothing was learned"
         assert float((their_move - moved).norm()) < 1e-2 * float(moved.norm())
         before, theirs_before = weights, theirs
+
+
+def test_the_multiplier_is_steered_logged_and_kept_over_a_resume(one_worker: VerlRun, replay_of: Any) -> None:
+    first, second = one_worker.metrics
+    assert first["objective/lambda"] == 1.0
+    step = 0.5 * (first["objective/cost_mean"] - first["objective/cost_limit"])
+    assert abs(step) > 1e-3, "it must move for this test to mean anything"
+    assert second["objective/lambda"] == pytest.approx(math.exp(step), rel=1e-6)
+    states = [
+        json.loads((one_worker.folder / f"global_step_{n}" / "ups_rm_objective.json").read_text()) for n in (1, 2)
+    ]
+    assert states[0] == {"value": pytest.approx(second["objective/lambda"]), "updates": 1}
+    assert states[1]["updates"] == 2
+    log = read_group_log(one_worker.folder / "groups" / "step_000002.jsonl")
+    for group in log.groups:
+        bound = second["objective/lambda"] if group.kind == "unsafe" else 0.0
+        assert group.weights == {"safety": pytest.approx(bound), "helpfulness": 1.0}
+        for sample in group.samples:
+            assert sample.components["helpfulness"] == pytest.approx(sample.helpfulness)
+            assert sample.components["safety"] == pytest.approx(-sample.logit)
+            assert sample.charge == pytest.approx(0.05 * sample.kl + max(0.0, (sample.length - 4) / 4), abs=1e-5)
 
 
 # ---- resume and export
