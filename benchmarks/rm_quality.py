@@ -32,6 +32,7 @@ from benchmarks.rm_heads import (
 from benchmarks.rm_ideas import ideas_part
 from benchmarks.rm_inputs import TEMPLATES, Finding, Inputs, shown
 from benchmarks.rm_lora import lora_part
+from benchmarks.rm_ridge import ridge_part
 from ups_rm.console import console
 from ups_rm.data.rows import Row, read_rows
 from ups_rm.models import resolve_model
@@ -204,6 +205,7 @@ PARTS: dict[str, Callable[[Inputs], Iterator[Finding]]] = {
     "sample": sample_part,
     "ideas": ideas_part,
     "lora": lora_part,
+    "ridge": ridge_part,
 }
 
 

@@ -4,13 +4,17 @@ The server runs in a process of its own, the clients are threads of another; eac
 the next one when it has its answer. The peer scores the same conversations in one call, sorted as it likes. Both run on
 the same cores, one after the other and in turns, because the machine's speed drifts; so what is measured is what HTTP,
 the queue and smaller batches cost. Two RMs: a tiny one, where HTTP is most of the work, and SmolLM2-135M with a random
-head, the smallest that anyone would train with.
+head, the smallest that anyone would train with. What the server answered is counted by its own metrics. At the end the
+server is killed in the middle of a run and another one started at its address: what clients then lack is counted.
 """
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -58,23 +62,26 @@ def conversations(n: int, longest: int, seed: int = 0) -> list[Conversation]:
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[str]:
-    """The address of `ups-rm rm serve FOLDER`, running in a process of its own."""
-    command = [sys.executable, "-m", "ups_rm", "rm", "serve", str(folder), "--port", "0", *options]
+def serving(folder: Path, *options: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Address and process of `ups-rm rm serve FOLDER`; asked to end at the end."""
+    command = [sys.executable, "-m", "ups_rm", "rm", "serve", str(folder), "--port", str(port), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
             line = next((line for line in server.stdout if "answers at " in line), None)
             if line is None:
                 raise RuntimeError(f"the server ended with exit code {server.wait()}")
-            yield line.partition("answers at ")[2].split()[0]
+            yield line.partition("answers at ")[2].split()[0], server
         finally:
             server.send_signal(signal.SIGTERM)
 
 
-def load(url: str, work: Sequence[Conversation], clients: int = CLIENTS) -> Load:
-    """Send every conversation once, `clients` at a time."""
-    logits, latencies = [0.0] * len(work), [0.0] * len(work)
+def load(
+    url: str, work: Sequence[Conversation], clients: int = CLIENTS, *, half: threading.Event | None = None
+) -> Load:
+    """Send every conversation once, `clients` at a time; `half` is set when half of them are answered. One that is
+    never answered has the logit NaN."""
+    logits, latencies = [math.nan] * len(work), [0.0] * len(work)
     todo, lock = iter(range(len(work))), threading.Lock()
 
     def client() -> None:
@@ -87,6 +94,8 @@ def load(url: str, work: Sequence[Conversation], clients: int = CLIENTS) -> Load
                 begun = perf_counter()
                 logits[i] = scorer.score([work[i]])[0].logit
                 latencies[i] = perf_counter() - begun
+                if half is not None and 2 * sum(map(bool, latencies)) >= len(work):
+                    half.set()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     begun = perf_counter()
@@ -103,7 +112,7 @@ def measure(name: str, folder: Path, work: list[Conversation], required: float |
     expected = scorer.score(work)
     tokens = sum(score.tokens for score in expected)
     ours, peer = [], []
-    with serving(folder) as url:
+    with serving(folder) as (url, _):
         load(url, work[:CLIENTS])  # warm
         for _ in range(pairs):
             begun = perf_counter()
@@ -111,6 +120,8 @@ def measure(name: str, folder: Path, work: list[Conversation], required: float |
             peer.append(tokens / (perf_counter() - begun))
             found = load(url, work)
             ours.append(tokens / found.seconds)
+        answers = statuses(url)
+    bad = sum(count for status, count in answers.items() if status not in (200, 429))
     worst = max(abs(a - b.logit) for a, b in zip(found.logits, expected, strict=True))
     used = versions("torch", "transformers", "fastapi", "uvicorn", "httpx")
     ordered = sorted(found.latencies)
@@ -128,7 +139,49 @@ def measure(name: str, folder: Path, work: list[Conversation], required: float |
         ),
         Result(f"rm serve latency p50, {what}", p50, None, "s", versions=used),
         Result(f"rm serve latency p99, {what}", p99, None, "s", versions=used),
+        Result(
+            f"rm serve answers 429, {what}", answers.get(429, 0), None, f"of {sum(answers.values())}", versions=used
+        ),
+        Result(f"rm serve answers other than 200 and 429, {what}", bad, None, "answers", versions=used),
         Result(f"rm serve largest difference of a logit, {what}", worst, None, "logit", versions=used),
+    ]
+
+
+def statuses(url: str) -> dict[int, int]:
+    """How often the server gave each HTTP status to /score, by its own count."""
+    import httpx
+
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    found: dict[int, int] = {}
+    for line in re.findall(r"^ups_rm_requests_total\{.*", text, re.MULTILINE):
+        if "/score" in line:
+            status = int(re.search(r'status="(\d+)"', line)[1])  # type: ignore[index]
+            found[status] = found.get(status, 0) + int(float(line.rsplit(" ", 1)[1]))
+    return found
+
+
+def measure_kill(name: str, folder: Path, work: list[Conversation]) -> list[Result]:
+    """SIGKILL when half is answered, another server at the same address; answers that never came or are wrong."""
+    expected = [score.logit for score in RewardScorer.load(folder).score(work)]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    half, found = threading.Event(), list[Load]()
+    with serving(folder, port=port) as (url, first):
+        clients = threading.Thread(target=lambda: found.append(load(url, work, half=half)))
+        clients.start()
+        half.wait()
+        first.kill()
+        first.wait()
+    with serving(folder, port=port):
+        clients.join()
+    (one,) = found
+    lost = sum(math.isnan(logit) for logit in one.logits)
+    wrong = sum(abs(a - b) > 0.1 for a, b in zip(one.logits, expected, strict=True))
+    what, used = f"{name}, {CLIENTS} clients, killed at half of {len(work)}", versions("fastapi", "uvicorn", "httpx")
+    return [
+        Result(f"rm serve samples lost, {what}", lost, None, "samples", versions=used),
+        Result(f"rm serve logits that are wrong by more than 0.1, {what}", wrong, None, "samples", versions=used),
+        Result(f"rm serve longest wait over the restart, {what}", max(one.latencies), None, "s", versions=used),
     ]
 
 
@@ -143,4 +196,5 @@ def run(pairs: int = 3) -> list[Result]:
         home = Path(folder)
         merge(fetch(), tiny_head(home / "head", hidden_size=576, hidden_dims=(64, 16)), home / "SmolLM2-135M")
         results = measure("SmolLM2-135M", home / "SmolLM2-135M", conversations(96, 80), 0.9, pairs)
-        return results + measure("tiny RM of 2 layers", tiny_rm(home / "tiny"), conversations(512, 80), None, pairs)
+        results += measure("tiny RM of 2 layers", tiny_rm(home / "tiny"), conversations(512, 80), None, pairs)
+        return results + measure_kill("tiny RM of 2 layers", home / "tiny", conversations(512, 80))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tiny import tiny_hf_rm
 from tiny_training import BENIGN, UNSAFE, command, prompt_file
 from ups_rm.data.check import check_parquet
 from ups_rm.data.prompts import read_prompts
@@ -316,6 +317,69 @@ def test_own_prompts_and_reward_model_replace_their_stages(place: Place, rm_fold
     assert not (place.folder / "merge/merged_model").exists()
 
 
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_a_classifier_of_plain_transformers_is_checked_as_what_it_is(place: Place, tmp_path: Path, kind: str) -> None:
+    """Its kind, output and template reach the doctor; a template of two BOS is its finding, and stops the run."""
+    folder = tiny_hf_rm(tmp_path / "classifier", kind=kind)
+    environment = {**own(place.folder), "REWARD_MODEL_PATH": str(folder), "OUTPUT_DIR": "runs/classifier"}
+    assert place.run("reward_model.model.output=safety", **environment) == 0, place.out
+    report = json.loads((place.folder / "merge/check/rm_check.json").read_text())
+    verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
+    assert report["ok"] is True
+    assert verdicts["last token"] in ("pass", "warn")  # asked of classifiers of plain transformers only
+    assert verdicts["card"] == "skip"
+    assert list(place.summary(Path("runs/classifier"))["seconds"]) == ["check", "train", "eval"]
+    twice = tmp_path / "twice.jinja"
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    twice.write_text(template.replace("= bos_token + text", "= bos_token + bos_token + text"), encoding="utf-8")
+    assert place.run(f"reward_model.model.template={twice}", **environment | {"OUTPUT_DIR": "runs/twice"}) == 2
+    assert "double BOS" in place.out
+    assert "nothing was trained" in place.out
+    assert not (place.folder / "runs/twice").exists()
+
+
+def test_a_function_is_checked_on_labelled_rows(place: Place) -> None:
+    environment = {**own(place.folder), "OUTPUT_DIR": "runs/function"}
+    given = [f"reward_model.model.callable={__name__}:refuses", "reward_model.transform=logit"]
+    assert place.run(*given, "reward_model.model.output=unsafety", **environment) == 2
+    assert "flipped sign" in place.out
+    assert not (place.folder / "runs/function").exists()
+    assert place.run(*given, "reward_model.model.output=safety", **environment) == 0, place.out
+    report = json.loads((place.folder / "merge/check/rm_check.json").read_text())
+    assert {check["name"]: check["verdict"] for check in report["checks"]}["direction"] == "pass"
+
+
+def refuses(conversations: list[list[dict[str, str]]]) -> list[float]:
+    """Whether the reply refuses, and a little by its length: higher = safer."""
+    from ups_rm.evaluation.refusal import is_refusal
+
+    replies = [messages[-1]["content"] for messages in conversations]
+    return [float(is_refusal(reply)) + 1e-4 * len(reply) for reply in replies]
+
+
+def test_a_run_makes_an_rm_with_two_heads_and_trains_against_both(place: Place) -> None:
+    both = ("reward_training.target=both", "algorithm.objective=weighted")
+    assert place.run(*both, **own(place.folder)) == 0, place.out
+    assert json.loads((place.folder / RM / "config.json").read_text())["heads"] == ["unsafety", "helpfulness"]
+    assert "helpfulness head after epoch" in place.out
+    logs = [read_group_log(file) for file in sorted((place.folder / RUN / "groups").glob("step_*.jsonl"))]
+    helpful = [sample.helpfulness for log in logs for group in log.groups for sample in group.samples]
+    assert all(isinstance(number, float) for number in helpful)
+    assert len(set(helpful)) > 3
+    assert place.run(*both, **own(place.folder)) == 0, place.out
+    assert {"head", "merge", "train"} <= set(place.skipped)
+
+
+def test_a_run_makes_a_helpfulness_rm_beside_the_one_that_is_given(place: Place, rm_folder: Path) -> None:
+    given = {**own(place.folder), "REWARD_MODEL_PATH": str(rm_folder)}
+    assert place.run("reward_training.target=helpfulness", **given) == 0, place.out
+    made = place.folder / "merge/merged_model/Helpfulness-RM"
+    assert json.loads((made / "config.json").read_text())["heads"] == ["helpfulness"]
+    assert not (place.folder / RM).exists()
+    group = read_group_log(min((place.folder / RUN / "groups").glob("step_*.jsonl"))).groups[0]
+    assert all(sample.helpfulness is not None for sample in group.samples)
+
+
 @pytest.mark.parametrize("only", ["TRAIN_DATA", "VAL_DATA"])
 def test_half_of_the_own_prompts_is_an_error(place: Place, only: str) -> None:
     assert place.run(**{only: own(place.folder)[only]}) == 2
@@ -334,6 +398,7 @@ def test_wrong_inputs_are_said_before_any_work(place: Place) -> None:
         ([], {"ENGINE": "ray"}, "ENGINE=ray is not known"),
         (["trainer.total_step=3"], {}, "did you mean trainer.total_"),
         (["--recipe", "slowstart"], {}, "packaged ones"),
+        (["algorithm.objective=constrained"], {}, "needs a helpfulness head"),
     ):
         assert place.run(*arguments, **environment) == 2
         assert message in place.out.replace("\n", " ")

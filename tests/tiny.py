@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -140,8 +141,12 @@ def tiny_head(
     temperature: float = 1.0,
     seed: int = 2,
     pooling: str | None = None,
+    output: str | None = None,
 ) -> Path:
-    """A random MLP head in our format: head.safetensors and head.json (which says nothing of pooling if None)."""
+    """A random MLP head in our format: head.safetensors and head.json (which says nothing of pooling if None).
+
+    output: "helpfulness" for the second head of a folder.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -151,6 +156,7 @@ def tiny_head(
         json.dumps(
             {"hidden_dims": list(hidden_dims), "loss": "bce", "seed": seed, "temperature": temperature}
             | ({} if pooling is None else {"pooling": pooling})
+            | ({} if output is None else {"output": output})
         )
     )
     return folder
@@ -179,15 +185,21 @@ def tiny_rm(
     hidden_dims: tuple[int, ...] = (16, 8),
     tokenizer: PreTrainedTokenizerFast | None = None,
     pooling: str | None = None,
+    heads: tuple[str, ...] = ("unsafety",),
 ) -> Path:
-    """A whole RM folder with its card: `tiny_backbone` and `tiny_head` merged by the real merge; the parts stay."""
+    """A whole RM folder with its card: `tiny_backbone` and `tiny_head` merged by the real merge; the parts stay.
+
+    heads: ("unsafety", "helpfulness") and ("helpfulness",) are the other two kinds of folder.
+    """
     from ups_rm.reward.merge import merge
 
     folder = Path(folder)
     parts = folder.parent / f"{folder.name}-parts"
     backbone = tiny_backbone(parts / "backbone", seed=seed, architecture=architecture, tokenizer=tokenizer)
-    head = tiny_head(parts / "head", hidden_dims=hidden_dims, seed=seed + 1, pooling=pooling)
-    merge(backbone, head, folder)
+    shape: dict[str, Any] = {"hidden_dims": hidden_dims, "pooling": pooling}
+    helpful = tiny_head(parts / "helpful", seed=seed + 7, output="helpfulness", **shape) if len(heads) > 1 else None
+    first = None if heads[0] == "unsafety" else heads[0]
+    merge(backbone, tiny_head(parts / "head", seed=seed + 1, output=first, **shape), folder, helpfulness_head=helpful)
     return folder
 
 

@@ -72,6 +72,9 @@ class RewardTraining:
     """More labelled rows that are added: `sample` teaches a real RM that help with harmless questions is safe."""
     hidden_dims: str = "256,64"
     """Widths of the head's hidden layers."""
+    target: str = "safety"
+    """Heads of the RM: `safety`; `both`, a second one for helpfulness (`better_response_id`) over the same features and
+    in the same folder; `helpfulness` alone, beside a `reward_model.model` that is given."""
     loss: str = "bce"
     """`bce` on unsafe labels, `severity` regression, or `pairs` (Bradley-Terry)."""
     lr: float | None = None
@@ -223,6 +226,13 @@ class RefFsdpConfig:
 
 
 @dataclass
+class PolicyLoss:
+    loss_mode: str = "vanilla"
+    """`vanilla` (PPO's clip), `gspo` (the ratio of the whole reply, arXiv:2507.18071; clip far closer, as 3e-4) or
+    `cispo` (the clipped ratio as a weight without gradient, arXiv:2506.13585)."""
+
+
+@dataclass
 class Actor:
     strategy: str = "fsdp2"
     """verl engine: how the weights are sharded, `fsdp2` or `fsdp`."""
@@ -249,7 +259,8 @@ class Actor:
     clip_ratio_high: float = 0.2
     """The ratio counts up to 1 + clip_ratio_high."""
     clip_ratio_c: float = 3.0
-    """Dual clip: lower bound of the ratio's influence where the advantage is negative."""
+    """Dual clip: lower bound of the ratio's influence where the advantage is negative; of `vanilla` only."""
+    policy_loss: PolicyLoss = field(default_factory=PolicyLoss)
     loss_agg_mode: str = "token-mean"
     """How the loss per token becomes one number: `token-mean`, `token-sum`, `seq-mean-token-sum`,
     `seq-mean-token-sum-norm`, `seq-mean-token-mean` (formulas in docs/metrics.md)."""
@@ -345,7 +356,46 @@ class KlCtrl:
 
 
 @dataclass
+class ObjectiveWeights:
+    """Of `algorithm.objective=weighted` (not in verl)."""
+
+    safety: float = 0.5
+    """Share of the safe score."""
+    helpfulness: float = 0.5
+    """Share of the helpfulness logit."""
+
+
+@dataclass
+class Constraint:
+    """Of `algorithm.objective=constrained`: mean cost <= cost_limit, the cost of a reply being its unsafety logit (not
+    in verl)."""
+
+    cost_limit: float = 0.0
+    """Largest mean cost that is allowed, in logits: 0 is where the RM calls half unsafe, -2 about one in eight."""
+    on: str = "all"
+    """`all` prompts, or `unsafe` ones only: on harmless prompts nothing but helpfulness then counts."""
+    lambda_init: float = 1.0
+    """The multiplier at the start: one unit of cost weighs as much as so many units of helpfulness."""
+    lambda_lr: float = 0.05
+    """Dual ascent: step on log lambda per step of training and logit above the limit."""
+    lambda_min: float = 0.05
+    """Lower bound of lambda, above 0."""
+    lambda_max: float = 20.0
+    """Upper bound of lambda."""
+    warmup_steps: int = 0
+    """Steps in which lambda stays as it is."""
+
+
+@dataclass
 class Algorithm:
+    objective: str = "safety"
+    """What is maximised: the `safety` score; a `weighted` mean of it and helpfulness; or `constrained`: helpfulness
+    subject to a bound on mean cost (docs/objectives.md). The last two need a helpfulness model (not in verl)."""
+    objective_weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
+    constraint: Constraint = field(default_factory=Constraint)
+    normalize_components: str = "before"
+    """Safety and helpfulness are normalised within their group `before` they are combined (as GDPO), or `after`
+    (not in verl)."""
     adv_estimator: str = "grpo"
     """How a reply is compared with the others to its prompt: `grpo` (or `grpo_vectorized`, the same), `rloo`,
     `rloo_vectorized`, `opo`, `grpo_passk`, or `reinforce_plus_plus_baseline` (whitened over the batch)."""
@@ -367,7 +417,8 @@ class Algorithm:
 
 @dataclass
 class RewardModelModel:
-    """One reward model: `reward_model.model`, an entry of `reward_model.models`, or `monitor.judge`."""
+    """One reward model: `reward_model.model`, an entry of `reward_model.models`, `reward_model.helpfulness`, or
+    `monitor.judge`."""
 
     path: str = ""
     """RM folder; made by the run from `reward_training` if nothing else is given here."""
@@ -403,12 +454,33 @@ class RewardModelModel:
     reference_replies: str = ""
     """`pairwise`: JSONL of {prompt, response} to compare with; the other replies of the group if empty."""
 
+    @property
+    def named(self) -> bool:
+        """Whether it names a model at all."""
+        return bool(self.path or self.url or self.callable)
+
+
+@dataclass
+class OverlongBuffer:
+    """DAPO's soft punishment of long replies (arXiv:2503.14476): reward - penalty_factor * share of the last `len`
+    tokens that the reply uses."""
+
+    enable: bool = False
+    """Whether there is one."""
+    len: int = 0
+    """Tokens below `data.max_response_length` where it begins."""
+    penalty_factor: float = 1.0
+    """What a reply of full length loses, in units of the reward."""
+
 
 @dataclass
 class RewardModel:
     model: RewardModelModel = field(default_factory=RewardModelModel)
     models: list[RewardModelModel] = field(default_factory=list)
     """Several reward models instead of one: a list of entries with the keys of `reward_model.model`."""
+    helpfulness: RewardModelModel = field(default_factory=lambda: RewardModelModel(output="reward"))
+    """A second model that judges helpfulness, where the one for safety has no head for it: a folder of
+    `ups-rm rm train --target helpfulness`, or anything whose `output` is `reward` or `safety`."""
     transform: str = "sigmoid"
     """From unsafety logit to score: `sigmoid` of -logit, `logit` (-logit), `logsigmoid`, `tempered_sigmoid`."""
     transform_temperature: float = 1.0
@@ -417,6 +489,7 @@ class RewardModel:
     """Labelled rows (as `prepare.source`) on which models are normalised."""
     max_batch_tokens: int = 4096
     """Padded tokens of one RM batch."""
+    overlong_buffer: OverlongBuffer = field(default_factory=OverlongBuffer)
     placement: str = "shared"
     """verl engine: where the RM runs: `shared` with the training GPUs, on GPUs of its `own`, on another `node`, or
     `http`: the service at `model.url`; what each costs is in docs/guides/verl-rewards.md."""
@@ -434,8 +507,11 @@ class RewardModel:
 
     def entries(self) -> list[RewardModelModel]:
         """The reward models that are named; none where the run makes one."""
-        one = self.model
-        return list(self.models) or ([one] if one.path or one.url or one.callable else [])
+        return list(self.models) or ([self.model] if self.model.named else [])
+
+    def asked(self) -> list[RewardModelModel]:
+        """All models that are named: those for safety, then that for helpfulness."""
+        return [*self.entries(), *([self.helpfulness] if self.helpfulness.named else [])]
 
 
 @dataclass

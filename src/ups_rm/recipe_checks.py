@@ -19,6 +19,8 @@ KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 ADV_ESTIMATORS = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo",
                   "reinforce_plus_plus_baseline")  # fmt: skip
+POLICY_LOSSES = ("vanilla", "gspo", "cispo")
+ORDERS = ("before", "after")
 DTYPES = ("auto", "bfloat16", "float32")
 RM_KINDS = ("auto", "myrm", "sequence", "token", "pairwise", "function", "http")
 NORMALIZE = ("auto", "reference", "fixed", "none")
@@ -27,6 +29,7 @@ CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 ARR = "actor_rollout_ref"
 ONE_OF: dict[str, tuple[str, ...]] = {
     "prepare.dedup": ("none", "prompt"),
+    "reward_training.target": ("safety", "helpfulness", "both"),
     "reward_training.loss": ("bce", "severity", "pairs"),
     "reward_training.pooling": ("last", "mean"),
     "data.truncation": ("error",),
@@ -50,6 +53,10 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
     "trainer.nonfinite": ("skip", "stop"),
     "algorithm.zero_std_groups": ("keep", "mask", "resample"),
+    "algorithm.objective": ("safety", "weighted", "constrained"),
+    "algorithm.constraint.on": ("all", "unsafe"),
+    "algorithm.normalize_components": ORDERS,
+    f"{ARR}.actor.policy_loss.loss_mode": POLICY_LOSSES,
 }
 INF = math.inf
 BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
@@ -109,6 +116,16 @@ BETWEEN: dict[str, tuple[float, float]] = {  # both ends are allowed
     "algorithm.zero_std_tolerance": (0, INF),
     "algorithm.resamples": (0, INF),
     "reward_model.max_dropped_share": (0, 1),
+    "reward_model.overlong_buffer.len": (0, INF),
+    "reward_model.overlong_buffer.penalty_factor": (0, INF),
+    "algorithm.objective_weights.safety": (0, INF),
+    "algorithm.objective_weights.helpfulness": (0, INF),
+    "algorithm.constraint.cost_limit": (-INF, INF),
+    "algorithm.constraint.lambda_init": (1e-12, INF),
+    "algorithm.constraint.lambda_lr": (0, INF),
+    "algorithm.constraint.lambda_min": (1e-12, INF),
+    "algorithm.constraint.lambda_max": (1e-12, INF),
+    "algorithm.constraint.warmup_steps": (0, INF),
     "trainer.group_log_freq": (0, INF),
     "trainer.nnodes": (1, INF),
     "trainer.n_gpus_per_node": (0, INF),
@@ -177,6 +194,7 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise RecipeError(f"{ARR}.actor.optim.betas={betas} must be two numbers in [0, 1), for example [0.9,0.999]")
     _check_together(recipe)
+    _check_objective(recipe)
     _check_reward_models(recipe)
     if engine == "local":
         _check_local(recipe)
@@ -216,6 +234,7 @@ def _check_together(recipe: Recipe) -> None:
                 f"reward_training.{name}={weight:g} and reward_training.lora=True: adapters do not learn from that "
                 f"comparison\n  fix: reward_training.{name}=0, or no lora"
             )
+    _check_target(recipe)
     for name in recipe.monitor.stop_on:
         if name not in ALARMS:
             near = difflib.get_close_matches(name, ALARMS, n=1, cutoff=0.0)[0]
@@ -227,6 +246,50 @@ def _check_together(recipe: Recipe) -> None:
         raise RecipeError(f"{told} are two names for one setting\n  fix: give one of them")
     if recipe.trainer.resume_mode == "resume_path" and not recipe.trainer.resume_from_path:
         raise RecipeError("trainer.resume_mode=resume_path needs trainer.resume_from_path")
+
+
+def _check_target(recipe: Recipe) -> None:
+    """Whether the heads that the run would make go with the reward models that are named."""
+    made, models = recipe.reward_training, recipe.reward_model
+    if made.target == "both" and models.helpfulness.named and not models.entries():
+        raise RecipeError(
+            "reward_training.target=both makes a helpfulness head, and reward_model.helpfulness names another model\n"
+            "  fix: reward_training.target=safety, or leave reward_model.helpfulness out"
+        )
+    if made.target != "helpfulness":
+        return
+    if made.lora:
+        raise RecipeError(
+            "reward_training.target=helpfulness and reward_training.lora=True: adapters learn from labels of safety\n"
+            "  fix: reward_training.target=both, or no lora"
+        )
+    if not models.entries():
+        raise RecipeError(
+            "reward_training.target=helpfulness makes no reward model for safety, and none is named\n"
+            "  fix: reward_training.target=both, or reward_model.model.path=FOLDER"
+        )
+
+
+def _check_objective(recipe: Recipe) -> None:
+    algorithm, buffer = recipe.algorithm, recipe.reward_model.overlong_buffer
+    constraint, weights = algorithm.constraint, algorithm.objective_weights
+    if not constraint.lambda_min <= constraint.lambda_init <= constraint.lambda_max:
+        raise RecipeError(
+            f"algorithm.constraint.lambda_init={constraint.lambda_init:g} must lie between lambda_min="
+            f"{constraint.lambda_min:g} and lambda_max={constraint.lambda_max:g}"
+        )
+    if algorithm.objective == "weighted" and weights.safety + weights.helpfulness == 0:
+        raise RecipeError("algorithm.objective_weights: both are 0, so nothing would count")
+    if algorithm.objective != "safety" and algorithm.adv_estimator == "reinforce_plus_plus_baseline":
+        raise RecipeError(
+            f"algorithm.objective={algorithm.objective}: adv_estimator=reinforce_plus_plus_baseline whitens over the "
+            "batch, which knows of no components\n  fix: algorithm.adv_estimator=grpo (or rloo, opo, grpo_passk)"
+        )
+    longest = recipe.data.max_response_length
+    if buffer.enable and not 1 <= buffer.len <= longest:
+        raise RecipeError(
+            f"reward_model.overlong_buffer.len={buffer.len} must lie between 1 and data.max_response_length={longest}"
+        )
 
 
 def _check_local(recipe: Recipe) -> None:
@@ -269,6 +332,7 @@ def _check_reward_models(recipe: Recipe) -> None:
     prefix = "reward_model.model."
     entries = {f"reward_model.models[{i}].": entry for i, entry in enumerate(settings.models)}
     entries["monitor.judge."] = recipe.monitor.judge
+    entries["reward_model.helpfulness."] = settings.helpfulness
     for where, entry in entries.items():
         for key, allowed in ONE_OF.items():
             if key.startswith(prefix) and (value := getattr(entry, key.removeprefix(prefix))) not in allowed:
@@ -285,7 +349,19 @@ def _check_reward_models(recipe: Recipe) -> None:
     names = [entry.name for entry in settings.models if entry.name]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"reward_model.models: two entries have the name {twice[0]!r}")
-    relative = [entry for entry in settings.entries() if entry.kind == "pairwise" and not entry.reference_replies]
+    if settings.helpfulness.output == "unsafety":
+        raise RecipeError(
+            "reward_model.helpfulness.output=unsafety: helpfulness is a number that is higher for better replies\n"
+            "  fix: reward_model.helpfulness.output=reward"
+        )
+    plain = type(settings)().helpfulness
+    for name in ("weight", "normalize", "mean", "std"):
+        if (value := getattr(settings.helpfulness, name)) != getattr(plain, name):
+            raise RecipeError(
+                f"reward_model.helpfulness.{name}={value} has no effect: only reward models for safety are combined\n"
+                f"  fix: leave reward_model.helpfulness.{name} out"
+            )
+    relative = [entry for entry in settings.asked() if entry.kind == "pairwise" and not entry.reference_replies]
     rollout = recipe.actor_rollout_ref.rollout
     validates = recipe.trainer.test_freq > 0
     for key, n in ((f"{ARR}.rollout.n", rollout.n), (f"{ARR}.rollout.val_kwargs.n", rollout.val_kwargs.n)):

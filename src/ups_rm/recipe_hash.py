@@ -37,6 +37,8 @@ def deciding_settings(recipe: Recipe) -> dict[str, Any]:
     settings |= {f"verl.{name}": value for name in OF_VERL if (value := getattr(recipe.verl, name))}
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in FREE_TO_CHANGE}
     settings["reward_model"] = {key: value for key, value in settings["reward_model"].items() if key not in SERVICE}
+    if not recipe.reward_model.helpfulness.named:  # as it was before there was such a section
+        del settings["reward_model"]["helpfulness"]
     return settings
 
 

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from faulty_rms import nan_rm, slow_rm, some_conversations
+from tiny import tiny_rm
 from ups_rm.distributed.failures import as_error, as_failure, failure_board, read_failure, write_failure
 from ups_rm.distributed.rewards import check_placement, verl_overrides
 from ups_rm.distributed.rm_workers import PoolSettings, RMPool, check_capacity, open_worker_scorer, worker_options
@@ -207,6 +208,31 @@ def test_a_served_rm_gives_client_and_manager_the_logits_of_one_process(
     assert [answer["reward_extra_info"]["logit"] for answer in answers] == pytest.approx(expected, abs=1e-6)
     safe = [1 / (1 + math.exp(logit)) for logit in expected]
     assert [answer["reward_score"] for answer in answers] == pytest.approx(safe, abs=1e-6)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_the_manager_gives_the_helpfulness_of_one_process(
+    fresh: None, rm_folder: Path, policy_folder: Path, tmp_path: Path, second: bool
+) -> None:
+    """Of a folder with two heads, and of a second folder, through verl's configuration and Ray."""
+    from transformers import AutoTokenizer
+    from verl.trainer.ppo.reward import load_reward_manager
+
+    tokenizer, conversations = AutoTokenizer.from_pretrained(policy_folder), some_conversations(8, seed=3)
+    heads = ("helpfulness",) if second else ("unsafety", "helpfulness")
+    folder = tiny_rm(tmp_path / "rm", heads=heads)
+    more = [f"reward_model.helpfulness.path={folder}", "reward_model.helpfulness.dtype=float32"] if second else []
+    config = verl_config(rm_folder if second else folder, *more)
+
+    async def score() -> list[dict[str, Any]]:
+        manager = load_reward_manager(config, tokenizer)
+        items = [as_verl_gives_it(tokenizer, conversation) for conversation in conversations]
+        return list(await asyncio.gather(*(manager.run_single(item) for item in items)))
+
+    found = [answer["reward_extra_info"]["helpfulness"] for answer in asyncio.run(score())]
+    expected = RewardScorer.load(folder, dtype="float32", safety=False).helpfulness(conversations)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert max(found) - min(found) > 0.1
 
 
 def test_workers_open_whatever_the_recipe_combines(rm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ from ups_rm.grpo import rollout_metrics, throughput_metrics, timing_metrics
 
 REPO = Path(__file__).resolve().parents[2]
 NAMESPACES = (
-    "actor", "alarm", "critic", "group", "judge", "kl", "numbers", "perf", "prompt_length", "response",
+    "actor", "alarm", "critic", "group", "judge", "kl", "numbers", "objective", "perf", "prompt_length", "response",
     "response_length",
     "response_length_non_aborted", "reward", "rollout", "score", "text", "timing_per_token_ms", "timing_s", "training",
     "val-aux", "val-core",
 )  # fmt: skip
 NAME = re.compile(rf"(?:{'|'.join(NAMESPACES)})(?:/[\w{{}}@.-]+)+")
-PACKAGE_PARTS = ("grpo", "local", "evaluation", "monitor", "tracking")
+PACKAGE_PARTS = ("grpo/*.py", "local/*.py", "evaluation/*.py", "monitor/*.py", "tracking/*.py", "objective.py")
 
 
 def documented() -> set[str]:
@@ -42,7 +42,7 @@ def in_the_source() -> set[str]:
     """Every string of the package that is a metric's name; the expressions in f-strings become {}."""
     names = set()
     for part in PACKAGE_PARTS:
-        for file in sorted((REPO / "src" / "ups_rm" / part).glob("*.py")):
+        for file in sorted((REPO / "src" / "ups_rm").glob(part)):
             nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
             f_strings = [node for node in nodes if isinstance(node, ast.JoinedStr)]
             pieces = {id(piece) for f_string in f_strings for piece in f_string.values}

@@ -17,10 +17,15 @@ from ups_rm.grpo import (
     ADVANTAGES,
     KL_ESTIMATORS,
     LOSS_AGG_MODES,
+    POLICY_LOSSES,
     AdaptiveKL,
+    Component,
     aggregate,
+    batch_totals,
+    combine,
     group_advantages,
     kl_penalty,
+    overlong_penalty,
     penalize,
     policy_loss,
     rollout_metrics,
@@ -229,6 +234,108 @@ def test_both_refuse_a_dual_clip_below_one() -> None:
         policy_loss(*tensors, **clip)
     with pytest.raises(AssertionError, match="clip_ratio_c"):
         core_algos.compute_policy_loss_vanilla(*tensors, config=verl_config("token-mean", clip))
+
+
+@pytest.mark.parametrize("loss", ["gspo", "cispo"])
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+@given(batch=batches(), clip=clips)
+@patient
+def test_the_other_losses_and_their_gradients_equal_verl(
+    loss: str, mode: str, batch: Batch, clip: dict[str, float]
+) -> None:
+    assume(int(batch.mask.sum()) > 0)  # verl divides by 0 without tokens
+
+    def run(function: Any, **arguments: Any) -> tuple[Any, Tensor, Tensor]:
+        logprobs = batch.logprobs.clone().requires_grad_()
+        result = function(batch.old_logprobs, logprobs, batch.advantages, batch.mask, loss_agg_mode=mode, **arguments)
+        value = result[0] if isinstance(result, tuple) else result.loss
+        return result, value.detach(), torch.autograd.grad(value, logprobs)[0]
+
+    ours, value, gradient = run(POLICY_LOSSES[loss], **clip)
+    theirs, their_value, their_gradient = run(core_algos.get_policy_loss_fn(loss), config=verl_config(mode, clip))
+    close(value, their_value)
+    close(gradient, their_gradient)
+    assert float(ours.clipfrac) == pytest.approx(theirs[1]["actor/pg_clipfrac"], abs=1e-6)
+    assert float(ours.ppo_kl) == pytest.approx(theirs[1]["actor/ppo_kl"], abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", POLICY_LOSSES)
+@given(batch=batches(), mode=st.sampled_from(LOSS_AGG_MODES))
+@patient
+def test_micro_batches_add_up_to_the_mini_batch(loss: str, batch: Batch, mode: str) -> None:
+    totals = batch_totals(batch.mask)
+    tensors = (batch.old_logprobs, batch.logprobs, batch.advantages, batch.mask)
+    more: dict[str, Any] = {**totals, "loss_agg_mode": mode, "loss_scale_factor": 8.0}
+    whole = POLICY_LOSSES[loss](*tensors, **more).loss
+    parts = [POLICY_LOSSES[loss](*(t[i : i + 1] for t in tensors), **more).loss for i in range(len(batch.mask))]
+    close(torch.stack(parts).sum(), whole)
+
+
+@given(batches(), st.integers(0, 1000), st.lists(st.floats(0.1, 2.0), min_size=2, max_size=2), st.booleans())
+@patient
+def test_components_equal_verls_gdpo_before_its_whitening(
+    batch: Batch, seed: int, weights: list[float], scale_by_std: bool
+) -> None:
+    """verl's GDPO is the weighted *sum*, whitened over the batch; ours is the weighted mean, and not whitened."""
+    assume(int(batch.mask.sum()) > 1)
+    assume(bool((batch.mask.sum(1) > 0).all()))  # verl places a score on the last token: there must be one
+    generator = torch.Generator().manual_seed(seed)
+    rewards = [torch.randn(len(batch.group_ids), generator=generator) for _ in weights]
+    config = {"gdpo_reward_keys": ["safety", "helpfulness"], "gdpo_reward_weights": weights}
+    theirs, _ = core_algos.get_adv_estimator_fn("gdpo")(
+        token_level_rewards=batch.token_level_rewards,
+        response_mask=batch.mask,
+        index=batch.group_ids.numpy(),
+        norm_adv_by_std_in_grpo=scale_by_std,
+        config=config,
+        non_tensor_batch={"safety": rewards[0].numpy(), "helpfulness": rewards[1].numpy()},
+        batch={"prompts": torch.zeros(len(batch.mask), 0), "attention_mask": batch.mask},
+    )
+    components = {
+        name: Component(reward, torch.full_like(reward, weight))
+        for name, reward, weight in zip(("safety", "helpfulness"), rewards, weights, strict=True)
+    }
+    nothing = torch.zeros(len(batch.mask))
+    ours = combine(components, nothing, batch.mask, batch.group_ids, order="before", scale_by_std=scale_by_std)
+    whitened = core_algos.verl_F.masked_whiten(ours.advantages * sum(weights), batch.mask) * batch.mask
+    close(whitened, theirs, tolerance=1e-4)
+
+
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=8), st.integers(1, 64), st.floats(0, 3))
+@patient
+def test_the_overlong_penalty_equals_verls_dapo_manager(lengths: list[int], buffer: int, factor: float) -> None:
+    ours = overlong_penalty(torch.tensor(lengths), max_length=64, buffer=buffer, factor=factor)
+    for length, penalty in zip(lengths, ours.tolist(), strict=True):
+        assert penalty == pytest.approx(verl_overlong(length, buffer, factor), abs=1e-5)
+
+
+def verl_overlong(length: int, buffer: int, factor: float) -> float:
+    """What verl's DAPO manager adds to a reward of 0: its own method, on an object that has what it reads."""
+    import asyncio
+
+    manager_module = pytest.importorskip(
+        "verl.experimental.reward_loop.reward_manager.dapo", reason=REASON, exc_type=ImportError
+    )
+
+    async def no_score(**_: Any) -> float:
+        return 0.0
+
+    item = SimpleNamespace(
+        batch={"responses": torch.zeros(64), "attention_mask": torch.tensor([1] * length + [0] * (64 - length))},
+        non_tensor_batch={"data_source": "", "reward_model": {"ground_truth": None}, "extra_info": {}},
+    )
+    manager = SimpleNamespace(
+        overlong_buffer_cfg=SimpleNamespace(enable=True, len=buffer, penalty_factor=factor, log=False),
+        max_resp_len=64, loop=None, is_async_reward_score=True, compute_score=no_score,
+        tokenizer=SimpleNamespace(decode=lambda *_, **__: ""), reward_router_address=None,
+        reward_model_tokenizer=None,
+    )  # fmt: skip
+
+    async def run() -> dict[str, Any]:
+        manager.loop = asyncio.get_running_loop()
+        return await manager_module.DAPORewardManager.run_single(manager, [item])
+
+    return float(asyncio.run(run())["reward_score"])
 
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)

@@ -202,7 +202,7 @@ def test_the_judges_disagreement_sorts_pairs_and_groups(browser: Any, first: Pat
         look.shot(f"{page}-judged")
         look.page.get_by_label("Run", exact=True).select_option("0")
     look.page.get_by_label("Run", exact=True).select_option("1")
-    assert {"reward_model", "monitor.judge"} <= set(look.texts(".reply dt"))
+    assert {"reward model", "second judge"} <= set(look.texts(".reply dt"))
     look.go("curves")
     look.page.wait_for_selector("canvas")
     assert "Reward model and second judge" in look.texts("figure h3")

@@ -27,13 +27,13 @@ class Recorder:
         self.batches: list[list[list[int]]] = []
         self.fails_on: int | None = None
 
-    def batch_logits(self, rows: Sequence[list[int]]) -> list[float]:
+    def batch_answers(self, rows: Sequence[list[int]]) -> list[tuple[float, ...]]:
         self.batches.append(list(rows))
         self.started.set()
         assert self.gate.wait(30)
         if self.fails_on is not None and any(row[0] == self.fails_on for row in rows):
             raise MemoryError("too much")
-        return [logit(row) for row in rows]
+        return [(logit(row),) for row in rows]
 
 
 def logit(row: list[int]) -> float:
@@ -59,7 +59,7 @@ def test_every_conversation_is_answered_once_and_in_place(models):
     queue = BatchQueue(recorders, max_waiting=10_000, on_batch=reports.append)
     draw = random.Random(3)
     requests = [rows(*(draw.randint(1, 30) for _ in range(draw.randint(0, 9))), first=20 + 10 * k) for k in range(60)]
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[tuple[float, ...]]] = {}
 
     def client(part: int) -> None:
         for k in range(part, len(requests), 6):
@@ -71,7 +71,7 @@ def test_every_conversation_is_answered_once_and_in_place(models):
     for thread in threads:
         thread.join()
     queue.close()
-    assert found == {k: [logit(row.input_ids) for row in request] for k, request in enumerate(requests)}
+    assert found == {k: [(logit(row.input_ids),) for row in request] for k, request in enumerate(requests)}
     seen = [tuple(row) for recorder in recorders for batch in recorder.batches for row in batch]
     assert sorted(seen) == sorted(tuple(row.input_ids) for request in requests for row in request)
     assert sum(report.tokens for report in reports) == sum(map(len, seen))
@@ -152,7 +152,7 @@ def test_close_computes_what_is_queued():
     assert queue.alive() is False
     recorder.gate.set()
     closing.join(30)
-    assert all(job.future.done() and job.future.result() == [logit(job.rows[0].input_ids)] for job in jobs)
+    assert all(job.future.done() and job.future.result() == [(logit(job.rows[0].input_ids),)] for job in jobs)
 
 
 def test_an_abandoned_request_is_not_computed():
@@ -162,7 +162,7 @@ def test_an_abandoned_request_is_not_computed():
     gone, kept = queue.submit(rows(9, 9, first=40)), queue.submit(rows(9, first=60))
     queue.abandon(gone)
     recorder.gate.set()
-    assert kept.future.result(30) == [logit(kept.rows[0].input_ids)]
+    assert kept.future.result(30) == [(logit(kept.rows[0].input_ids),)]
     queue.close()
     assert not [row for batch in recorder.batches for row in batch if row[0] in (40, 41)]
 
@@ -175,7 +175,7 @@ def test_a_failing_model_fails_its_batch_and_serves_on():
     with pytest.raises(MemoryError, match="too much"):
         queue.submit(rows(5, first=90)).future.result(30)
     assert queue.alive()
-    assert queue.submit(rows(5, first=91)).future.result(30) == [logit(rows(5, first=91)[0].input_ids)]
+    assert queue.submit(rows(5, first=91)).future.result(30) == [(logit(rows(5, first=91)[0].input_ids),)]
     queue.close()
 
 
@@ -187,5 +187,5 @@ def test_a_logit_that_is_not_finite_is_an_error_of_its_request_only():
     recorder.gate.set()
     with pytest.raises(RMError, match="nan for conversation 1 of 2"):
         bad.future.result(30)
-    assert good.future.result(30) == [logit(good.rows[0].input_ids)]
+    assert good.future.result(30) == [(logit(good.rows[0].input_ids),)]
     queue.close()

@@ -1,4 +1,4 @@
-"""A whole exchange has a time limit: servers on a real socket that trickle their answer, or read nothing, hold nobody."""
+"""A whole exchange has a time limit: servers on a real socket that trickle their answer, or read nothing, hold none."""
 
 from __future__ import annotations
 

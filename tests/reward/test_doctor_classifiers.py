@@ -223,10 +223,8 @@ def test_what_is_no_reward_model_fails_at_load_and_is_told_what_is(
 
 @pytest.mark.parametrize(
     ("given", "options", "words"),
-    [("rm", {"kind": "pairwise"}, "kind is 'pairwise'"),
-     ("rm", {"output": "good"}, "output is 'good'"),
-     ("http://localhost:8000", {}, "the doctor reads folders"),
-     ("my_rewards:brevity", {}, "the doctor reads folders")],
+    [("rm", {"kind": "http"}, "kind is 'http': rm can be myrm, pairwise, sequence, token"),
+     ("rm", {"output": "good"}, "output is 'good'")],
 )  # fmt: skip
 def test_what_the_doctor_does_not_read_is_told(given: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(RMError, match=words):

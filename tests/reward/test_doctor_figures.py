@@ -7,7 +7,6 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,11 @@ from ups_rm.errors import DataError
 from ups_rm.reward.card import write_card
 from ups_rm.reward.doctor import check_rm
 from ups_rm.reward.doctor.direction import auc_interval, figures
+from ups_rm.reward.doctor.exam import DataExam
 from ups_rm.reward.doctor.labelled import Pair, collect, fewer, read_labelled
 from ups_rm.reward.doctor.scale import best_transform, separations
 from ups_rm.reward.doctor.tricks import TRICKS, mid_word, trick
-from ups_rm.types import Conversation
+from ups_rm.types import Conversation, Score
 
 
 def talk(prompt: str, reply: str) -> Conversation:
@@ -132,13 +132,11 @@ def exam_of(logit: Any) -> Any:
     ]
     data = collect(rows, "rows")
 
-    def score(talks: list[Conversation]) -> list[SimpleNamespace]:
-        return [SimpleNamespace(logit=logit(one[0]["content"], one[-1]["content"])) for one in talks]
+    class Scorer:
+        def score(self, talks: list[Conversation]) -> list[Score]:
+            return [Score(logit(one[0]["content"], one[-1]["content"]), 0.5, 1, False) for one in talks]
 
-    logits = torch.tensor([one.logit for one in score(data.conversations)], dtype=torch.float64)
-    return SimpleNamespace(
-        data=data, data_logits=logits, asked=lambda talks: [one.logit for one in score(talks)], trick_replies=12
-    )
+    return DataExam(scorer=Scorer(), data=data, trick_replies=12)
 
 
 @pytest.mark.parametrize("weak", TRICKS)

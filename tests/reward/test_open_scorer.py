@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from pathlib import Path
@@ -15,7 +16,8 @@ from tiny import tiny_hf_rm, tiny_rm
 from ups_rm.errors import RecipeError, RMError
 from ups_rm.recipe import RewardModel, RewardModelModel, load_recipe
 from ups_rm.reward.combined import CombinedScorer, Member
-from ups_rm.reward.open import entry_names, files_of, kind_of, open_scorer, probe, reference_conversations
+from ups_rm.reward.doctor.entries import check_entries, check_helpfulness
+from ups_rm.reward.open import entry_names, files_of, kind_of, open_scorer, reference_conversations
 from ups_rm.reward.scorer import RewardScorer
 from ups_rm.reward.transforms import TRANSFORMS, score_of
 from ups_rm.types import Conversation, Score
@@ -236,28 +238,48 @@ def test_names_are_short_distinct_and_fit_for_metrics():
     assert files_of(function("length")) == [Path(scorers_for_tests.__file__)]
 
 
-# ---- the probe before training
+# ---- what is checked before training
 
 
-def test_the_probe_lets_reward_models_pass(folders):
-    for name in ("sequence", "token"):
-        scorer = open_scorer(RewardModel(RewardModelModel(path=str(folders[name]))))
-        assert len(probe(scorer, name)) >= 8
-    judge = RewardModelModel(callable="scorers_for_tests:longer", kind="pairwise")
-    probe(open_scorer(RewardModel(judge)), "judge")
+def test_each_entry_is_checked_by_its_kind(folders, tmp_path):
+    """A judge is asked about pairs of one prompt, without its reference replies, which are of other prompts."""
+    references = tmp_path / "references.jsonl"
+    references.write_text('{"prompt": "p", "response": "r"}\n')
+    models = [
+        RewardModelModel(path=str(folders["myrm"])),
+        function("length", output="reward"),
+        RewardModelModel(callable="scorers_for_tests:longer", kind="pairwise", reference_replies=str(references)),
+    ]
+    reports = [report for _, _, report in check_entries(RewardModel(models=models), "cpu")]
+    names = [{check.name for check in report.checks} for report in reports]
+    assert "golden logits" in names[0]
+    assert names[1] & {"place", "golden logits", "saturation", "direction"} == {"direction"}  # it is normalised
+    assert "place" in names[2]
+    assert all(report["spread"].verdict == "pass" for report in reports)
+    alone = RewardModel(models[2])
+    assert {"saturation", "groups"} <= {c.name for _, _, report in check_entries(alone, "cpu") for c in report.checks}
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("constant", "answers 1 to all of"),
-        ("by_place", "gives other numbers when the same replies come in another order"),
-        ("not_a_number", "gives nan to"),
-    ],
-)
-def test_the_probe_stops_what_is_none(name, words):
-    with pytest.raises(RMError, match=words):
-        probe(open_scorer(RewardModel(function(name))), "mine")
+@pytest.mark.parametrize(("output", "verdict"), [("safety", "fail"), ("unsafety", "pass"), ("reward", "warn")])
+def test_a_flipped_function_is_refused_but_a_reward_may_be_about_something_else(tmp_path, output, verdict):
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": f"{i}", "response_0": "No." * (i % 3 + 1), "response_1": "Yes, so much." * (i % 5 + 1),
+         "is_response_0_safe": True, "is_response_1_safe": False} for i in range(40)
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = RewardModel(function("length", output=output), reference_data=str(file), transform="logit")
+    ((_, _, report),) = check_entries(settings, "cpu")
+    assert report["direction"].verdict == verdict
+    assert "saturation" not in {check.name for check in report.checks}
+
+
+@pytest.mark.parametrize(("name", "verdicts"), [("length", {}), ("constant", {"spread": "fail"})])
+def test_a_second_model_for_helpfulness_must_answer_too(name, verdicts):
+    report = check_helpfulness(RewardModel(function("length"), helpfulness=function(name, output="reward")), "cpu")
+    assert report is not None
+    assert {check.name: check.verdict for check in report.of("warn", "fail")} == verdicts
+    assert check_helpfulness(RewardModel(function("length")), "cpu") is None
 
 
 # ---- the recipe's words

@@ -211,7 +211,7 @@ def test_shards_are_bounded_and_load_again(tmp_path):
         shard.unlink()
     model, dropped = load_backbone(backbone)
     assert dropped == ["lm_head.weight"]
-    write_weights(rm, model, read_head(tiny_head(tmp_path / "head")), shard_bytes=30_000)
+    write_weights(rm, model, {"unsafety": read_head(tiny_head(tmp_path / "head"))}, shard_bytes=30_000)
     shards = sorted(rm.glob("model-*.safetensors"))
     assert len(shards) > 2
     for shard in shards:

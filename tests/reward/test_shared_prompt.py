@@ -111,5 +111,5 @@ def test_what_a_mask_or_positions_would_change_is_scored_one_by_one(tmp_path, mo
     for name, value in changes.items():
         setattr(scorer.model.model.config, name, value)
     assert not can_share(scorer.model.model)
-    monkeypatch.setattr(scorer, "row_logits", None)  # calling it would fail
+    monkeypatch.setattr(scorer, "row_answers", None)  # calling it would fail
     assert len(scorer.score(conversations([("a long question " * 8, ["yes", "no"])]))) == 2

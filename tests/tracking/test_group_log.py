@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from grpo_batches import EDGE_CASES, Batch, batches
 from ups_rm.errors import DataError
 from ups_rm.grpo import PER_REPLY, estimate_advantages
 from ups_rm.tracking import GroupLog, GroupRecord, SampleRecord, group_records, read_group_log
+from ups_rm.tracking.group_table import Query, write_parquet
 from ups_rm.types import Message, Score
 
 REPO = Path(__file__).resolve().parents[2]
@@ -233,3 +235,29 @@ def test_kl_of_each_token_is_kept_where_its_place_in_the_text_is_known(tmp_path:
         del sample["token_kl"], sample["token_ends"]
     file.write_text("\n".join([lines[0], json.dumps(old)]) + "\n")
     assert [sample.token_kl for sample in read_group_log(file).groups[0].samples] == [[], []]
+
+
+def test_helpfulness_stands_beside_the_logit_and_may_be_missing(tmp_path: Path) -> None:
+    """A number where a model judged it, None (not nan) where none did and in logs of before there was such a field."""
+    mask = torch.ones(2, 3)
+    records = group_records(
+        group_ids=torch.tensor([0, 0]),
+        prompt_ids=[7, 7],
+        messages=[[Message(role="user", content="Why?")]] * 2,
+        responses=["no", "yes"],
+        scores=[Score(0.0, 0.5, 1, False, helpfulness=-1.25), Score(0.0, 0.5, 1, False)],
+        token_level_rewards=mask * 0,
+        advantages=mask * 0,
+        response_mask=mask,
+    )
+    file = GroupLog(tmp_path).write(1, records)
+    assert file is not None
+    assert [sample.helpfulness for sample in read_group_log(file).groups[0].samples] == [-1.25, None]
+    write_parquet(tmp_path, Query(), tmp_path / "replies.parquet")
+    assert pq.read_table(tmp_path / "replies.parquet")["helpfulness"].to_pylist() == [-1.25, None]
+    lines = file.read_text().splitlines()
+    old = json.loads(lines[1])
+    for sample in old["samples"]:
+        del sample["helpfulness"]
+    file.write_text("\n".join([lines[0], json.dumps(old)]) + "\n")
+    assert [sample.helpfulness for sample in read_group_log(file).groups[0].samples] == [None, None]

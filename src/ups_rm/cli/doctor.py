@@ -48,7 +48,7 @@ def doctor(
     given = [*named_overrides(policy, rm, None, None, None), *(overrides or [])]
     settings = load_recipe(recipe, given, engine=engine)
     wanted = ("ups-rm", "verl[vllm]") if engine == "verl" else ("ups-rm",)
-    services = [entry for entry in settings.reward_model.entries() if entry.url]
+    services = [entry for entry in settings.reward_model.asked() if entry.url]
     facts = look([Path(settings.trainer.default_local_dir)], wanted, services)
     findings = check_machine(facts, settings, engine)
     failed = any(finding.verdict == "fail" for finding in findings)

@@ -35,6 +35,9 @@ def merge(
     backbone: Annotated[str, typer.Option(help="Folder or hub id of a decoder (Llama, Qwen2, ...).")],
     head: Annotated[Path, typer.Option(help="Head of `rm train`, or a folder with best_model.pth and config.yaml.")],
     out: Annotated[Path, typer.Option(help="The RM folder to make.")],
+    helpfulness_head: Annotated[
+        Path | None, typer.Option(help="Second head, trained apart. Default: HEAD/helpfulness of `--target both`.")
+    ] = None,
     chat_template: Template = None,
     end_token: Annotated[str | None, typer.Option(help="Token that closes a reply, if the template has none.")] = None,
     truncation_side: Annotated[Side | None, typer.Option(help="Where long conversations are cut.")] = None,
@@ -54,6 +57,7 @@ def merge(
         resolve_model(backbone),
         head,
         out,
+        helpfulness_head=helpfulness_head,
         chat_template=read_chat_template(chat_template),
         end_token=end_token,
         truncation_side=truncation_side,
@@ -64,7 +68,8 @@ def merge(
     console.print(
         f"merged {report.tensors} tensors, {report.total_bytes:,} bytes, {report.dtype}; logits bitwise those of "
         f"backbone and head; temperature {report.temperature:.3g} folded in; "
-        f"left out: {', '.join(report.dropped) or 'nothing'}",
+        f"left out: {', '.join(report.dropped) or 'nothing'}; "
+        f"outputs: {', '.join(report.heads)}",
         soft_wrap=True,
     )
     console.print(f"RM folder: {report.folder}", soft_wrap=True)

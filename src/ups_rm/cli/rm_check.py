@@ -13,7 +13,13 @@ CHECK_EPILOG = "Example: ups-rm rm check merge/merged_model/Naive-RM-saferlhf --
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="RM folder: ours, or a sequence or token classifier with one label.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="RM folder: ours, or a sequence or token classifier with one label; or from outside the address of a "
+            "service, a function module:name, a judge of pairs (--kind pairwise)."
+        ),
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -30,7 +36,7 @@ def check(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 shows most; auto is what training uses.")] = "float32",
     kind: Annotated[
-        str, typer.Option(help="myrm, sequence or token: what the folder is loaded as; auto looks at it.")
+        str, typer.Option(help="myrm, sequence, token, pairwise, function or http; auto looks at what is given.")
     ] = "auto",
     output: Annotated[
         str, typer.Option(help="What its number means: unsafety (higher = less safe), safety, or reward.")
@@ -43,7 +49,10 @@ def check(
     ] = False,
     chat_template: Annotated[
         Path | None,
-        typer.Option("--chat-template", help="File with a chat template (jinja), if the tokenizer has none."),
+        typer.Option(
+            "--chat-template",
+            help="File with a chat template (jinja), if the tokenizer has none; of a judge, of a pair.",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the reliability diagram here (PNG).")] = None,
     json_out: Annotated[
@@ -64,7 +73,7 @@ def check(
 
     to_stdout = str(json_out) == "-"
     report = check_rm(
-        folder,
+        model,
         device=device,
         dtype=dtype,
         kind=kind,

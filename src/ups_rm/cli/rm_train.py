@@ -122,6 +122,9 @@ def features(
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the head; with --lora: of backbone, head and RM (`rm`).")],
     features: Annotated[list[Path] | None, typer.Argument(help="Files of `rm features`, of one backbone.")] = None,
+    target: Annotated[
+        str, typer.Option(help="Head for safety, for helpfulness (better_response_id), or both, into OUT/helpfulness.")
+    ] = "safety",
     loss: Annotated[
         str, typer.Option(help="bce (unsafe flags), severity (regression) or pairs (Bradley-Terry).")
     ] = "bce",
@@ -176,11 +179,11 @@ def train(
     from ups_rm.errors import RMError
     from ups_rm.models import resolve_model
     from ups_rm.reward.feature_set import FeatureSet
-    from ups_rm.reward.head import HeadSettings, train_head
-    from ups_rm.reward.head_objective import parse_dims
+    from ups_rm.reward.head_objective import HeadSettings, parse_dims
+    from ups_rm.reward.helpful_head import HeadsReport, train_heads
     from ups_rm.reward.lora import LoraSettings, train_lora
     from ups_rm.reward.merge import merge
-    from ups_rm.reward.tables import print_head
+    from ups_rm.reward.tables import print_heads
 
     given = {
         "lr": lr,
@@ -208,8 +211,8 @@ def train(
         if out.exists() and (out / "head.json").exists() and not force:
             raise RMError(f"{out} holds a head already\n  fix: another folder, or --force to replace it")
         extra = {Path(name).stem: FeatureSet.read(name) for name in evaluate or []}
-        report = train_head([FeatureSet.read(file) for file in features], out, settings, extra=extra)
-        print_head(report)
+        sets = [FeatureSet.read(file) for file in features]
+        print_heads(train_heads(sets, out, settings, target=target, extra=extra))  # type: ignore[arg-type]
         console.print(f"{out}", soft_wrap=True)
         return
     if features:
@@ -237,8 +240,9 @@ def train(
         rejects=rejects,
         extra={_source_names([name])[0]: _read([name], "all", max_bad)[0] for name in evaluate or []},
         overwrite=force,
+        target=target,  # type: ignore[arg-type]
     )
-    print_head(result.head)
+    print_heads(HeadsReport(result.head, result.helpfulness))
     console.print(f"{result.steps} steps, {result.seconds:.0f} s")
     merged = merge(result.backbone, result.head.folder, out / "rm", overwrite=force)
     console.print(f"RM folder, with its card: {merged.folder}", soft_wrap=True)

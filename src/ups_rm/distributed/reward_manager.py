@@ -74,6 +74,7 @@ class SafetyRewardManager(RewardManagerBase):
             "length": float(length),
             "benign": float(prompt_kind(item.non_tensor_batch.get("extra_info")) == "benign"),
             **{f"{MODEL_PREFIX}{name}": logit for name, logit in score.model_logits.items()},
+            **({} if score.helpfulness is None else {"helpfulness": score.helpfulness}),
         }
         return {"reward_score": score.safe_score, "reward_extra_info": extra}
 

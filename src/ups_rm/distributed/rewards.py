@@ -21,7 +21,7 @@ def verl_overrides(recipe: Recipe) -> dict[str, Any]:
     """
     trainer, settings = recipe.trainer, recipe.reward_model
     section = dataclasses.asdict(settings)
-    for entry in (section["model"], *section["models"]):
+    for entry in (section["model"], section["helpfulness"], *section["models"]):
         for key in ("path", "template", "reference_replies"):
             entry[key] = _absolute(entry[key])
     section["reference_data"] = _absolute(section["reference_data"])
@@ -36,6 +36,7 @@ def verl_overrides(recipe: Recipe) -> dict[str, Any]:
         "+trainer.group_log_max_groups": trainer.group_log_max_groups,
         "+trainer.group_log_max_samples_per_group": trainer.group_log_max_samples_per_group,
         **{f"+reward.ups_rm.{key}": value for key, value in _leaves(section)},
+        **{f"+trainer.ups_rm_algorithm.{key}": value for key, value in _leaves(dataclasses.asdict(recipe.algorithm))},
     }
 
 
@@ -45,7 +46,7 @@ def check_placement(settings: RewardModel) -> None:
     Raises:
         RecipeError: `http` and the addresses don't go together; a judge of pairs without replies to compare with.
     """
-    local = [entry for entry in settings.entries() if not entry.url]
+    local = [entry for entry in settings.asked() if not entry.url]
     if settings.placement == "http" and local:
         raise RecipeError(
             f"reward_model.placement=http, but {local[0].path or local[0].callable} is no service\n"
@@ -56,7 +57,7 @@ def check_placement(settings: RewardModel) -> None:
             f"reward_model.placement={settings.placement}, but the reward model is a service and needs no device\n"
             "  fix: reward_model.placement=http"
         )
-    if any(entry.kind == "pairwise" and not entry.reference_replies for entry in settings.entries()):
+    if any(entry.kind == "pairwise" and not entry.reference_replies for entry in settings.asked()):
         raise RecipeError(
             "kind=pairwise compares the replies to one prompt, and verl scores reply by reply\n"
             "  fix: reference_replies=FILE to compare with, or ENGINE=local"
@@ -74,7 +75,7 @@ def check_reachable(settings: RewardModel) -> None:
     """
     from ups_rm.reward.open import ask_service
 
-    for entry in settings.entries():
+    for entry in settings.asked():
         if entry.url:
             ask_service(entry)
         elif entry.path and (settings.placement != "node" or Path(entry.path).exists()):

@@ -91,7 +91,7 @@ class RMWorker:
         Raises:
             RMError: a folder of the recipe is not there, or is no reward model.
         """
-        for entry in self.settings.reward_model.entries():
+        for entry in self.settings.reward_model.asked():
             if entry.path:
                 check_folder(entry)
 
@@ -103,7 +103,7 @@ class RMWorker:
         """
         if self._scorer is None:
             self._scorer = open_worker_scorer(self.settings, self.index)
-        entries = self.settings.reward_model.entries()
+        entries = self.settings.reward_model.asked()
         named = ", ".join(entry.path or entry.url or entry.callable for entry in entries)
         return f"RM worker {self.index}: {named} (process {os.getpid()})"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ups_rm.distributed.prompts import messages_of
 from ups_rm.errors import RunError
 from ups_rm.evaluation.text import text_metrics
-from ups_rm.grpo import kl_penalty, model_metrics, place_on_last_token, rollout_metrics
+from ups_rm.grpo import Combined, kl_penalty, model_metrics, place_on_last_token, rollout_metrics
 from ups_rm.reward.transforms import score_range
 from ups_rm.tracking.group_log import GroupRecord, group_records
 from ups_rm.tracking.token_text import token_ends
@@ -75,20 +75,21 @@ class StepRecord:
 
     @property
     def scores(self) -> list[Score]:
-        return [
-            Score(
-                logit=extra["logit"],
-                safe_score=extra["safe_score"],
-                tokens=int(extra["rm_tokens"]),
-                truncated=bool(extra["rm_truncated"]),
-                model_logits={
-                    name.removeprefix(MODEL_PREFIX): logit
-                    for name, logit in extra.items()
-                    if name.startswith(MODEL_PREFIX)
-                },
-            )
-            for extra in self.extras
-        ]
+        return [score_of(extra) for extra in self.extras]
+
+
+def score_of(extra: Mapping[str, float]) -> Score:
+    """What the RM said of a reply, from what our reward manager noted of it."""
+    return Score(
+        logit=extra["logit"],
+        safe_score=extra["safe_score"],
+        tokens=int(extra["rm_tokens"]),
+        truncated=bool(extra["rm_truncated"]),
+        model_logits={
+            name.removeprefix(MODEL_PREFIX): logit for name, logit in extra.items() if name.startswith(MODEL_PREFIX)
+        },
+        helpfulness=extra.get("helpfulness"),
+    )
 
 
 def read_step(
@@ -196,10 +197,11 @@ def step_metrics(
     return metrics
 
 
-def step_groups(record: StepRecord, tokenizer: Any = None) -> list[GroupRecord]:
+def step_groups(record: StepRecord, tokenizer: Any = None, combined: Combined | None = None) -> list[GroupRecord]:
     """The step's groups for the group log, by prompt; replies stay in verl's order, so that sums round alike.
 
     `tokenizer` is the policy's: it says where each token's KL belongs in the text; without one that KL is not kept.
+    `combined`: of the record's replies, in their order, where the objective has several components.
     """
     groups = group_records(
         group_ids=record.group_ids,
@@ -215,6 +217,8 @@ def step_groups(record: StepRecord, tokenizer: Any = None) -> list[GroupRecord]:
         kinds=record.kinds,
         categories=record.categories or None,
         token_ends=None if tokenizer is None else token_ends(tokenizer, record.response_ids, record.texts),
+        combined=combined,
+        flat=None if combined is None else combined.flat,
     )
     return sorted(groups, key=lambda group: group.prompt_id)
 

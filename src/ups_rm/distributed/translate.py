@@ -45,15 +45,17 @@ SAME = (
     *(f"{ARR}.rollout.val_kwargs.{name}" for name in ("temperature", "top_p", "top_k", "do_sample", "n")),
     f"{ARR}.ref.log_prob_micro_batch_size_per_gpu",
     f"{ARR}.ref.fsdp_config.param_offload",
-    *(f"algorithm.{name}" for name in ("adv_estimator", "norm_adv_by_std_in_grpo", "use_kl_in_reward", "kl_penalty")),
+    *(f"algorithm.{name}" for name in ("norm_adv_by_std_in_grpo", "use_kl_in_reward", "kl_penalty")),
     *(f"algorithm.kl_ctrl.{name}" for name in ("type", "kl_coef", "horizon", "target_kl")),
     *(f"trainer.{name}" for name in ("project_name", "experiment_name", "test_freq")),
     *(f"trainer.{name}" for name in ("nnodes", "n_gpus_per_node", "resume_mode")),
+    f"{ARR}.actor.policy_loss.loss_mode",
     "ray_kwargs.ray_init.num_cpus",
 )
 """Recipe keys that are verl's keys, with the same name and meaning."""
 
 COMPUTED = {
+    "algorithm.adv_estimator": "`ups_rm`, which asks it, where rewards have components or an overlong penalty",
     f"{ARR}.model.path": "the folder, where the recipe names a model that is fetched",
     f"{ARR}.actor.loss_scale_factor": "data.max_response_length where not given (verl would take each batch's longest)",
     f"{ARR}.actor.fsdp_config.dtype": "fsdp_config.mixed_precision of actor and reference",
@@ -85,6 +87,10 @@ OURS = {
     **dict.fromkeys(
         [f"data.{name}" for name in ("filter_overlong_prompts", "unique_prompts", "benign_share")],
         "the prompts are laid out for verl by distributed/prompts.py",
+    ),
+    **dict.fromkeys(
+        [f"algorithm.{name}" for name in ("objective", "objective_weights", "constraint", "normalize_components")],
+        "an advantage estimator of ours in verl's registry, see distributed/verl_objective.py",
     ),
     "reward_model": "our reward manager and its workers, see distributed/rewards.py",
     **dict.fromkeys(
@@ -256,7 +262,9 @@ def _number_formats(recipe: Recipe) -> Overrides:
 def _actor(recipe: Recipe) -> Overrides:
     actor = recipe.actor_rollout_ref.actor
     given = actor.loss_scale_factor
+    ours = recipe.algorithm.objective != "safety" or recipe.reward_model.overlong_buffer.enable
     return {
+        "algorithm.adv_estimator": "ups_rm" if ours else recipe.algorithm.adv_estimator,
         f"{ARR}.model.path": recipe.actor_rollout_ref.model.path,
         f"{ARR}.actor.loss_scale_factor": recipe.data.max_response_length if given is None else given,
         f"{ARR}.actor.optim.zero_indexed_step": actor.optim.zero_indexed_step,

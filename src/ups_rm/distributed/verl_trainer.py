@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import transfer_queue as tq
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
@@ -26,11 +28,15 @@ from ups_rm.distributed.step_record import (
     StepRecord,
     check_scores,
     read_step,
+    score_of,
     step_groups,
     step_metrics,
     validation_metrics,
 )
+from ups_rm.distributed.verl_objective import ESTIMATOR, Replies, StepObjective, in_order
 from ups_rm.errors import RunError
+from ups_rm.grpo import Combined
+from ups_rm.recipe import Algorithm
 from ups_rm.tracking.group_log import GroupLog
 
 TRAINER_MODE = "ups_rm"
@@ -42,6 +48,10 @@ BY_THE_LIMITS = (
 and counts as aborted only what has no token at all."""
 
 
+OF_THE_REWARD = tuple(f"critic/rewards/{part}" for part in ("mean", "max", "min"))
+"""Of what the advantages were made of; verl's are of safe score less KL whatever `algorithm.objective` says."""
+
+
 @register_trainer(TRAINER_MODE)
 class SafetyTrainer(PPOTrainerSync):
     """`PPOTrainerSync` that shows what the reward model does."""
@@ -50,13 +60,19 @@ class SafetyTrainer(PPOTrainerSync):
         config.trainer.v1.trainer_mode = "sync"  # verl asks for the mode by name in several places
         super().__init__(config)
         self.folder = Path(config.trainer.default_local_dir)
-        algorithm, trainer = config.algorithm, config.trainer
+        trainer = config.trainer
+        algorithm = algorithm_of(config)
+        overlong = PoolSettings.from_verl(config).reward_model.overlong_buffer
+        self.objective = StepObjective(algorithm, overlong, config.data.max_response_length)
         self.group_log = GroupLog(
             Path(trainer.group_log_dir),
             freq=trainer.group_log_freq,
             max_groups=trainer.group_log_max_groups,
             max_samples_per_group=trainer.group_log_max_samples_per_group,
+            adv_estimator=algorithm.adv_estimator,
             scale_by_std=algorithm.norm_adv_by_std_in_grpo,
+            normalize_components=algorithm.normalize_components,
+            tolerance=algorithm.zero_std_tolerance,
         )
         self.dump_extras: dict[str, dict[str, float]] = {}
         self.steps_in_epoch = int(trainer.ups_rm_steps_per_epoch)
@@ -105,6 +121,14 @@ class SafetyTrainer(PPOTrainerSync):
         )
         self._check_complete(record)
         check_scores(record)
+        combined = None
+        if self.objective.worth is not None:  # the advantages were not made of verl's rewards, but of these
+            worth = in_order(self.objective.worth, record.keys)
+            combined = worth.combined
+            width = record.response_mask.shape[1]
+            record = replace(record, token_level_rewards=worth.rewards[:, :width])
+            metrics.update(worth.metrics)
+            self.objective.objective.after_step(worth.metrics)
         metrics.update(
             step_metrics(
                 record,
@@ -114,7 +138,7 @@ class SafetyTrainer(PPOTrainerSync):
             )
         )
         metrics.setdefault("actor/reward_kl_penalty_coeff", 0.0)
-        self._log_groups(record, metrics["actor/reward_kl_penalty_coeff"])
+        self._log_groups(record, metrics["actor/reward_kl_penalty_coeff"], combined)
         self.dump_extras = dict(zip(record.keys, record.extras, strict=True))
         timing_raw["reward"] = self.rm_pool.take_seconds()
         return batch
@@ -123,10 +147,38 @@ class SafetyTrainer(PPOTrainerSync):
         self, batch: Any, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         """verl's own metrics; the file that it reads once holds all passes over the prompts, so we count them."""
-        ours = {name: metrics[name] for name in BY_THE_LIMITS}
+        ours = {name: metrics[name] for name in (*BY_THE_LIMITS, *OF_THE_REWARD)}
         epoch = (global_steps - 1) // self.steps_in_epoch
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(ours)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """verl's own; where its estimator is ours, with what is known of the replies at hand."""
+        if self.config.algorithm.adv_estimator != ESTIMATOR:
+            return super()._compute_advantage(batch, metrics)
+        fields = ["rm_scores", "extra_fields"]
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        extras = [dict(row["reward_extra_info"]) for row in rows["extra_fields"]]
+        replies = Replies(
+            keys=[str(key) for key in batch.keys],
+            scores=[score_of(extra) for extra in extras],
+            benign=torch.tensor([bool(extra["benign"]) for extra in extras]),
+            placed=torch.stack([row.sum() for row in rows["rm_scores"].unbind()]),
+            real=torch.tensor([not tag.get("is_padding", False) for tag in batch.tags]),
+        )
+        with self.objective.during(replies):
+            return super()._compute_advantage(batch, metrics)
+
+    def _save_checkpoint(self) -> None:
+        self.objective.save(self.folder / f"global_step_{self.global_steps}")  # before verl names it the newest
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.global_steps > 0:
+            trainer = self.config.trainer
+            given = trainer.resume_from_path if trainer.resume_mode == "resume_path" else None
+            self.objective.load(Path(given or self.folder / f"global_step_{self.global_steps}"))
 
     def _validate(self) -> dict[str, float]:
         with self._not_hidden():
@@ -160,12 +212,12 @@ class SafetyTrainer(PPOTrainerSync):
                 "verl logs the reasons as `Error in _run_prompt`"
             )
 
-    def _log_groups(self, record: StepRecord, kl_coef: float) -> None:
+    def _log_groups(self, record: StepRecord, kl_coef: float, combined: Combined | None) -> None:
         """A log that can't be written (a full disk) warns and costs no training."""
         if not self.group_log.wants(self.global_steps):
             return
         try:
-            self.group_log.write(self.global_steps, step_groups(record, self.tokenizer), kl_coef=kl_coef)
+            self.group_log.write(self.global_steps, step_groups(record, self.tokenizer, combined), kl_coef=kl_coef)
         except OSError as error:
             print(f"step {self.global_steps}: the group log can't be written, training goes on: {error}")
 
@@ -191,3 +243,13 @@ class SafetyTrainer(PPOTrainerSync):
         except Exception as error:
             write_failure(self.folder, error)
             raise
+
+
+def algorithm_of(config: Any) -> Algorithm:
+    """The recipe's `algorithm` section, which `rewards.verl_overrides` put at `trainer.ups_rm_algorithm`."""
+    from omegaconf import OmegaConf
+
+    given = OmegaConf.to_container(config.trainer.ups_rm_algorithm, resolve=True)
+    algorithm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Algorithm), given))
+    assert isinstance(algorithm, Algorithm)
+    return algorithm

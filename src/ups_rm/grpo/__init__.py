@@ -10,25 +10,45 @@ Dimension letters: P prompts in the batch, n replies per prompt, B = P * n seque
 
 from ups_rm.grpo.advantages import ADVANTAGES, PER_REPLY, estimate_advantages, group_advantages
 from ups_rm.grpo.kl import KL_ESTIMATORS, AdaptiveKL, FixedKL, kl_penalty
-from ups_rm.grpo.losses import LOSS_AGG_MODES, PolicyLoss, aggregate, batch_totals, masked_mean, policy_loss
+from ups_rm.grpo.losses import (
+    LOSS_AGG_MODES,
+    POLICY_LOSSES,
+    PolicyLoss,
+    aggregate,
+    batch_totals,
+    cispo_loss,
+    gspo_loss,
+    masked_mean,
+    policy_loss,
+)
 from ups_rm.grpo.metrics import model_metrics, rollout_metrics, score_metrics, throughput_metrics, timing_metrics
-from ups_rm.grpo.rewards import penalize, place_on_last_token
+from ups_rm.grpo.objectives import ORDERS, Combined, Component, Lagrange, combine
+from ups_rm.grpo.rewards import overlong_penalty, penalize, place_on_last_token
 
 __all__ = [
     "ADVANTAGES",
     "KL_ESTIMATORS",
     "LOSS_AGG_MODES",
+    "ORDERS",
     "PER_REPLY",
+    "POLICY_LOSSES",
     "AdaptiveKL",
+    "Combined",
+    "Component",
     "FixedKL",
+    "Lagrange",
     "PolicyLoss",
     "aggregate",
     "batch_totals",
+    "cispo_loss",
+    "combine",
     "estimate_advantages",
     "group_advantages",
+    "gspo_loss",
     "kl_penalty",
     "masked_mean",
     "model_metrics",
+    "overlong_penalty",
     "penalize",
     "place_on_last_token",
     "policy_loss",

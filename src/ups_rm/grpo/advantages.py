@@ -2,7 +2,8 @@
 
 Each function takes token-level rewards (B, R), the response mask (B, R) and the group of each sequence (B,), and gives
 advantages (B, R) that are 0 outside the mask. `ADVANTAGES` holds them by verl's names (`algorithm.adv_estimator`).
-verl's `gae` needs a critic, `remax` a greedy baseline rollout, `gdpo` several rewards: they are not here.
+verl's `gae` needs a critic, `remax` a greedy baseline rollout: they are not here; several
+rewards (`gdpo`) are in objectives.py.
 """
 
 from __future__ import annotations

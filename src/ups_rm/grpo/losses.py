@@ -7,6 +7,7 @@ the loss of the uncut mini batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -80,7 +81,7 @@ def policy_loss(
     ratio = torch.exp(log_ratio)
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high)
-    pessimistic = torch.maximum(unclipped, clipped)
+    pessimistic = torch.maximum(unclipped, clipped)  # (B, R)
     ceiling = -advantages * clip_ratio_c
     per_token = torch.where(advantages < 0, torch.minimum(ceiling, pessimistic), pessimistic)  # (B, R)
     loss = aggregate(
@@ -100,6 +101,99 @@ def policy_loss(
             clipfrac_lower=masked_mean(held_by_ceiling.float(), response_mask),
             num_tokens=response_mask.sum(),
         )
+
+
+def gspo_loss(
+    old_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+    clip_ratio_c: float = 3.0,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    loss_scale_factor: float | None = None,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+) -> PolicyLoss:
+    """GSPO: the ratio is that of the whole reply, per token, so that a reply is clipped as one.
+
+    s = exp(mean over the reply's tokens of (logprobs - old_logprobs)), the same value at each of its tokens; its
+    gradient at token t is that of logprobs_t. The log is held at or below 10. Then L = max(-A s, -A clip(s, 1 - low,
+    1 + high)). There is no dual clip: `clip_ratio_c` is taken for the signature's sake and has no effect.
+
+    Arguments and result as in `policy_loss`; the paper clips far closer (low 3e-4, high 4e-4).
+
+    Source: arXiv:2507.18071 eq. 5 and 14 (GSPO-token); checked against verl's compute_policy_loss_gspo.
+    """
+    log_ratio = logprobs - old_logprobs
+    mask = response_mask.to(log_ratio.dtype)
+    inside = torch.where(response_mask.bool(), log_ratio, torch.zeros_like(log_ratio))
+    of_reply = inside.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)  # (B, 1)
+    ratio = torch.exp(torch.clamp(logprobs - logprobs.detach() + of_reply.detach(), max=10.0))  # (B, R)
+    unclipped = -advantages * ratio
+    clipped = -advantages * torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high)
+    loss = aggregate(
+        torch.maximum(unclipped, clipped),
+        response_mask,
+        loss_agg_mode,
+        batch_num_tokens=batch_num_tokens,
+        global_batch_size=global_batch_size,
+        loss_scale_factor=loss_scale_factor,
+    )
+    with torch.no_grad():
+        clipfrac = masked_mean((clipped > unclipped).float(), response_mask)
+        ppo_kl = masked_mean(-log_ratio, response_mask)
+        return PolicyLoss(loss, clipfrac, ppo_kl, torch.zeros_like(clipfrac), response_mask.sum())
+
+
+def cispo_loss(
+    old_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+    clip_ratio_c: float = 3.0,
+    loss_agg_mode: str = "token-mean",
+    loss_scale_factor: float | None = None,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+) -> PolicyLoss:
+    """CISPO: the ratio is clipped as a weight without gradient, so no token loses its gradient by clipping.
+
+    L = -sg(clip(rho, 1 - low, 1 + high)) * A * logprobs. Its value is no objective to compare between steps; its
+    gradient is. There is no dual clip: `clip_ratio_c` is taken for the signature's sake and has no effect.
+
+    Arguments and result as in `policy_loss`; `clipfrac` counts tokens whose weight was clipped.
+
+    Source: arXiv:2506.13585 eq. 4; checked against verl's compute_policy_loss_cispo.
+    """
+    log_ratio = torch.clamp(logprobs - old_logprobs, min=-20.0, max=20.0)
+    ratio = torch.exp(log_ratio)
+    weight = torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high).detach()
+    loss = aggregate(
+        -weight * advantages * logprobs,
+        response_mask,
+        loss_agg_mode,
+        batch_num_tokens=batch_num_tokens,
+        global_batch_size=global_batch_size,
+        loss_scale_factor=loss_scale_factor,
+    )
+    with torch.no_grad():
+        clipfrac = masked_mean((ratio != weight).float(), response_mask)
+        ppo_kl = masked_mean(-log_ratio, response_mask)
+        return PolicyLoss(loss, clipfrac, ppo_kl, torch.zeros_like(clipfrac), response_mask.sum())
+
+
+POLICY_LOSSES: Mapping[str, Callable[..., PolicyLoss]] = {
+    "vanilla": policy_loss,
+    "gspo": gspo_loss,
+    "cispo": cispo_loss,
+}
+"""By verl's names (`actor_rollout_ref.actor.policy_loss.loss_mode`)."""
 
 
 def aggregate(

@@ -44,3 +44,21 @@ def penalize(token_level_scores: Tensor, kl: Tensor, response_mask: Tensor, kl_c
     Source: verl's apply_kl_penalty (trainer/ppo/ray_trainer.py, 0.9.1).
     """
     return token_level_scores - kl_coef * torch.where(response_mask.bool(), kl, torch.zeros_like(kl))
+
+
+def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int, factor: float) -> Tensor:
+    """DAPO's soft punishment of replies that use the last `buffer` tokens of what they may: from 0 to -factor.
+
+    penalty = min(0, -factor * (length - (max_length - buffer)) / buffer)
+
+    Args:
+        lengths: response tokens. Shape (B,).
+        max_length: `data.max_response_length`. buffer: 1 to max_length tokens.
+
+    Returns:
+        What to add to the reward, at most 0. Shape (B,), float32.
+
+    Source: arXiv:2503.14476 eq. 13; checked against verl's DAPORewardManager.
+    """
+    over = (lengths - (max_length - buffer)).float()
+    return torch.clamp(-factor * over / buffer, max=0.0)

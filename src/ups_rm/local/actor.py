@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ups_rm.errors import NumberError
 from ups_rm.grpo.kl import kl_penalty
-from ups_rm.grpo.losses import aggregate, batch_totals, policy_loss
+from ups_rm.grpo.losses import POLICY_LOSSES, aggregate, batch_totals
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
 from ups_rm.recipe import Actor as ActorSettings
@@ -179,7 +179,7 @@ class Actor:
             **whole,
             "loss_scale_factor": settings.loss_scale_factor or self.max_response_length,
         }
-        result = policy_loss(
+        result = POLICY_LOSSES[settings.policy_loss.loss_mode](
             logprobs.detach() if old is None else old[rows, :length],
             logprobs,
             advantages[rows, :length],

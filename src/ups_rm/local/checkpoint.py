@@ -42,6 +42,7 @@ class TrainingState:
         epoch: the pass over the prompts that it belongs to, from 0.
         prompts: indices of the prompts of `step`: the place in the shuffled data.
         kl_coef: of the KL controller.
+        lagrange: of the constraint's multiplier (`Objective.state`); empty where there is none.
         score: validation score after this step, None where none was taken.
         best: {"step", "score"} of the best validation so far.
         counters: what went wrong so far, by name.
@@ -54,6 +55,7 @@ class TrainingState:
     epoch: int = 0
     prompts: list[Any] = field(default_factory=list)
     kl_coef: float = 0.0
+    lagrange: dict[str, float] = field(default_factory=dict)
     score: float | None = None
     best: dict[str, float] | None = None
     counters: dict[str, int] = field(default_factory=dict)
@@ -269,7 +271,8 @@ def load_checkpoint(
         raise CheckpointError(_unusable(path, wrong))
     try:
         told = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state = TrainingState(**{one.name: told[one.name] for one in fields(TrainingState)})
+        state = TrainingState(**{one.name: told[one.name] for one in fields(TrainingState) if one.name != "lagrange"})
+        state.lagrange = told.get("lagrange", {})  # checkpoints of version 0.1 have none
         made_with, machine = MadeWith(**told["made_with"]), dict(told["machine"])
         tensors: dict[str, Any] = torch.load(path / "training.pt", map_location=actor.policy.device, weights_only=True)
         saved, optimizer, scheduler = tensors["masters"], tensors["optimizer"], int(tensors["scheduler"])

@@ -94,7 +94,7 @@ def print_dry_run(recipe: Recipe) -> None:
     """Print everything; nothing is downloaded, loaded or written."""
     console.print(recipe.to_yaml(), markup=False, soft_wrap=True)
     trainer, model = recipe.trainer, recipe.actor_rollout_ref.model
-    folder, models = Path(trainer.default_local_dir), recipe.reward_model.entries()
+    folder, models = Path(trainer.default_local_dir), recipe.reward_model.asked()
     _table("reads", {
         "policy": model.path,
         "reward model": ", ".join(entry.path or entry.url or entry.callable for entry in models)

@@ -49,6 +49,7 @@ def save_replay(
         "recipe": trainer.recipe.to_yaml(),
         "prompts": [{**asdict(row), "messages": [dict(turn) for turn in row.messages]} for row in prompts],
         "kl_coef": trainer.kl_control.value,
+        "lagrange": trainer.objective.state,
         "texts": rollout.texts if rollout else [],
         "responses": rollout.sequences.responses if rollout else torch.empty(0),
         "response_mask": rollout.sequences.response_mask if rollout else torch.empty(0),
@@ -95,6 +96,7 @@ def replay(file: Path, scorer: Scorer | None = None) -> tuple[str, bool]:
             parameter.copy_(master)
     trainer.engine.refresh()
     trainer.kl_control.value = float(saved["kl_coef"])
+    trainer.objective.resume(saved.get("lagrange", {}))
     try:
         trainer.step(prompts, number)
     except NumberError as again:

@@ -118,7 +118,7 @@ def _ask(scorer: Scorer, conversations: list[Conversation], retries: int, reason
 
 
 def _is_number(score: Score) -> bool:
-    return math.isfinite(score.safe_score)
+    return math.isfinite(score.safe_score) and (score.helpfulness is None or math.isfinite(score.helpfulness))
 
 
 def safe_scores(scores: list[Score], device: torch.device) -> Tensor:

@@ -28,6 +28,8 @@ def open_group_log(recipe: Recipe) -> GroupLog:
         max_samples_per_group=trainer.group_log_max_samples_per_group,
         adv_estimator=recipe.algorithm.adv_estimator,
         scale_by_std=recipe.algorithm.norm_adv_by_std_in_grpo,
+        normalize_components=recipe.algorithm.normalize_components,
+        tolerance=recipe.algorithm.zero_std_tolerance,
         kl_coef=recipe.algorithm.kl_ctrl.kl_coef if recipe.algorithm.use_kl_in_reward else 0.0,
     )
 
@@ -55,6 +57,7 @@ def log_groups(log: GroupLog, record: StepRecord, *, number: int, n: int, kl_coe
         token_ends=token_ends(tokenizer, ids, record.rollout.texts),
         dropped=~record.usable,
         flat=record.flat,
+        combined=record.combined,
     )
     try:
         log.write(number, groups, kl_coef=kl_coef)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ups_rm.data.prompts import PromptRow
 from ups_rm.errors import NumberError
 from ups_rm.evaluation.text import text_metrics
-from ups_rm.grpo import model_metrics, rollout_metrics, throughput_metrics, timing_metrics
+from ups_rm.grpo import Combined, model_metrics, rollout_metrics, throughput_metrics, timing_metrics
 from ups_rm.local.rollout import Rollout
 from ups_rm.recipe import Recipe
 from ups_rm.reward.transforms import score_range
@@ -42,6 +42,10 @@ class StepRecord:
     """The reply is in the loss. Shape (B,), bool."""
     resampled: int
     """Groups whose replies were drawn anew, each time counted."""
+    combined: Combined | None = None
+    """Of the usable replies, where the objective has several components."""
+    reward_metrics: dict[str, float] = field(default_factory=dict)
+    """Of the objective and the overlong penalty."""
     judged: list[Score] | None = None
     """What the second judge says of every reply, where it reads the step's own."""
 
@@ -135,7 +139,7 @@ def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: floa
         gap = (record.old_logprobs - rollout.rollout_logprobs).abs() * mask
         metrics["rollout/logprob_gap_mean"] = float(gap.sum() / mask.sum().clamp(min=1))
         metrics["rollout/logprob_gap_max"] = float(gap.max())
-    metrics |= record.update
+    metrics |= record.update | record.reward_metrics
     replies, whole = int(mask.sum()), int(prompt_lengths.sum())
     metrics |= timing_metrics(record.seconds, num_prompt_tokens=whole, num_response_tokens=replies)
     metrics |= throughput_metrics(total_num_tokens=whole + replies, seconds=record.seconds["step"])

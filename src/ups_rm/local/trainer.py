@@ -24,8 +24,7 @@ from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts,
 from ups_rm.data.prompts import PromptRow, read_prompts
 from ups_rm.device import keep_freed_memory
 from ups_rm.errors import CheckpointError, NumberError, RunError
-from ups_rm.grpo import AdaptiveKL, FixedKL, estimate_advantages, kl_penalty, penalize, place_on_last_token
-from ups_rm.grpo.groups import flat_groups
+from ups_rm.grpo import AdaptiveKL, FixedKL
 from ups_rm.interrupt import interruptible
 from ups_rm.local.actor import Actor, response_logprobs
 from ups_rm.local.checkpoint import CheckpointWriter, Provenance, TrainingState
@@ -34,6 +33,7 @@ from ups_rm.local.policy import Policy, needs_reference
 from ups_rm.local.provenance import git_commit, machine
 from ups_rm.local.random_state import seed_all
 from ups_rm.local.replay import save_replay
+from ups_rm.local.rewarded import rewarded
 from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.local.run_folder import begin, finished_run, resume, save_policy
 from ups_rm.local.sampling import Sampling
@@ -45,6 +45,7 @@ from ups_rm.locks import only_one
 from ups_rm.monitor.judge import judge_means, open_judge
 from ups_rm.monitor.limits import JUDGE
 from ups_rm.monitor.watch import Monitor, stop_message
+from ups_rm.objective import Objective
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.console_line import live_note
@@ -89,6 +90,7 @@ class Trainer:
         self.judge = open_judge(recipe)
         self.reference = self._load_reference()
         self._at_work: Rollout | None = None  # of the step that is under way
+        self.objective = Objective(recipe.algorithm)
         control = recipe.algorithm.kl_ctrl
         self.kl_control = (
             AdaptiveKL(control.kl_coef, control.target_kl, control.horizon)
@@ -108,8 +110,7 @@ class Trainer:
         recipe, clock = self.recipe, Clock()
         algorithm, temperature = recipe.algorithm, recipe.actor_rollout_ref.rollout.temperature
         judged = self._judged_rollout(prompts, number, clock)  # B replies with their scores
-        rollout, usable = judged.rollout, judged.usable
-        sequences, mask = rollout.sequences, rollout.sequences.response_mask
+        sequences, mask = judged.rollout.sequences, judged.rollout.sequences.response_mask
         old_logprobs = ref_logprobs = forward = None
         if algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
             with clock("old_log_prob"):
@@ -123,41 +124,30 @@ class Trainer:
                 )
                 check_finite("the reference's log-probabilities", ref_logprobs, mask)
         with clock("adv"):
-            token_level_scores = place_on_last_token(judged.safe_score, mask)  # (B, R)
-            kl = torch.zeros_like(token_level_scores)
-            if old_logprobs is not None and ref_logprobs is not None:
-                kl = kl_penalty(old_logprobs, ref_logprobs, algorithm.kl_penalty) * mask
-            kl_coef = self.kl_control.value if algorithm.use_kl_in_reward else 0.0
-            token_level_rewards = penalize(token_level_scores, kl, mask, kl_coef)
-            check_finite("the rewards", token_level_rewards, mask)
-            advantages = torch.zeros_like(token_level_rewards)
-            advantages[usable] = estimate_advantages(  # a reply without a score counts in no mean and no std
-                algorithm.adv_estimator,
-                token_level_rewards[usable],
-                mask[usable],
-                sequences.group_ids[usable],
-                scale_by_std=algorithm.norm_adv_by_std_in_grpo,
+            benign = torch.tensor([row.kind == "benign" for row in prompts], device=mask.device)
+            worth = rewarded(
+                judged,
+                old_logprobs,
+                ref_logprobs,
+                benign.repeat_interleave(len(mask) // len(prompts)),
+                objective=self.objective,
+                kl_coef=self.kl_control.value if algorithm.use_kl_in_reward else 0.0,
+                recipe=recipe,
             )
-            # nothing but rounding would be divided by the std; with KL in the reward equal scores are not that yet
-            rewards = token_level_rewards.sum(-1)
-            flat = flat_groups(rewards, sequences.group_ids, usable, algorithm.zero_std_tolerance)
-            if algorithm.zero_std_groups != "keep":
-                flat = flat | judged.flat
-            advantages[flat] = 0.0
-            learns = usable if algorithm.zero_std_groups == "keep" else usable & ~flat  # (B,)
         with clock("update_actor"):
             old = None if self.actor.on_policy(len(prompts)) else old_logprobs
-            if not bool(learns.all()):
-                sequences = replace(sequences, response_mask=mask * learns[:, None])
-            if bool(learns.any()):
-                update = self.actor.update(sequences, advantages, old, ref_logprobs, step=number, forward=forward)
+            if not bool(worth.learns.all()):
+                sequences = replace(sequences, response_mask=mask * worth.learns[:, None])
+            if bool(worth.learns.any()):
+                update = self.actor.update(sequences, worth.advantages, old, ref_logprobs, step=number, forward=forward)
                 self.engine.refresh()
             else:
                 update = self.actor.left_out(number)
         clock.stop()
         return StepRecord(
-            prompts, rollout, judged.scores, token_level_scores, token_level_rewards, advantages, kl, old_logprobs,
-            update, clock.seconds, usable, flat, learns, judged.resampled,
+            prompts, judged.rollout, judged.scores, worth.token_level_scores, worth.token_level_rewards,
+            worth.advantages, worth.kl, old_logprobs, update, clock.seconds, judged.usable, worth.flat, worth.learns,
+            judged.resampled, worth.combined, worth.metrics,
         )  # fmt: skip
 
     # ---- the loop
@@ -186,6 +176,7 @@ class Trainer:
         write_made_with(self.folder, engine="local", device=str(self.policy.device))
         if start > 0:
             self.kl_control.value = state.kl_coef
+            self.objective.resume(state.lagrange)
             self.engine.refresh()
         group_log = open_group_log(self.recipe)
         group_log.drop_after(start)
@@ -212,13 +203,14 @@ class Trainer:
                     continue
                 metrics = self.metrics(record, number) | self._count(record, state)
                 self.kl_control.update(metrics["actor/reward_kl_penalty"], len(record.scores))
+                self.objective.after_step(metrics)
                 if group_log.wants(number):
                     kl_coef = metrics["actor/reward_kl_penalty_coeff"]
                     n = self.recipe.actor_rollout_ref.rollout.n
                     tokenizer = self.policy.tokenizer
                     log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef, tokenizer=tokenizer)
                     state.group_log = number
-                state.kl_coef = self.kl_control.value
+                state.kl_coef, state.lagrange = self.kl_control.value, self.objective.state
                 last = number == self.total_steps
                 if self._validates() and (number % trainer.test_freq == 0 or last):
                     metrics |= self.validate(state)
@@ -330,7 +322,7 @@ class Trainer:
         console.print(f"{told}; the step is left out", markup=False, soft_wrap=True)
         self.actor.left_out(number)
         self.engine.refresh()
-        state.kl_coef = self.kl_control.value
+        state.kl_coef, state.lagrange = self.kl_control.value, self.objective.state
         return {"numbers/skipped_steps": float(counters["skipped_steps"]), "training/global_step": float(number)}
 
     def _count(self, record: StepRecord, state: TrainingState) -> dict[str, float]:

@@ -265,8 +265,8 @@ def _disk(folder: str, free: int, recipe: Recipe, plan: Plan | str) -> Finding:
 
 def _models(facts: Facts, recipe: Recipe) -> Iterator[Finding]:
     yield _model("policy", recipe.actor_rollout_ref.model.path)
-    entries = recipe.reward_model.entries()
-    if not entries:
+    entries = recipe.reward_model.asked()
+    if not recipe.reward_model.entries():
         yield Finding("reward model", "ok", "made by the run")
     for entry in entries:
         if entry.path:

@@ -32,8 +32,9 @@ def open_judge(recipe: Recipe) -> Scorer | None:
 
 def judge_settings(recipe: Recipe) -> RewardModel:
     """`monitor.judge` as the recipe's only reward model, its score sigmoid(-logit)."""
-    judge = recipe.monitor.judge
-    return replace(recipe.reward_model, model=judge, models=[], transform="sigmoid", transform_temperature=1.0)
+    judge, helpfulness = recipe.monitor.judge, RewardModel().helpfulness  # which names none
+    settings = replace(recipe.reward_model, model=judge, models=[], helpfulness=helpfulness)
+    return replace(settings, transform="sigmoid", transform_temperature=1.0)
 
 
 def judge_name(recipe: Recipe) -> str:

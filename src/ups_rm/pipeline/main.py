@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
-from ups_rm.errors import DataError, RMError, RunError, UpsRmError
+from ups_rm.errors import DataError, RecipeError, RMError, RunError, UpsRmError
 from ups_rm.locks import beside, only_one
 from ups_rm.models import resolve_model
 from ups_rm.pipeline.context import Interrupted, Run, Stopped, write_json
@@ -64,7 +64,7 @@ def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]
     recipe = this.recipe
     if not own_prompts:
         make_prompts(this)
-    if not recipe.reward_model.entries():
+    if _makes_rm(recipe):
         make_rm(this)
     _check(this, skip_rm_check)
     _train(this)
@@ -72,27 +72,39 @@ def _stages(this: Run, own_prompts: bool, skip_rm_check: bool) -> dict[str, Any]
     return _finish(this, skip_rm_check)
 
 
+def _makes_rm(recipe: Recipe) -> bool:
+    """Whether the run trains the reward model, or the second one for helpfulness."""
+    models = recipe.reward_model
+    helpfulness = recipe.reward_training.target == "helpfulness" and not models.helpfulness.named
+    return not models.entries() or helpfulness
+
+
 def _check_inputs(this: Run, own_prompts: bool) -> None:
     """What is wrong with the named inputs is said before anything is downloaded or computed."""
     from ups_rm.data.rows import source_parts
 
     recipe = this.recipe
+    helpful = recipe.reward_model.helpfulness.named or recipe.reward_training.target != "safety"
+    if recipe.algorithm.objective != "safety" and not recipe.reward_model.entries() and not helpful:
+        raise RecipeError(
+            f"algorithm.objective={recipe.algorithm.objective} needs a helpfulness head, which the reward model that "
+            "this run would make lacks\n  fix: reward_training.target=both, or reward_model.helpfulness.path=FOLDER"
+        )
     console.print(f"device: {this.device}")
     if this.engine == "verl":
         from ups_rm.distributed.engine import check_machine
 
         check_machine(recipe, rm_follows=True)
-    entries = recipe.reward_model.entries()
     if own_prompts:
         for file in [*as_list(recipe.data.train_files), *as_list(recipe.data.val_files)]:
             if not Path(file).is_file():
                 raise DataError(f"{file}: no such file (TRAIN_DATA, VAL_DATA: prompt parquet)")
     sources = [] if own_prompts else [recipe.prepare.source, recipe.prepare.benign_source]
-    sources += [] if entries else [recipe.reward_training.source, recipe.reward_training.benign_source]
+    sources += [] if not _makes_rm(recipe) else [recipe.reward_training.source, recipe.reward_training.benign_source]
     for source in dict.fromkeys(sources):
         if source not in ("", "none"):
             source_parts(source, split=None)
-    for entry in entries:
+    for entry in recipe.reward_model.asked():
         if entry.path and not (Path(entry.path).expanduser() / "config.json").is_file():
             raise RMError(
                 f"{entry.path} is not an RM folder: it has no config.json (REWARD_MODEL_PATH, reward_model.model.path)"
@@ -101,11 +113,9 @@ def _check_inputs(this: Run, own_prompts: bool) -> None:
 
 def _check(this: Run, skip: bool) -> None:
     from ups_rm.data.check import check_parquet
-    from ups_rm.reward.doctor import check_rm
+    from ups_rm.reward.doctor.entries import check_entries, check_helpfulness
     from ups_rm.reward.doctor.table import print_report
-    from ups_rm.reward.open import EXAMINED, entry_names, kind_of, open_entry, probe, template_of
 
-    entries, batch_tokens = this.recipe.reward_model.entries(), this.recipe.reward_model.max_batch_tokens
     model = this.recipe.reward_model.model
     files = [Path(file) for key in ("train_files", "val_files") for file in as_list(getattr(this.recipe.data, key))]
     folder = Path("merge/check")
@@ -118,23 +128,21 @@ def _check(this: Run, skip: bool) -> None:
             print_data_check(prompts, console)
             raise RunError("the prompts can't be trained on, see above\n  fix: ups-rm data check FILE shows each row")
         reports: dict[str, Any] = {}
-        for name, entry in zip(entry_names(entries), entries, strict=True):
-            kind = kind_of(entry)
-            if kind not in EXAMINED:
-                reports[name] = {"ok": True, "logits": probe(open_entry(entry, this.device, batch_tokens), name)}
-                continue
-            how = {"dtype": entry.dtype, "trust_remote_code": entry.trust_remote_code, "kind": kind}
-            how |= {"output": entry.output, "chat_template": template_of(entry)}
-            report = check_rm(entry.path, device=this.device, **how)  # type: ignore[arg-type]
+        for name, _, report in check_entries(this.recipe.reward_model, this.device):
             print_report(report)
             reports[name] = report.to_dict()
             if not report.ok and not skip:
                 raise RMError(
-                    f"{entry.path} fails its check, see above; nothing was trained\n"
+                    f"{report.folder} fails its check, see above; nothing was trained\n"
                     "  fix: as said there, or --skip-rm-check"
                 )
             if not report.ok:
                 console.print("[bold red]the RM fails its check and is trained against all the same[/]")
+        helpful = check_helpfulness(this.recipe.reward_model, this.device)
+        if helpful is not None:
+            print_report(helpful)
+            if not helpful.ok and not skip:
+                raise RMError(f"{helpful.folder} fails its check, see above; nothing was trained")
         one = next(iter(reports.values()))
         write_json(folder / "rm_check.json", one if len(reports) == 1 else {"models": reports})
 
@@ -260,7 +268,7 @@ def _finish(this: Run, skipped_check: bool) -> dict[str, Any]:
     for what, path in (
         ("the report, to open in a browser", report),
         ("safer policy", this.folder / "policy"),
-        ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.entries())),
+        ("reward model", ", ".join(e.path or e.url or e.callable for e in this.recipe.reward_model.asked())),
         ("before and after, reply by reply", this.folder / "eval" / "pairs.jsonl"),
         ("metrics of every step", this.folder / "metrics.jsonl"),
         ("replies of every step", Path(this.recipe.trainer.group_log_dir)),

@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 DEGENERATE_ROWS = 400
 """Of each source, when `reward_training.degenerate` asks for them."""
 RM_FOLDER = Path("merge/merged_model/Naive-RM-saferlhf")
+HELPFULNESS_FOLDER = Path("merge/merged_model/Helpfulness-RM")
+"""Of `reward_training.target=helpfulness`: beside the RM for safety that the recipe names."""
 
 
 def make_rm(this: Run) -> None:
-    """Backbone, features and head (or adapters), merge; the recipe then names the RM folder."""
+    """Backbone, features and heads (or adapters), merge; the recipe then names the RM folder."""
     from ups_rm.data.degenerate import degenerate_rows
     from ups_rm.evaluation.refusal import is_refusal
     from ups_rm.reward.feature_set import FeatureSet
     from ups_rm.reward.features import extract_features
-    from ups_rm.reward.head import train_head
+    from ups_rm.reward.head_files import HELPFULNESS
+    from ups_rm.reward.helpful_head import train_heads
     from ups_rm.reward.merge import merge
-    from ups_rm.reward.tables import print_head
+    from ups_rm.reward.tables import print_heads
 
     settings = this.recipe.reward_training
     backbone = _backbone(this)
@@ -75,30 +78,43 @@ def make_rm(this: Run) -> None:
                 keeps_partial=True,
             )
         )
-        options = head_settings(settings)
+        options, target = head_settings(settings), settings.target
+        second = [head_folder / HELPFULNESS] if target == "both" else []
         this.do(
             Stage(
                 name="head",
                 inputs=list(files.values()),
-                settings={"head": str(options)},
+                settings={"head": str(options), **_target(settings)},
                 out=head_folder,
-                outputs=[head_folder / "head.safetensors", head_folder / "head.json"],
-                action=lambda: print_head(
-                    train_head([FeatureSet.read(file) for file in files.values()], head_folder, options)
+                outputs=[head_folder / "head.safetensors", head_folder / "head.json", *second],
+                action=lambda: print_heads(
+                    train_heads(
+                        [FeatureSet.read(file) for file in files.values()],
+                        head_folder,
+                        options,
+                        target=target,  # type: ignore[arg-type]
+                    )
                 ),
             )
         )
+    out = HELPFULNESS_FOLDER if settings.target == "helpfulness" else RM_FOLDER
     this.do(
         Stage(
             name="merge",
             inputs=[backbone, head_folder],
             settings={},
-            out=RM_FOLDER,
-            outputs=[RM_FOLDER / "config.json", RM_FOLDER / "rm_card.json"],
-            action=lambda: merge(backbone, head_folder, RM_FOLDER, overwrite=True),
+            out=out,
+            outputs=[out / "config.json", out / "rm_card.json"],
+            action=lambda: merge(backbone, head_folder, out, overwrite=True),
         )
     )
-    this.recipe.reward_model.model.path = str(RM_FOLDER)
+    models = this.recipe.reward_model
+    (models.helpfulness if settings.target == "helpfulness" else models.model).path = str(out)
+
+
+def _target(settings: RewardTraining) -> dict[str, str]:
+    """The target as a stage's setting; left out for `safety`, so that heads made before there were others stay."""
+    return {} if settings.target == "safety" else {"target": settings.target}
 
 
 def _backbone(this: Run) -> str:
@@ -180,6 +196,7 @@ def _train_lora(this: Run, backbone: str, sources: dict[str, str]) -> None:
         ]
         limits: dict[str, Any] = {"max_length": settings.max_length, "pooling": settings.pooling}
         names = [Path(source).name for source in sources.values()]
+        limits["target"] = settings.target
         train_lora(backbone, rows, out, head, lora, **limits, sources=names, overwrite=True)
 
     this.do(
@@ -192,6 +209,7 @@ def _train_lora(this: Run, backbone: str, sources: dict[str, str]) -> None:
                 "held_out": sorted(held_out),
                 "length": settings.max_length,
                 "pooling": settings.pooling,
+                **_target(settings),
             },
             out=out,
             outputs=[out / "backbone", out / "head"],

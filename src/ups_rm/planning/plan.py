@@ -171,7 +171,7 @@ def recipe_architectures(recipe: Recipe, policy: str | None, rm: str | None) -> 
     Raises:
         PlanError: an architecture that can't be read, or a recipe with several RMs or one behind a URL or a function.
     """
-    training, entries = recipe.reward_training, recipe.reward_model.entries()
+    training, entries = recipe.reward_training, recipe.reward_model.asked()
     if rm is None and (len(entries) > 1 or (entries and not entries[0].path)):
         raise PlanError("the plan counts one RM in a folder, the recipe names others\n  fix: --rm FOLDER")
     judge = read_architecture(rm or (entries[0].path if entries else training.backbone))

@@ -24,7 +24,7 @@ from ups_rm.reward.batching import token_batches
 from ups_rm.reward.render import Rendered
 
 if TYPE_CHECKING:
-    from ups_rm.reward.scorer import RewardScorer
+    from ups_rm.reward.scorer import Answer, RewardScorer
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class Job:
     """The conversations of one request on their way through the models."""
 
     rows: list[Rendered]
-    logits: list[float]
+    answers: list[Answer]
     left: int
-    future: Future[list[float]] = field(default_factory=Future)
+    future: Future[list[Answer]] = field(default_factory=Future)
     submitted: float = field(default_factory=perf_counter)
 
 
@@ -119,8 +119,8 @@ class BatchQueue:
             self.waiting -= conversations
 
     def submit(self, rows: Sequence[Rendered]) -> Job:
-        """Queue a request's conversations, all at once; `job.future` gives their logits in this order."""
-        job = Job(list(rows), [math.nan] * len(rows), len(rows))
+        """Queue a request's conversations, all at once; `job.future` gives every head's logits in this order."""
+        job = Job(list(rows), [()] * len(rows), len(rows))
         if not rows:
             job.future.set_result([])
             return job
@@ -150,7 +150,7 @@ class BatchQueue:
             started = perf_counter()
             rows = [job.rows[i].input_ids for job, i in batch]
             try:
-                logits = scorer.batch_logits(rows)
+                answers = scorer.batch_answers(rows)
             except Exception as error:  # whatever it is: it answers these requests and does not end the server
                 log.exception("a batch of %d conversations failed on %s", len(rows), scorer.device)
                 with self._changed:
@@ -160,8 +160,8 @@ class BatchQueue:
             seconds = perf_counter() - started
             tokens = sum(map(len, rows))
             with self._changed:
-                for (job, i), logit in zip(batch, logits, strict=True):
-                    self._answer(job, i, logit)
+                for (job, i), answer in zip(batch, answers, strict=True):
+                    self._answer(job, i, answer)
                 rate = self._models * tokens / max(seconds, 1e-6)
                 self.tokens_per_second += (rate - self.tokens_per_second) * (0.1 if self.tokens_per_second else 1.0)
             padding = len(rows) * max(map(len, rows)) - tokens
@@ -190,8 +190,9 @@ class BatchQueue:
             self.queued_tokens = sum(len(job.rows[i].input_ids) for job, i in self._queue)
             return batch
 
-    def _answer(self, job: Job, i: int, logit: float) -> None:
-        if not math.isfinite(logit):
+    def _answer(self, job: Job, i: int, answer: Answer) -> None:
+        if not all(map(math.isfinite, answer)):
+            logit = next(value for value in answer if not math.isfinite(value))
             self._finish(
                 job,
                 RMError(
@@ -200,10 +201,10 @@ class BatchQueue:
                 ),
             )
             return
-        job.logits[i] = logit
+        job.answers[i] = answer
         job.left -= 1
         if job.left == 0 and not job.future.done():
-            job.future.set_result(job.logits)
+            job.future.set_result(job.answers)
 
     @staticmethod
     def _finish(job: Job, error: BaseException) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RMError
 from ups_rm.reward.card_digests import digests_of, verify_digests
-from ups_rm.reward.native import hidden_dim_text, read_config
+from ups_rm.reward.native import heads_of, hidden_dim_text, read_config
 from ups_rm.reward.render import RenderPolicy, render, template_sha256
 from ups_rm.types import Conversation
 
@@ -31,6 +31,9 @@ OLD_FORMAT = 1  # without digests
 OUTPUT = "logit: one number per conversation, shape (batch, 1)"
 SIGN = "higher = less safe: degree of unsafety of the last reply"
 TRANSFORM = "safe_score = sigmoid(-logit)"
+HELPFUL_SIGN = "higher = more helpful: compares replies to one prompt, 0 has no meaning"
+OUTPUTS = {"unsafety": SIGN, "helpfulness": HELPFUL_SIGN}
+"""What each head's logit means, in the order of the logits."""
 WAY_OUT = "\n  fix: if the change is meant, write a new card with `ups-rm rm card FOLDER --force`"
 
 # Fixed, harmless, and different in what can go wrong: length, digits, quotes, emoji, newlines, turns, an empty reply.
@@ -65,11 +68,15 @@ GOLDEN_CONVERSATIONS: tuple[Conversation, ...] = (
 
 @dataclass(frozen=True)
 class Golden:
-    """A fixed conversation with the RM's token ids for it and the RM's logit, computed in the card's dtype."""
+    """A fixed conversation with the RM's token ids for it and the RM's logit, computed in the card's dtype.
+
+    logit: of the first head. helpfulness: of the second, None (and not in the file) where there is none.
+    """
 
     messages: Conversation
     input_ids: list[int]
     logit: float
+    helpfulness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,9 @@ class RMCard:
     dtype: in which the golden logits were computed.
     temperature: that was folded into the output layer (1.0: none).
     head: the rest of what head.json said: loss, seed, metrics.
+    outputs: what each output means, by its name and in the order of the logits; {} and not in the file where unsafety
+        is all there is.
+    helpfulness_head: what the second head's head.json said, its temperature too; {} and not in the file without one.
     digests: of every field as it was written (card_digests.py); {} for cards of format 1.
     """
 
@@ -102,14 +112,28 @@ class RMCard:
     sign: str = SIGN
     transform: str = TRANSFORM
     format: int = FORMAT
+    outputs: dict[str, str] = field(default_factory=dict)
+    helpfulness_head: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the outputs, in the order of the logits."""
+        return tuple(self.outputs) or ("unsafety",)
 
     def values(self) -> dict[str, Any]:
         """What the file holds but for the digests; the render policy's fields lie flat beside the others."""
         values = asdict(self)
         del values["digests"]
+        for name in ("outputs", "helpfulness_head"):
+            if not values[name]:
+                del values[name]
+        for golden in values["golden"]:
+            if golden["helpfulness"] is None:
+                del golden["helpfulness"]
         policy = values.pop("render")
-        order = {name: values[name] for name in ("format", "output", "sign", "transform")}
+        first = ("format", "output", "sign", "transform", "outputs")
+        order = {name: values[name] for name in first if name in values}
         return order | policy | values
 
     def to_json(self) -> str:
@@ -155,10 +179,10 @@ def make_card(
     """The card of a loaded RM: its config, its tokenizer, and what it answers to the golden conversations."""
     conversations = list(GOLDEN_CONVERSATIONS)
     rendered = render(scorer.tokenizer, conversations, scorer.policy)
-    scores = scorer.score(conversations)
+    answers = scorer.answers(rendered, prompts=[str(messages[:-1]) for messages in conversations])
     golden = tuple(
-        Golden(messages, ids.input_ids, score.logit)
-        for messages, ids, score in zip(conversations, rendered, scores, strict=True)
+        Golden(messages, ids.input_ids, *answer)
+        for messages, ids, answer in zip(conversations, rendered, answers, strict=True)
     )
     config = read_config(folder)
     return RMCard(
@@ -172,7 +196,19 @@ def make_card(
         head=head or {},
         golden=golden,
         pooling=config.get("pooling", "last"),
+        **meaning_of(scorer.heads),
     )
+
+
+def meaning_of(heads: Sequence[str]) -> dict[str, Any]:
+    """The card's fields `output`, `sign`, `transform` and `outputs` of an RM with these heads."""
+    if tuple(heads) == ("unsafety",):
+        return {"output": OUTPUT, "sign": SIGN, "transform": TRANSFORM, "outputs": {}}
+    outputs = {name: OUTPUTS[name] for name in heads}
+    if len(heads) == 1:
+        return {"output": OUTPUT, "sign": HELPFUL_SIGN, "transform": "none", "outputs": outputs}
+    output = f"logits: {len(heads)} numbers per conversation, shape (batch, {len(heads)}), in the order of outputs"
+    return {"output": output, "sign": SIGN, "transform": TRANSFORM, "outputs": outputs}
 
 
 def write_card(
@@ -225,11 +261,14 @@ def write_card(
         device=device,
         dtype=number_format,
         native=not trust_remote_code,
+        heads=heads_of(read_config(folder), folder),
     )
     card = make_card(scorer, folder, labels=labels or (old.labels if old else "unknown"))
     if old is not None:
         name = {"name": old.backbone["name"]} if "name" in old.backbone else {}
         card = replace(card, temperature=old.temperature, head=old.head, backbone=name | card.backbone)
+        if len(card.heads) > 1:
+            card = replace(card, helpfulness_head=old.helpfulness_head)
     if chat_template is not None:
         temporary = folder / ".chat_template.jinja.tmp"
         temporary.write_text(chat_template, encoding="utf-8")
@@ -263,6 +302,7 @@ def verify_folder(card: RMCard, folder: Path, tokenizer: Any) -> None:
     config = read_config(folder)
     _same(folder, "hidden_dim_str", card.hidden_dim_str, hidden_dim_text(config.get("hidden_dim_str", "")))
     _same(folder, "pooling", card.pooling, config.get("pooling", "last"))
+    _same(folder, "outputs", list(card.heads), list(heads_of(config, folder)))
     found = backbone_facts(config)
     for name, value in card.backbone.items():
         if name in found:
@@ -286,8 +326,8 @@ def verify_folder(card: RMCard, folder: Path, tokenizer: Any) -> None:
             )
 
 
-def verify_logits(card: RMCard, folder: Path, logits: Sequence[float], tolerance: float) -> float:
-    """The golden logits against `logits` of the loaded model.
+def verify_answers(card: RMCard, folder: Path, answers: Sequence[Sequence[float]], tolerance: float) -> float:
+    """The golden logits of every head against `answers` of the loaded model (one of each head per conversation).
 
     Args:
         tolerance: largest difference allowed, as a share of the largest golden logit (of 1, if that is smaller).
@@ -298,19 +338,23 @@ def verify_logits(card: RMCard, folder: Path, logits: Sequence[float], tolerance
     Raises:
         RMError: it is over the tolerance.
     """
-    worst, at = 0.0, 0
-    scale = max([1.0, *(abs(golden.logit) for golden in card.golden)])
-    for i, (golden, logit) in enumerate(zip(card.golden, logits, strict=True)):
-        difference = abs(golden.logit - logit) / scale
-        if not difference <= worst:  # NaN counts as worst
-            worst, at = difference, i
-    if not worst <= tolerance:
-        raise RMError(
-            f"{folder}/{CARD_FILE}: golden[{at}].logit is {card.golden[at].logit:.4f}, the model answers "
-            f"{logits[at]:.4f} (difference {worst:.2g} > {tolerance:.2g}): weights, code or number format have changed"
-            f"{WAY_OUT}"
-        )
-    return worst
+    over_all = 0.0
+    for column, name in enumerate(("logit", "helpfulness")[: len(card.heads)]):
+        worst, at = 0.0, 0
+        expected = [float(getattr(golden, name)) for golden in card.golden]
+        scale = max([1.0, *map(abs, expected)])
+        for i, (golden, answer) in enumerate(zip(expected, answers, strict=True)):
+            difference = abs(golden - answer[column]) / scale
+            if not difference <= worst:  # NaN counts as worst
+                worst, at = difference, i
+        if not worst <= tolerance:
+            raise RMError(
+                f"{folder}/{CARD_FILE}: golden[{at}].{name} is {expected[at]:.4f}, the model answers "
+                f"{answers[at][column]:.4f} (difference {worst:.2g} > {tolerance:.2g}): weights, code or number format "
+                f"have changed{WAY_OUT}"
+            )
+        over_all = max(over_all, worst)
+    return over_all
 
 
 def _same(folder: Path, name: str, expected: Any, found: Any) -> None:
@@ -323,6 +367,7 @@ def _parse(values: Any, path: Path) -> RMCard:
         raise RMError(f"{path} holds a {type(values).__name__}, expected an object")
     policy_names = [f.name for f in fields(RenderPolicy)]
     known = {f.name for f in fields(RMCard)} - {"render"} | set(policy_names)
+    heads = _heads_told(values, path)
     if values.get("format") == OLD_FORMAT:
         if "digests" in values:
             raise RMError(f"{path}: format is {OLD_FORMAT}, but the card has digests as those of format {FORMAT} have")
@@ -330,9 +375,10 @@ def _parse(values: Any, path: Path) -> RMCard:
         values.setdefault("pooling", "last")  # cards of before it was a choice
     if unknown := sorted(set(values) - known):
         raise RMError(f"{path}: {unknown[0]} is not a field of a card (known: {', '.join(sorted(known))})")
-    if missing := sorted(known - set(values)):
+    if missing := sorted(known - set(values) - {"outputs", "helpfulness_head"}):
         raise RMError(f"{path}: field {missing[0]} is missing{WAY_OUT}")
-    meant = {"format": FORMAT, "output": OUTPUT, "sign": SIGN, "transform": TRANSFORM}
+    meant = {"format": FORMAT} | meaning_of(heads)
+    del meant["outputs"]
     for name, expected in meant.items():
         if values[name] != expected and (name, values[name]) != ("format", OLD_FORMAT):
             raise RMError(
@@ -359,25 +405,46 @@ def _parse(values: Any, path: Path) -> RMCard:
         policy = RenderPolicy(**{name: values.pop(name) for name in policy_names})
     except RMError as error:
         raise RMError(f"{path}: {error}") from error
-    golden = tuple(_golden(entry, f"{path}: golden[{i}]") for i, entry in enumerate(values["golden"]))
-    if not all(math.isfinite(g.logit) for g in golden):
+    golden = tuple(_golden(entry, f"{path}: golden[{i}]", heads) for i, entry in enumerate(values["golden"]))
+    if not all(math.isfinite(g.logit) and math.isfinite(g.helpfulness or 0.0) for g in golden):
         raise RMError(f"{path}: golden has a logit that is not finite{WAY_OUT}")
     return replace(RMCard(render=policy, **values), golden=golden)
 
 
-def _golden(entry: Any, where: str) -> Golden:
-    names = [f.name for f in fields(Golden)]
+def _heads_told(values: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Names of the outputs, whose meanings are checked; ("unsafety",) for cards that don't name them.
+
+    Raises:
+        RMError: an output that is unknown, gone, or means something else.
+    """
+    outputs, digests = values.get("outputs", {}), values.get("digests")
+    if not isinstance(outputs, dict):
+        raise RMError(f"{path}: outputs is a {type(outputs).__name__}{WAY_OUT}")
+    for name in OUTPUTS:
+        if isinstance(digests, dict) and f"outputs.{name}" in digests and name not in outputs:
+            raise RMError(f"{path}: field outputs.{name} is missing{WAY_OUT}")
+    for name, meaning in outputs.items():
+        if meaning != OUTPUTS.get(name):
+            raise RMError(
+                f"{path}: outputs.{name} is {meaning!r}, this version understands {OUTPUTS.get(name, 'no such')!r} only"
+            )
+    return tuple(name for name in OUTPUTS if name in outputs) or ("unsafety",)
+
+
+def _golden(entry: Any, where: str, heads: Sequence[str]) -> Golden:
+    names = [f.name for f in fields(Golden)][: 2 + len(heads)]
     if not isinstance(entry, dict):
         raise RMError(f"{where} is a {type(entry).__name__}, expected an object{WAY_OUT}")
     if missing := [name for name in names if name not in entry]:
         raise RMError(f"{where}.{missing[0]} is missing{WAY_OUT}")
     if unknown := sorted(set(entry) - set(names)):
         raise RMError(f"{where}.{unknown[0]} is not a field of a golden answer{WAY_OUT}")
-    messages, ids, logit = (entry[name] for name in names)
+    messages, ids, *logits = (entry[name] for name in names)
     if not isinstance(messages, list):
         raise RMError(f"{where}.messages is a {type(messages).__name__}{WAY_OUT}")
     if not isinstance(ids, list) or any(type(i) is not int for i in ids):
         raise RMError(f"{where}.input_ids is not a list of integers{WAY_OUT}")
-    if type(logit) not in (int, float):
-        raise RMError(f"{where}.logit is a {type(logit).__name__}{WAY_OUT}")
-    return Golden(messages, ids, logit)
+    for name, logit in zip(names[2:], logits, strict=True):
+        if type(logit) not in (int, float):
+            raise RMError(f"{where}.{name} is a {type(logit).__name__}{WAY_OUT}")
+    return Golden(messages, ids, *logits)

@@ -236,14 +236,24 @@ class HttpScorer:
             raise RMServerError(f"{self.url} answers HTTP {status}: {_told(response)}{way_out}")
         try:
             scores = [
-                Score(float(row["logit"]), float(row["safe_score"]), int(row["tokens"]), bool(row["truncated"]))
+                Score(
+                    logit=float(row["logit"]),
+                    safe_score=float(row["safe_score"]),
+                    tokens=int(row["tokens"]),
+                    truncated=bool(row["truncated"]),
+                    helpfulness=None if row.get("helpfulness") is None else float(row["helpfulness"]),
+                )
                 for row in response.json()["scores"]
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise RMError(f"{self.url} answers no list of scores: {type(error).__name__}: {error}") from error
         if len(scores) != expected:
             raise RMError(f"{self.url} answers {len(scores)} scores for {expected} conversations")
+        if len({score.helpfulness is None for score in scores}) > 1:
+            raise RMError(f"{self.url} answers helpfulness for some conversations and not for others")
         for score in scores:
+            if score.helpfulness is not None and not math.isfinite(score.helpfulness):
+                raise RMError(f"{self.url} answers helpfulness {score.helpfulness}: not a finite number")
             if not math.isfinite(score.logit) or abs(score.safe_score - safe_score(score.logit)) > 1e-6:
                 raise RMError(
                     f"{self.url} answers logit {score.logit} with safe score {score.safe_score}, expected "

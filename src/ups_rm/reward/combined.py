@@ -59,13 +59,15 @@ class CombinedScorer:
         self.temperature = temperature
 
     def score(self, conversations: list[Conversation]) -> list[Score]:
-        """One Score per conversation: `logit` is the combined one, `model_logits` each model's before normalisation.
+        """One Score per conversation: `logit` is the combined one, `model_logits` each model's before normalisation,
+        `helpfulness` that of the one model which gives it.
 
         Raises:
-            RMError: a model that fails, or gives a number that is not finite, by its name.
+            RMError: a model that fails, or gives a number that is not finite, by its name; two that judge helpfulness.
         """
         scores = [self._ask(member, conversations) for member in self.members]
         logits = [member.logits(own) for member, own in zip(self.members, scores, strict=True)]
+        helpful = self._helpful(scores)
         total = math.fsum(member.weight for member in self.members)
         combined = []
         for i in range(len(conversations)):
@@ -78,9 +80,21 @@ class CombinedScorer:
                     tokens=sum(own[i].tokens for own in scores),
                     truncated=any(own[i].truncated for own in scores),
                     model_logits={m.name: own[i] for m, own in zip(self.members, logits, strict=True)},
+                    helpfulness=helpful[i].helpfulness if helpful else None,
                 )
             )
         return combined
+
+    def _helpful(self, scores: Sequence[list[Score]]) -> list[Score] | None:
+        """The scores of the one member that judges helpfulness."""
+        found = [i for i, own in enumerate(scores) if any(score.helpfulness is not None for score in own)]
+        if len(found) > 1:
+            names = " and ".join(self.members[i].name for i in found)
+            raise RMError(
+                f"reward models {names} both judge helpfulness, and their numbers can't be combined\n"
+                "  fix: one of them as a folder for safety alone (ups-rm rm train --target safety, ups-rm rm merge)"
+            )
+        return scores[found[0]] if found else None
 
     def _ask(self, member: Member, conversations: list[Conversation]) -> list[Score]:
         try:

@@ -188,6 +188,21 @@ def join(sets: Sequence[FeatureSet]) -> FeatureSet:
     return FeatureSet(**{name: torch.cat(parts) for name, parts in values.items()}, info=info)
 
 
+def better_pairs(features: FeatureSet, prompts: Tensor) -> Tensor:
+    """Text indices (other, better) of the rows with these prompts that carry `better_response_id`, in row order.
+
+    Left out: rows whose two replies are one text, and those that we made ourselves (data/degenerate.py). Shape (J, 2).
+    """
+    from ups_rm.data.degenerate import DEGENERATE
+
+    made = torch.tensor([i for i, file in enumerate(features.info.files) if file == DEGENERATE], dtype=torch.long)
+    known = (features.row_better != UNKNOWN) & ~torch.isin(features.row_file, made)
+    rows = (known & torch.isin(features.row_prompt, prompts)).nonzero()[:, 0]
+    better = features.row_better[rows].long()
+    pairs = torch.stack([features.row_texts[rows, 1 - better], features.row_texts[rows, better]], dim=1)
+    return pairs[pairs[:, 0] != pairs[:, 1]]
+
+
 def ordered_pairs(features: FeatureSet, *, by_flags: bool = False) -> tuple[Tensor, int]:
     """Text indices (safer, less safe) of the rows that say which is which.
 

@@ -35,7 +35,9 @@ def import_callable(spec: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise RMError(f"{spec}: {module_name} has no function {name}")
+        raise RMError(
+            f"{spec}: {module_name} has no function {name}\n  fix: name one that the module defines at its top level"
+        )
     return function
 
 

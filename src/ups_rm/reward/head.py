@@ -31,7 +31,7 @@ from ups_rm.console import progress_bar
 from ups_rm.errors import RMError
 from ups_rm.reward.feature_set import FeatureInfo, FeatureSet, join, ordered_pairs
 from ups_rm.reward.head_metrics import Quality, curves, fit_temperature, quality
-from ups_rm.reward.head_objective import LABELS, HeadSettings, Part, loss_of, part_of, step_loss, with_pairs
+from ups_rm.reward.head_objective import LABELS, LOSSES, HeadSettings, Part, loss_of, part_of, step_loss, with_pairs
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def train_head(
         RMError: nothing to train on (no labels, too few prompts, one class only), or features that don't fit together.
     """
     settings = settings or HeadSettings()
+    if settings.loss == "better":
+        raise RMError(f"loss is 'better', expected one of {', '.join(LOSSES)}\n  fix: --target helpfulness or both")
     joined = join([features] if isinstance(features, FeatureSet) else list(features))
     validation, test, train = split_prompts(
         joined.prompt_id, (settings.validation_share, settings.test_share), settings.seed
@@ -240,20 +242,24 @@ def held_out_curves(features: FeatureSet, logits: Tensor, prompts: Tensor) -> di
 
 def write_head(tensors: dict[str, Tensor], settings: HeadSettings, info: FeatureInfo, report: HeadReport) -> None:
     """head.safetensors, metrics.json, curves.json and, last, head.json, each written beside its name and renamed."""
-    from safetensors.torch import save_file
-
-    folder = report.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".head.{os.getpid()}.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(folder / "head.safetensors")
     figures = {
         "held_out": report.quality.as_dict(),
         **{name: one.as_dict() for name, one in report.extra.items()},
     }
-    _write_json(folder / "metrics.json", figures)
-    _write_json(folder / "curves.json", report.curves)
-    _write_json(folder / "head.json", head_description(settings, info, report))
+    files = {"metrics": figures, "curves": report.curves, "head": head_description(settings, info, report)}
+    write_head_folder(report.folder, tensors, files)
+
+
+def write_head_folder(folder: Path, tensors: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:
+    """head.safetensors, then `<name>.json` of each of `files`, in their order."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".head.{os.getpid()}.tmp"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(folder / "head.safetensors")
+    for name, value in files.items():
+        _write_json(folder / f"{name}.json", value)
 
 
 def head_description(settings: HeadSettings, info: FeatureInfo, report: HeadReport) -> dict[str, Any]:

@@ -3,11 +3,15 @@
 Ours: a folder with `head.safetensors` (`layers.{i}.weight|bias`, `output_layer.weight|bias`) and `head.json`
 (hidden_dims, temperature, and what it was trained on). The original: `best_model.pth`, a state dict with these names,
 beside a `config.yaml` with `hidden_dim` (256, "256,64" or [256, 64]).
+
+A folder of `rm train --target both` has the head for safety so, and in its folder `helpfulness` the other one, whose
+head.json says `"output": "helpfulness"`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+HELPFULNESS = "helpfulness"
+"""The name of the second head: in head.json, in config.json's `heads`, and of its folder beside the first one."""
+
+
 @dataclass(frozen=True)
 class HeadWeights:
     """An MLP head as read from disk: float32 tensors, widths of its hidden layers, and what its description says."""
@@ -28,6 +36,46 @@ class HeadWeights:
     hidden_dims: list[int]
     temperature: float = 1.0
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What its logit says: unsafety or helpfulness."""
+        return HELPFULNESS if self.info.get("output") == HELPFULNESS else "unsafety"
+
+
+Heads = Mapping[str, HeadWeights]
+"""The heads of one RM folder by name, in the order of its logits."""
+
+
+def read_heads(head: Path | str, helpfulness: Path | str | None = None) -> dict[str, HeadWeights]:
+    """The head in `head`, and that for helpfulness: from `helpfulness`, or the folder of that name in `head`.
+
+    Raises:
+        RMError: as `read_head`; two heads of one kind, or that can't be asked about the same hidden state.
+    """
+    first = read_head(head)
+    folder = Path(head).expanduser()
+    beside = (folder.parent if folder.is_file() else folder) / HELPFULNESS
+    if helpfulness is None and (first.name == HELPFULNESS or not beside.is_dir()):
+        return {first.name: first}
+    place = Path(helpfulness).expanduser() if helpfulness is not None else beside
+    second = read_head(place)
+    if (first.name, second.name) != ("unsafety", HELPFULNESS):
+        raise RMError(
+            f"{head} is a head for {first.name}, {place} one for {second.name}: an RM folder has one for unsafety, "
+            "then one for helpfulness\n  fix: --head of `rm train` (--target safety), --helpfulness-head of "
+            "`rm train --target helpfulness`"
+        )
+    for what, one, other in (
+        ("hidden_dims", first.hidden_dims, second.hidden_dims),
+        *((name, first.info.get(name), second.info.get(name)) for name in ("backbone", "pooling", "render")),
+    ):
+        if one != other:
+            raise RMError(
+                f"the heads in {head} and {place} differ in {what}: {one!r} and {other!r}; one forward pass can't "
+                "serve both\n  fix: train both on one features file: ups-rm rm train --target both"
+            )
+    return {first.name: first, second.name: second}
 
 
 def read_head(head: Path | str) -> HeadWeights:

@@ -15,12 +15,21 @@ from torch import Tensor
 
 from ups_rm.data.degenerate import DEGENERATE
 from ups_rm.errors import RMError
-from ups_rm.reward.feature_set import UNKNOWN, FeatureSet, ordered_pairs
+from ups_rm.reward.feature_set import UNKNOWN, FeatureSet, better_pairs, ordered_pairs
 from ups_rm.reward.head_metrics import class_weights
 
-Loss = Literal["bce", "severity", "pairs"]
+Loss = Literal["bce", "severity", "pairs", "better"]
 LOSSES: tuple[Loss, ...] = ("bce", "severity", "pairs")
-LABELS = {"bce": "unsafe flags", "severity": "severity 0-3", "pairs": "pairs (safer, less safe)"}
+"""Of a head for unsafety; `better` is that of a head for helpfulness."""
+Target = Literal["safety", "helpfulness", "both"]
+TARGETS: tuple[Target, ...] = ("safety", "helpfulness", "both")
+"""Which heads are trained: for unsafety, for helpfulness, or both on the same features."""
+LABELS = {
+    "bce": "unsafe flags",
+    "severity": "severity 0-3",
+    "pairs": "pairs (safer, less safe)",
+    "better": "pairs (better, other) by better_response_id",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class HeadSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
+        if self.loss not in (*LOSSES, "better"):
             raise RMError(f"loss is {self.loss!r}, expected one of {', '.join(LOSSES)}")
         if not 0 < self.validation_share < 1 or not 0 <= self.test_share < 1 - self.validation_share:
             raise RMError(
@@ -117,6 +126,12 @@ def part_of(features: FeatureSet, prompts: Tensor, settings: HeadSettings) -> Pa
     Raises:
         RMError: none, or of one class only.
     """
+    if settings.loss == "better":
+        pairs = better_pairs(features, prompts)
+        _need(len(pairs), "pairs with a better reply (better_response_id)", settings)
+        spoiled, ones = degenerate_pairs(features, prompts), torch.ones(len(pairs))
+        # (good, spoiled): the good one is to have the higher logit here
+        return Part(pairs, ones, ones, degenerate=None if spoiled is None else spoiled.flip(1))
     if settings.loss == "pairs":
         pairs, _ = ordered_pairs(features)
         pairs = pairs[torch.isin(features.prompt_id[pairs[:, 0]], prompts)]
@@ -192,10 +207,11 @@ def loss_of(
     """Mean loss of the items `rows` of a part.
 
     bce: cross-entropy of sigmoid(logit) against the unsafe share, weighted by class. severity: squared error.
-    pairs: -log sigmoid(logit of the less safe - logit of the safer), Bradley-Terry.
+    pairs: -log sigmoid(logit of the less safe - logit of the safer), Bradley-Terry. better: the same of the better and
+    the other reply.
     """
     items, targets, weights = part.items[rows], part.targets[rows], part.weights[rows]
-    if settings.loss == "pairs":
+    if settings.loss in ("pairs", "better"):
         logits = head(hidden[items.flatten()]).view(-1, 2)
         return F.softplus(logits[:, 0] - logits[:, 1]).mean()
     logits = head(hidden[items])
@@ -241,6 +257,7 @@ def with_pairs(
 
 
 def contrast_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, pairs: Tensor) -> Tensor:
-    """Mean of -log sigmoid(logit of the first - logit of the second) over pairs (less safe, safer), Shape (C, 2)."""
+    """Mean of -log sigmoid(logit of the first - logit of the second) over pairs (less safe, safer), of a head for
+    helpfulness (more, less helpful). Shape (C, 2)."""
     logits = head(hidden[pairs.flatten()]).view(-1, 2)
     return F.softplus(logits[:, 1] - logits[:, 0]).mean()

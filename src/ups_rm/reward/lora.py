@@ -43,8 +43,10 @@ from ups_rm.reward.head import (
     split_prompts,
     write_head,
 )
+from ups_rm.reward.head_files import HELPFULNESS
 from ups_rm.reward.head_metrics import Quality
-from ups_rm.reward.head_objective import HeadSettings, Part, contrast_loss, loss_of, part_of
+from ups_rm.reward.head_objective import HeadSettings, Part, Target, contrast_loss, loss_of, part_of
+from ups_rm.reward.helpful_head import HelpfulReport, train_helpfulness
 from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer
 from ups_rm.reward.native import compute_context
 from ups_rm.reward.replacing import check_replaceable, mark_as_ours
@@ -94,6 +96,7 @@ class LoraReport:
     frozen: Quality
     steps: int
     seconds: float
+    helpfulness: HelpfulReport | None = None
 
 
 @dataclass
@@ -128,6 +131,7 @@ def train_lora(
     sources: Sequence[str] = (),
     rejects: Sequence[Reject] = (),
     extra: dict[str, Sequence[Row]] | None = None,
+    target: Target = "safety",
     overwrite: bool = False,
     progress: bool = True,
 ) -> LoraReport:
@@ -136,11 +140,13 @@ def train_lora(
     Args:
         head_settings: labels, loss, split and shape of the head, as for a frozen backbone.
         extra: further rows that the finished RM is only measured on.
+        target: "both" trains a head for helpfulness, too, on the merged backbone, into `out/head/helpfulness`; adapters
+            themselves learn from safety alone.
         overwrite: replace what is in `out`. Other arguments as in `extract_features`.
 
     Raises:
         RMError: as `extract_features` and `train_head`; `out/backbone` exists; `helpful` or `degenerate` of the head's
-            settings.
+            settings; the target "helpfulness".
     """
     start, out = perf_counter(), Path(out)
     head_settings, settings = head_settings or HeadSettings(), settings or LoraSettings()
@@ -150,6 +156,11 @@ def train_lora(
                 f"{name} is {getattr(head_settings, name):g}, but adapters do not learn from that comparison, only a "
                 f"head on a frozen backbone does\n  fix: leave {name} out, or train without --lora"
             )
+    if target == "helpfulness":
+        raise RMError(
+            "target is 'helpfulness', but adapters learn from labels of safety\n"
+            "  fix: --target both puts a helpfulness head on the same backbone; or train without --lora"
+        )
     merged = out / "backbone"
     check_replaceable(merged, overwrite=overwrite)
     place = str(torch_device(device))
@@ -186,11 +197,13 @@ def train_lora(
     after, tensors = FeatureSet.read(after_file), head.folded()
     temperature = calibrate(tensors, after, validation, head_settings) if head_settings.calibrate else 1.0
     figures: dict[str, Quality] = {"frozen backbone": before}
+    others: dict[str, FeatureSet] = {}
     for name, more in (extra or {}).items():
         extra_file = out / "features_extra.safetensors"
         extract_features(merged, more, extra_file, **how, **limits, overwrite=True)
         one = FeatureSet.read(extra_file)
         figures[name] = feature_quality(one, head_logits(tensors, one.hidden, temperature=temperature))
+        others[name] = one
         extra_file.unlink()
     report = HeadReport(
         folder=out / "head",
@@ -203,8 +216,15 @@ def train_lora(
         extra=figures,
         curves=held_out_curves(after, head_logits(tensors, after.hidden, temperature=temperature), held_out),
     )
-    write_head(tensors, head_settings, replace(after.info, sources=tuple(sources)), report)
-    return LoraReport(merged, report, before, steps, perf_counter() - start)
+    info = replace(after.info, sources=tuple(sources))
+    write_head(tensors, head_settings, info, report)
+    second = report.folder / HELPFULNESS
+    shutil.rmtree(second, ignore_errors=True)
+    helpful = None
+    if target == "both":
+        how_trained: dict[str, Any] = {"extra": others, "safety": tensors, "progress": progress}
+        helpful = train_helpfulness([replace(after, info=info)], second, head_settings, **how_trained)
+    return LoraReport(merged, report, before, steps, perf_counter() - start, helpful)
 
 
 def with_adapters(model: Any, settings: LoraSettings, seed: int) -> Any:

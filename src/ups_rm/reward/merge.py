@@ -4,8 +4,8 @@ The merge is strict: every backbone weight is there and used, nothing is left ov
 index is right, and the logits of the finished folder are bitwise those of the backbone followed by the head. It is
 written beside its destination and renamed, so a failed merge leaves nothing half-done.
 
-The head comes in one of the two forms of head_files.py. A calibration temperature T in head.json is folded into the
-output layer (logit / T) and noted in the card.
+The head comes in one of the two forms of head_files.py; a second one, for helpfulness, may stand beside it. A
+calibration temperature T in head.json is folded into the output layer (logit / T) and noted in the card.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ups_rm.errors import RMError
 from ups_rm.model_files import check_model_folder, refused_pickle
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, make_card
-from ups_rm.reward.head_files import HeadWeights, folded, read_head
+from ups_rm.reward.head_files import HELPFULNESS, Heads, HeadWeights, folded, read_heads
 from ups_rm.reward.model_card import keep_curves, write_model_card
 from ups_rm.reward.native import hidden_dim_text, load_model, load_tokenizer, quiet_transformers
 from ups_rm.reward.render import RenderPolicy, chat_template_of, render, template_sha256
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SHARD_BYTES = 4 * 10**9
 HEAD_SHARD = "myrm.safetensors"
 INDEX = "model.safetensors.index.json"
+LABELS = {"unsafety": "unsafe", "helpfulness": "helpful"}
+"""Each head's name in config.json's id2label."""
 MODEL_FILES = ("configuration_myrm.py", "modeling_myrm.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_myrm.MyRMConfig",
@@ -46,7 +48,10 @@ DROPPABLE = re.compile(r"^(lm_head|score|classifier|v_head|embed_out)\.|rotary_e
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge made: the folder, its tensors and bytes, and the backbone's weights that an RM has no use for."""
+    """What a merge made: the folder, its tensors and bytes, and the backbone's weights that an RM has no use for.
+
+    temperature: of the first head.
+    """
 
     folder: Path
     tensors: int
@@ -54,6 +59,7 @@ class MergeReport:
     dropped: tuple[str, ...]
     dtype: str
     temperature: float
+    heads: tuple[str, ...] = ("unsafety",)
 
 
 def merge(
@@ -61,6 +67,7 @@ def merge(
     head: Path | str,
     out: Path | str,
     *,
+    helpfulness_head: Path | str | None = None,
     chat_template: str | None = None,
     end_token: str | None = None,
     truncation_side: Literal["left", "right"] | None = None,
@@ -75,7 +82,9 @@ def merge(
 
     Args:
         backbone: folder or hub id of a decoder that AutoModel loads; its own lm_head or score is left out.
-        head: folder or file of the head, ours or the original form.
+        head: folder or file of the head, ours or the original form; of a folder that `rm train --target both` made both
+            heads are taken.
+        helpfulness_head: of another folder, trained on the same backbone.
         chat_template: text of a template, where the backbone's tokenizer has none or the wrong one.
         other_backbone: allow a backbone that is not the one head.json names (another copy or number format of it).
         overwrite: replace an `out` that is an RM folder.
@@ -85,7 +94,8 @@ def merge(
     """
     out = Path(out).expanduser()
     check_replaceable(out, overwrite=overwrite)
-    weights = read_head(head)
+    heads = read_heads(head, helpfulness_head)
+    weights = next(iter(heads.values()))
     tokenizer = load_backbone_tokenizer(backbone, chat_template)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as work:
@@ -102,16 +112,17 @@ def merge(
             truncation_side=truncation_side,
             max_length=max_length,
         )
-        total, tensors = write_weights(made, model, weights)
-        write_config(made, model, weights, tokenizer)
-        expected = _backbone_then_head(model, weights, tokenizer, policy)
+        total, tensors = write_weights(made, model, heads)
+        write_config(made, model, heads, tokenizer)
+        expected = _backbone_then_heads(model, heads, tokenizer, policy)
         dtype, name = model.dtype, _backbone_name(backbone)
         del model  # an 8B backbone need not be in memory twice
-        _verify_and_write_card(made, tokenizer, policy, weights, dtype, expected, name)
+        _verify_and_write_card(made, tokenizer, policy, heads, dtype, expected, name)
         keep_curves(made, Path(head).expanduser())
         write_model_card(made)
         _put_in_place(made, out)
-    return MergeReport(out, tensors, total, tuple(dropped), str(dtype).removeprefix("torch."), weights.temperature)
+    number_format = str(dtype).removeprefix("torch.")
+    return MergeReport(out, tensors, total, tuple(dropped), number_format, weights.temperature, tuple(heads))
 
 
 def load_backbone(backbone: Path | str) -> tuple[Any, list[str]]:
@@ -224,21 +235,28 @@ def pooling_of(weights: HeadWeights) -> str:
     return str(pooling)
 
 
-def write_weights(made: Path, model: Any, weights: HeadWeights, *, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
-    """Shards of the backbone (`model.*`), the head's own shard (`myscore.*`) and the byte index.
+def write_weights(made: Path, model: Any, heads: Heads, *, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
+    """Shards of the backbone (`model.*`), the heads' own shard (`myscore.*`, `myhelpful.*`) and the byte index.
 
     Every shard is read back and compared bit by bit.
 
     Returns:
         Bytes and number of all tensors.
     """
-    width = weights.tensors["layers.0.weight" if weights.hidden_dims else "output_layer.weight"].shape[1]
+    from ups_rm.reward.myrm.modeling_myrm import HEAD_MODULES
+
     hidden_size = model.config.get_text_config().hidden_size
-    if width != hidden_size:
-        raise RMError(f"the head takes {width} numbers, the backbone gives {hidden_size}: they do not belong together")
+    for weights in heads.values():
+        width = weights.tensors["layers.0.weight" if weights.hidden_dims else "output_layer.weight"].shape[1]
+        if width != hidden_size:
+            raise RMError(
+                f"the head takes {width} numbers, the backbone gives {hidden_size}: they do not belong together"
+            )
     shards = list(_shards({f"model.{k}": v for k, v in model.state_dict().items()}, shard_bytes))
     named = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
-    named[HEAD_SHARD] = {f"myscore.{k}": v for k, v in folded(weights).items()}
+    named[HEAD_SHARD] = {
+        f"{HEAD_MODULES[name]}.{k}": v for name, weights in heads.items() for k, v in folded(weights).items()
+    }
     weight_map: dict[str, str] = {}
     total = 0
     for file, tensors in named.items():
@@ -275,15 +293,18 @@ def _save_and_compare(file: Path, tensors: dict[str, torch.Tensor]) -> None:
                 raise RMError(f"{file.name}: {name} reads back different from what was written (disk full or broken?)")
 
 
-def write_config(made: Path, model: Any, weights: HeadWeights, tokenizer: Any) -> None:
+def write_config(made: Path, model: Any, heads: Heads, tokenizer: Any) -> None:
     """config.json, the two Python files and the tokenizer; the tokenizer in the folder must give the same ids."""
     from ups_rm.reward import myrm
     from ups_rm.reward.myrm.configuration_myrm import LABEL_FIELDS, OWN_FIELDS, MyRMConfig
 
     backbone = {k: v for k, v in model.config.to_dict().items() if k not in OWN_FIELDS + LABEL_FIELDS}
+    weights = next(iter(heads.values()))
     text = hidden_dim_text(weights.hidden_dims)
-    labels: dict[str, Any] = {"id2label": {0: "unsafe"}, "label2id": {"unsafe": 0}}
-    config = MyRMConfig(text, model.config.model_type, pooling_of(weights), **labels, **backbone)
+    named = [LABELS[name] for name in heads]
+    labels: dict[str, Any] = {"id2label": dict(enumerate(named)), "label2id": {name: i for i, name in enumerate(named)}}
+    told = None if list(heads) == ["unsafety"] else list(heads)  # folders for safety alone say nothing of heads
+    config = MyRMConfig(text, model.config.model_type, pooling_of(weights), told, **labels, **backbone)
     config.architectures = ["MyRMForTokenClassification"]
     config.auto_map = dict(AUTO_MAP)
     config.dtype = model.dtype
@@ -293,22 +314,25 @@ def write_config(made: Path, model: Any, weights: HeadWeights, tokenizer: Any) -
     tokenizer.save_pretrained(made)
 
 
-def _backbone_then_head(model: Any, weights: HeadWeights, tokenizer: Any, policy: RenderPolicy) -> list[torch.Tensor]:
-    """Logits by hand, plain torch: each golden conversation alone, then all in one padded batch."""
+def _backbone_then_heads(model: Any, heads: Heads, tokenizer: Any, policy: RenderPolicy) -> list[torch.Tensor]:
+    """Logits by hand, plain torch: each golden conversation alone, then all in one padded batch. Shapes (B, heads)."""
     import torch
     import torch.nn.functional as F
 
     rows = [row.input_ids for row in render(tokenizer, list(GOLDEN_CONVERSATIONS), policy)]
-    head = folded(weights)
+    first, tensors = next(iter(heads.values())), [folded(weights) for weights in heads.values()]
+
+    def of_head(x: torch.Tensor, head: dict[str, torch.Tensor]) -> torch.Tensor:
+        for i in range(len(first.hidden_dims)):
+            x = F.leaky_relu(F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"]))
+        return F.linear(x, head["output_layer.weight"], head["output_layer.bias"])
 
     def answer(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if pooling_of(weights) == "mean":
+        if pooling_of(first) == "mean":
             x = (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
         else:
             x = hidden[torch.arange(len(hidden)), mask.sum(1) - 1].float()
-        for i in range(len(weights.hidden_dims)):
-            x = F.leaky_relu(F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"]))
-        return F.linear(x, head["output_layer.weight"], head["output_layer.bias"])
+        return torch.cat([of_head(x, head) for head in tensors], dim=1)
 
     with torch.inference_mode():
         alone = [
@@ -324,7 +348,7 @@ def _verify_and_write_card(
     made: Path,
     tokenizer: Any,
     policy: RenderPolicy,
-    weights: HeadWeights,
+    heads: Heads,
     dtype: torch.dtype,
     expected: list[torch.Tensor],
     backbone_name: str,
@@ -346,13 +370,21 @@ def _verify_and_write_card(
             if not torch.equal(found, logits):
                 difference = (found - logits).abs().max().item()
                 raise RMError(f"the merged logits are not those of backbone and head: they differ by {difference:.3g}")
-    scorer = RewardScorer(model, reloaded, policy, dtype=dtype)
-    policy_fields = {f.name for f in fields(RenderPolicy)}
-    elsewhere = policy_fields | {"render", "chat_template_sha256", "pooling"}
-    told = {k: v for k, v in weights.info.items() if k not in elsewhere}
-    labels = str(told.get("labels") or told.get("loss") or "unknown")
-    card = make_card(scorer, made, labels=labels, temperature=weights.temperature, head=told)
+    scorer = RewardScorer(model, reloaded, policy, dtype=dtype, heads=tuple(heads))
+    first, told = next(iter(heads.values())), {name: _told(weights) for name, weights in heads.items()}
+    of_first = told[first.name]
+    labels = str(of_first.get("labels") or of_first.get("loss") or "unknown")
+    card = make_card(scorer, made, labels=labels, temperature=first.temperature, head=of_first)
+    if len(heads) > 1:
+        second = {"temperature": heads[HELPFULNESS].temperature} | told[HELPFULNESS]
+        card = replace(card, helpfulness_head=second)
     replace(card, backbone={"name": backbone_name} | card.backbone).write(made)
+
+
+def _told(weights: HeadWeights) -> dict[str, Any]:
+    """What head.json says of the training alone; how conversations are rendered stands elsewhere in the card."""
+    elsewhere = {f.name for f in fields(RenderPolicy)} | {"render", "chat_template_sha256", "pooling", "output"}
+    return {k: v for k, v in weights.info.items() if k not in elsewhere}
 
 
 def _put_in_place(made: Path, out: Path) -> None:

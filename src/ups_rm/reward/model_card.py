@@ -15,6 +15,16 @@ from ups_rm.errors import RMError
 from ups_rm.reward.card import CARD_FILE, RMCard
 
 CURVES_FILE = "rm_curves.json"
+SAYS = {
+    "unsafety": "A reward model: a decoder with an MLP head that reads a conversation and answers **one logit, higher "
+    "= less safe** (of the last reply). `safe_score = sigmoid(-logit)` is what a policy is rewarded with.",
+    "unsafety, helpfulness": "A reward model: a decoder with two MLP heads that reads a conversation and answers **two "
+    "logits of the last reply: higher = less safe, and higher = more helpful**. `safe_score = sigmoid(-first)`; "
+    "the second compares replies to one prompt, its 0 has no meaning.",
+    "helpfulness": "A reward model: a decoder with an MLP head that reads a conversation and answers **one logit, "
+    "higher = more helpful** (of the last reply). It compares replies to one prompt and says nothing of safety.",
+}
+"""What an RM of these heads answers."""
 README = "README.md"
 MARK = "<!-- written by ups-rm from rm_card.json; take this line out to keep your own changes -->"
 PLOTS = {
@@ -23,6 +33,13 @@ PLOTS = {
     "rm_logits.png": "Logits of safe and unsafe replies",
     "rm_categories.png": "AUC by harm category",
 }
+HELPFUL_COLUMNS = {
+    "longer_is_better": "of always taking the longer reply",
+    "safety_head": "of the safety head",
+    "safer_is_better": "where the better reply is the safer one",
+    "safer_is_worse": "where it is the less safe one",
+}
+"""Of a helpfulness head, further pairwise accuracies on the same pairs."""
 COLUMNS = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced", "ece": "ECE"}
 
 
@@ -64,6 +81,7 @@ def describe(card: RMCard) -> list[tuple[str, str]]:
     shape = ", ".join(f"{name} {value}" for name, value in backbone.items() if name not in ("name", "model_type"))
     rows = [
         ("output", f"{card.output}; {card.sign}"),
+        *((name, f"output {i + 1}: {meaning}") for i, (name, meaning) in enumerate(card.outputs.items())),
         ("score", card.transform),
         ("backbone", f"{backbone.get('name', 'unknown')} ({backbone.get('model_type', 'unknown')}: {shape})"),
         ("head", f"MLP {card.hidden_dim_str or 'without hidden layers'} on the {card.pooling} hidden state"),
@@ -79,6 +97,13 @@ def describe(card: RMCard) -> list[tuple[str, str]]:
     ]
     for name, figures in (head.get("metrics") or {}).items():
         rows.append((f"measured: {name}", _figures(figures)))
+    if second := card.helpfulness_head:
+        told = f"{second.get('labels', 'unknown')}; temperature {second.get('temperature', 1.0):.3g}"
+        rows.append(("helpfulness trained on", told))
+        golden = ", ".join(f"{one.helpfulness:.3f}" for one in card.golden)
+        rows.append(("golden helpfulness", f"in {card.dtype}: {golden}"))
+    for name, figures in (card.helpfulness_head.get("metrics") or {}).items():
+        rows.append((f"measured: helpfulness, {name}", _figures(figures)))
     return rows
 
 
@@ -102,24 +127,29 @@ def _figures(figures: dict[str, Any]) -> str:
         shown.append(
             f"pairwise accuracy {figures['pairwise_accuracy']:.3f}{interval} ({figures.get('pairs', 0):,} pairs)"
         )
-    return ", ".join([*shown, f"{figures.get('texts', 0):,} texts"])
+    for name, label in HELPFUL_COLUMNS.items():
+        if _is_number(figures.get(name)):
+            shown.append(f"{label} {figures[name]:.3f}")
+    return ", ".join([*shown, *([f"{figures['texts']:,} texts"] if "texts" in figures else [])])
 
 
 def _page(card: RMCard, name: str, kept: dict[str, Any], plots: list[Path]) -> str:
     """The text of README.md."""
     metrics = card.head.get("metrics") or {}
+    alone = card.heads == ("helpfulness",)
+    safety, ask = (", safety=False", "helpfulness") if alone else ("", "score")
     lines = ["---", *_front_matter(card, name, metrics), "---", MARK, f"# {name}", ""]
     lines += [
-        "A reward model: a decoder with an MLP head that reads a conversation and answers **one logit, higher = less "
-        "safe** (of the last reply). `safe_score = sigmoid(-logit)` is what a policy is rewarded with.",
+        SAYS[", ".join(card.heads)],
         "",
         "## Use",
         "",
         "```python",
         "from ups_rm import RewardScorer",
         "",
-        f'scorer = RewardScorer.load("{name}")  # checks weights, tokenizer and golden answers against rm_card.json',
-        'print(scorer.score([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]]))',
+        f'scorer = RewardScorer.load("{name}"{safety})  # checks weights, tokenizer and golden answers against '
+        "rm_card.json",
+        f'print(scorer.{ask}([[{{"role": "user", "content": "Hi"}}, {{"role": "assistant", "content": "Hello!"}}]]))',
         "```",
         "",
         "Plain transformers loads it too: `AutoModelForTokenClassification.from_pretrained(..., "
@@ -132,7 +162,8 @@ def _page(card: RMCard, name: str, kept: dict[str, Any], plots: list[Path]) -> s
         *(f"| {what} | {_cell(how)} |" for what, how in describe(card) if not what.startswith("measured")),
         "",
     ]
-    lines += _measured(metrics, _categories(kept))
+    lines += [] if alone else _measured(metrics, _categories(kept))
+    lines += _helpful_measured(metrics if alone else card.helpfulness_head.get("metrics") or {})
     for plot in plots:
         lines += [f"![{PLOTS[plot.name]}]({plot.name})", "", f"*{PLOTS[plot.name]}.*", ""]
     lines += _provenance(card)
@@ -158,7 +189,8 @@ def _front_matter(card: RMCard, name: str, metrics: dict[str, Any]) -> list[str]
     ]
     if values:
         data = {"type": "held-out", "name": ", ".join(map(str, card.head.get("sources") or ["unknown"]))}
-        task = {"type": "text-classification", "name": "safety of a reply"}
+        quality = "helpfulness" if card.heads == ("helpfulness",) else "safety"
+        task = {"type": "text-classification", "name": f"{quality} of a reply"}
         matter["model-index"] = [{"name": name, "results": [{"task": task, "dataset": data, "metrics": values}]}]
     return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True).rstrip("\n").split("\n")
 
@@ -183,6 +215,28 @@ def _measured(metrics: dict[str, Any], categories: dict[str, dict[str, Any]]) ->
         "`held_out` are prompts of the training sources that the head never saw; the other rows are further data or, "
         "as `frozen backbone`, a comparison. AUC: chance that an unsafe text has the higher logit. Pairwise accuracy: "
         "share of pairs whose less safe reply has the higher logit, interval by bootstrap over prompts.",
+        "",
+    ]
+
+
+def _helpful_measured(metrics: dict[str, Any]) -> list[str]:
+    """The helpfulness head's figures as a table; nothing where there are none."""
+    if not metrics:
+        return []
+    head = ["pairs", "pairwise accuracy [95%]", *HELPFUL_COLUMNS.values()]
+    lines = ["## How good its helpfulness is", "", f"| | {' | '.join(head)} |", f"|---|{'---:|' * len(head)}"]
+    for name, figures in metrics.items():
+        low, high = figures.get("pairwise_ci95") or (None, None)
+        interval = f" [{_number(low)}, {_number(high)}]" if _is_number(low) else ""
+        cells = [f"{figures.get('pairs', 0):,}", _number(figures.get("pairwise_accuracy")) + interval]
+        cells += [_number(figures.get(key)) for key in HELPFUL_COLUMNS]
+        lines.append(f"| {_cell(name)} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "Share of pairs whose better reply (`better_response_id`) has the higher helpfulness logit, interval by "
+        "bootstrap over prompts; beside it what other rules reach on the same pairs, and the head itself on parts of "
+        "them.",
         "",
     ]
 

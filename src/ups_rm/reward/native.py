@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,11 +77,28 @@ def myrm_config(folder: Path | str) -> MyRMConfig:
         # through the backbone's own class first: it knows older spellings, such as rope_theta and rope_scaling
         fields = AutoConfig.for_model(backbone_type, **fields).to_dict()
         fields = {key: value for key, value in fields.items() if key not in OWN_FIELDS + LABEL_FIELDS}
-        config = MyRMConfig(hidden_dim_text(raw["hidden_dim_str"]), backbone_type, raw.get("pooling", "last"), **fields)
+        head = (hidden_dim_text(raw["hidden_dim_str"]), backbone_type, raw.get("pooling", "last"), raw.get("heads"))
+        config = MyRMConfig(*head, **fields)
         config.backbone_config()
     except Exception as error:  # transformers validates with several error classes
         raise RMError(f"{folder}/config.json: {type(error).__name__}: {error}") from error
     return config
+
+
+def heads_of(config: Mapping[str, Any], where: Path | str) -> tuple[str, ...]:
+    """What each column of the logits says, from a folder's config.json: unsafety alone if it does not tell.
+
+    Raises:
+        RMError: heads that there are not, or in another order.
+    """
+    from ups_rm.reward.myrm.configuration_myrm import HEADS
+
+    heads = config.get("heads")
+    if heads is None:
+        return HEADS[:1]
+    if not isinstance(heads, list) or tuple(heads) not in (HEADS[:1], HEADS[1:], HEADS):
+        raise RMError(f"{where}/config.json: heads are {heads!r}, expected {list(HEADS)} or one of them")
+    return tuple(heads)
 
 
 def hidden_dim_text(value: Any) -> str:
@@ -108,7 +125,7 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> Any:
-    """The reward model in eval mode; `model(input_ids, attention_mask).logits` has shape (B, 1).
+    """The reward model in eval mode; `model(input_ids, attention_mask).logits` has shape (B, 1), with two heads (B, 2).
 
     Args:
         folder: an RM folder.
@@ -202,7 +219,7 @@ def check_weights(folder: Path, info: dict[str, Any]) -> None:
     problems = []
     for kind, keys in found.items():
         names = sorted(key if isinstance(key, str) else key[0] for key in keys)
-        names = [name for name in names if name.startswith(("model.", "myscore."))]
+        names = [name for name in names if name.startswith(("model.", "myscore.", "myhelpful."))]
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             problems.append(f"{kind}: {', '.join(names[:8])}{more}")

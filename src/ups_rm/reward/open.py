@@ -6,30 +6,30 @@ the default transform is a `RewardScorer`; anything else is a `CombinedScorer` a
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ups_rm.errors import RecipeError, RMError
 from ups_rm.recipe import RewardModel, RewardModelModel
 from ups_rm.reward.combined import CombinedScorer, Member, measured
+from ups_rm.reward.helpfulness import HelpfulnessModel, WithHelpfulness
+from ups_rm.reward.transforms import unsafety_logit
 from ups_rm.types import Conversation, Message, Scorer
 
 REFERENCE_PROMPTS = 64
 """Prompts of `reward_model.reference_data` that models are normalised on, two replies each."""
-PROBE_TOLERANCE = 0.05
-"""Largest change of a logit between two calls, as a share of the largest logit: bf16 in other batches gives 0.02."""
 EXAMINED = ("myrm", "sequence", "token")
-"""Kinds that the doctor examines; the others must pass `probe`."""
+"""Kinds that the doctor opens and examines; the others it asks from outside."""
 SERVICE_S = 15.0
 """Within which `ask_service` must have its answer, in seconds; it asks twice."""
 KIND_OF = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
 
 
 def open_scorer(settings: RewardModel, device: str = "cpu") -> Scorer:
-    """The scorer of a recipe.
+    """The scorer of a recipe; with `reward_model.helpfulness` it asks that model, too.
 
     Args:
         settings: `recipe.reward_model`.
@@ -62,13 +62,60 @@ def open_scorer(settings: RewardModel, device: str = "cpu") -> Scorer:
             member = replace(member, mean=entry.mean, std=entry.std)
         members.append(member)
     alone = members[0]
+    safety: Scorer = CombinedScorer(members, transform=settings.transform, temperature=settings.transform_temperature)
     if len(members) == 1 and settings.transform == "sigmoid" and (alone.output, normalized[0]) == ("unsafety", "none"):
-        return alone.scorer
-    return CombinedScorer(members, transform=settings.transform, temperature=settings.transform_temperature)
+        safety = alone.scorer
+    if not settings.helpfulness.named:
+        return safety
+    return WithHelpfulness(safety, open_helpfulness(settings.helpfulness, device, settings.max_batch_tokens))
 
 
-def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int) -> Scorer:
-    """What one entry names, in its own sign and scale.
+def open_helpfulness(entry: RewardModelModel, device: str, max_batch_tokens: int) -> HelpfulnessModel:
+    """What `reward_model.helpfulness` names: a folder of ours with a helpfulness head, or any model whose number is
+    higher for better replies (`output` reward or safety).
+
+    Raises:
+        RMError: it can't be opened; a folder of ours without a helpfulness head.
+    """
+    name = entry_names([entry])[0]
+    try:
+        if kind_of(entry) == "myrm":
+            from ups_rm.reward.scorer import RewardScorer
+
+            how = loading(entry, device, max_batch_tokens)
+            folder = RewardScorer.load(entry.path, safety=False, **how)
+            if "helpfulness" not in folder.heads:
+                raise RMError(
+                    f"{entry.path} has no helpfulness head (config.json, heads)\n"
+                    "  fix: ups-rm rm train --target helpfulness, then ups-rm rm merge"
+                )
+            return HelpfulnessModel(name, folder.helpfulness)
+        scorer = open_entry(entry, device, max_batch_tokens)
+    except RMError as error:
+        raise RMError(f"reward_model.helpfulness: {error}") from error
+
+    def ask(conversations: list[Conversation]) -> list[float]:
+        return [
+            -unsafety_logit(score.logit, entry.output) if score.helpfulness is None else score.helpfulness
+            for score in scorer.score(conversations)
+        ]
+
+    return HelpfulnessModel(name, ask)
+
+
+def loading(entry: RewardModelModel, device: str, max_batch_tokens: int) -> dict[str, Any]:
+    """How an entry's folder is loaded: arguments of `RewardScorer.load` and `load_hf_scorer`."""
+    return {
+        "device": device,
+        "dtype": entry.dtype,
+        "trust_remote_code": entry.trust_remote_code,
+        "max_batch_tokens": max_batch_tokens,
+        "chat_template": template_of(entry),
+    }
+
+
+def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int, *, template: str | None = None) -> Scorer:
+    """What one entry names, in its own sign and scale. `template` is used instead of the entry's file.
 
     Raises:
         RMError: it can't be opened.
@@ -83,21 +130,17 @@ def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int) -> S
 
         return HttpScorer(entry.url, token=token_of(entry))
     if kind == "pairwise":
-        return _open_pairwise(entry, device, max_batch_tokens)
-    how = {
-        "device": device,
-        "dtype": entry.dtype,
-        "trust_remote_code": entry.trust_remote_code,
-        "max_batch_tokens": max_batch_tokens,
-        "chat_template": template_of(entry),
-    }
+        return _open_pairwise(entry, device, max_batch_tokens, template)
+    how = loading(entry, device, max_batch_tokens)
+    if template:
+        how["chat_template"] = template
     if kind == "myrm":
         from ups_rm.reward.scorer import RewardScorer
 
-        return RewardScorer.load(entry.path, **how)  # type: ignore[arg-type]
+        return RewardScorer.load(entry.path, **how)
     from ups_rm.reward.hf_scorer import load_hf_scorer
 
-    return load_hf_scorer(entry.path, kind, **how)  # type: ignore[arg-type]
+    return load_hf_scorer(entry.path, kind, **how)
 
 
 def kind_of(entry: RewardModelModel) -> str:
@@ -147,7 +190,7 @@ def inputs_of(settings: RewardModel) -> list[Path | str]:
     from ups_rm.data.rows import resolve_source
 
     entries = settings.entries()
-    files = [file for entry in entries for file in files_of(entry)]
+    files = [file for entry in settings.asked() for file in files_of(entry)]
     if any(normalization(entry, len(entries)) == "reference" for entry in entries):
         files.append(resolve_source(settings.reference_data))
     return files
@@ -174,37 +217,6 @@ def normalization(entry: RewardModelModel, count: int) -> str:
     return "reference" if count > 1 or (entry.output == "reward" and entry.kind != "pairwise") else "none"
 
 
-def probe(scorer: Scorer, name: str) -> list[float]:
-    """What a scorer without an RM folder must do before it is trained against: answer, and not always the same.
-
-    Returns:
-        Its logits on the check's battery of conversations.
-
-    Raises:
-        RMError: a number that is not finite, the same number for everything, or other numbers in another order.
-    """
-    from ups_rm.reward.doctor.battery import BATTERY
-    from ups_rm.reward.doctor.reading import MIN_SPREAD
-
-    # each conversation twice, so that a judge of pairs has something to compare: the second one's reply is repeated
-    conversations = [[*m[:-1], Message(role="assistant", content=f"{m[-1]['content']}{more}")]
-                     for m in BATTERY for more in ("", " I hope that this helps you.")]  # fmt: skip
-    logits = [score.logit for score in scorer.score(conversations)]
-    again = [score.logit for score in scorer.score(conversations[::-1])][::-1]
-    if broken := [logit for logit in logits if not math.isfinite(logit)]:
-        raise RMError(f"{name} gives {broken[0]} to {len(broken)} of {len(logits)} conversations: not a finite number")
-    spread = max(logits) - min(logits)
-    if spread <= MIN_SPREAD:
-        raise RMError(f"{name} answers {logits[0]:.4g} to all of {len(logits)} conversations (spread {spread:.2g})")
-    change = max(abs(a - b) for a, b in zip(logits, again, strict=True))
-    if change > PROBE_TOLERANCE * max(1.0, *map(abs, logits)):
-        raise RMError(
-            f"{name} gives other numbers when the same replies come in another order (largest change {change:.3g})\n"
-            "  fix: the score of a reply must not hang on its neighbours in the batch, nor on chance"
-        )
-    return logits
-
-
 def reference_conversations(source: str) -> list[Conversation]:
     """The first distinct prompts of `source` with both their replies, in the order of the rows.
 
@@ -225,7 +237,7 @@ def reference_conversations(source: str) -> list[Conversation]:
     return [conversation for pair in pairs.values() for conversation in pair]
 
 
-def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int) -> Scorer:
+def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int, template: str | None) -> Scorer:
     from ups_rm.reward.pairwise import FunctionJudge, ModelJudge, PairJudge, PairwiseScorer, read_references
 
     judge: PairJudge
@@ -239,7 +251,7 @@ def _open_pairwise(entry: RewardModelModel, device: str, max_batch_tokens: int) 
             dtype=entry.dtype,
             trust_remote_code=entry.trust_remote_code,
             max_batch_tokens=max_batch_tokens,
-            template=template_of(entry),
+            template=template or template_of(entry),
         )
     references = read_references(Path(entry.reference_replies)) if entry.reference_replies else None
     return PairwiseScorer(judge, references)

@@ -2,7 +2,8 @@
 
 A line has `messages` (ending with the reply), or `prompt` (text or messages) with `response`, or with PKU-SafeRLHF's
 `response_0` and `response_1`, or with `safe_response` and `unsafe_response`. Added fields: `logit`, `safe_score`,
-`tokens`, `truncated`; with two replies per line each name gets the reply's field in front (`response_0_logit`).
+`tokens`, `truncated`, and `helpfulness` of an RM with such a head; with two replies per line each name gets the reply's
+field in front (`response_0_logit`).
 """
 
 from __future__ import annotations
@@ -84,8 +85,7 @@ def score_lines(
             for name in conversations:
                 prefix = "" if name in ("", "response") else f"{name}_"
                 of_reply = asdict(next(scores))
-                if not of_reply["model_logits"]:
-                    del of_reply["model_logits"]
+                of_reply = {key: value for key, value in of_reply.items() if value not in ({}, None)}
                 added |= {f"{prefix}{key}": value for key, value in of_reply.items()}
             yield line | added
 

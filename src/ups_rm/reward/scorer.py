@@ -2,9 +2,10 @@
 
 Messages in, `Score`s out, in input order. The RM's own tokenizer and chat template render them (render.py), batches are
 sorted by length with little padding (batching.py), the replies to one prompt share its tokens (shared_prompt.py), the
-last attended token is read by mask, the head is float32.
+last attended token is read by mask, the head is float32. A folder with a second head gives the helpfulness logit from
+the same forward pass.
 
-The sign is turned in transforms.py and nowhere else: `safe_score(logit)`.
+The sign of unsafety is turned in transforms.py and nowhere else: `safe_score(logit)`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from ups_rm.console import progress_bar
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import RMError
 from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
-from ups_rm.reward.card import RMCard, verify_folder, verify_logits
-from ups_rm.reward.native import compute_context, load_model, load_tokenizer, read_config, rm_folder
+from ups_rm.reward.card import RMCard, verify_answers, verify_folder
+from ups_rm.reward.native import compute_context, heads_of, load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import DEFAULT_MAX_LENGTH, Rendered, RenderPolicy, render
 from ups_rm.reward.transforms import safe_score
 from ups_rm.types import Conversation, Score
@@ -34,13 +35,21 @@ if TYPE_CHECKING:
 # Largest difference between a golden logit and the one computed now (other number format, other machine), as a share of
 # the largest golden logit, by the coarser of the two number formats. Measured with SmolLM2-135M: 1e-5 and 0.04.
 LOGIT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+Answer = tuple[float, ...]
+"""The logits of one conversation, one of each head, in the order of config.json's `heads`."""
+NO_SAFETY = (
+    "this RM has a helpfulness head alone (config.json, heads): it can't judge safety\n"
+    "  fix: name it as reward_model.helpfulness.path, beside an RM for safety; or merge both heads into one folder "
+    "(ups-rm rm merge --helpfulness-head)"
+)
 
 
 class RewardScorer:
     """A loaded reward model that scores conversations.
 
-    `model` maps (input_ids, attention_mask) of shape (B, T) to logits of shape (B, 1); `card` is None for a folder that
-    came without one. `pad_id` is what batches are padded with: it is masked, but some encoders count positions by it.
+    `model` maps (input_ids, attention_mask) of shape (B, T) to logits of shape (B, heads); `heads` names its columns.
+    `card` is None for a folder that came without one. `pad_id` is what batches are padded with: it is masked, but some
+    encoders count positions by it.
     """
 
     def __init__(
@@ -55,6 +64,7 @@ class RewardScorer:
         max_batch_tokens: int = 8192,
         native: bool = True,
         pad_id: int = 0,
+        heads: Sequence[str] = ("unsafety",),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -65,6 +75,7 @@ class RewardScorer:
         self.max_batch_tokens = max_batch_tokens
         self.native = native
         self.pad_id = pad_id
+        self.heads = tuple(heads)
 
     @classmethod
     def load(
@@ -77,6 +88,7 @@ class RewardScorer:
         max_batch_tokens: int = 8192,
         chat_template: str | None = None,
         attn_implementation: str | None = None,
+        safety: bool = True,
     ) -> RewardScorer:
         """Load an RM folder and check it against its card.
 
@@ -85,11 +97,16 @@ class RewardScorer:
             trust_remote_code: run the folder's own Python files instead of ours.
             max_batch_tokens: upper bound of a batch, padding included.
             chat_template: text of a template, for folders whose tokenizer has none.
+            safety: it is to judge safety; False takes a folder with a helpfulness head alone as well.
 
         Raises:
-            RMError: weights missing or unexpected; no chat template; the card does not match, by field.
+            RMError: weights missing or unexpected; no chat template; the card does not match, by field; no head for
+                unsafety, where `safety` is asked for.
         """
         path = rm_folder(folder)
+        heads = heads_of(read_config(path), path)
+        if safety:
+            check_judges_safety(heads, path)
         device = str(torch_device(device))
         number_format = compute_dtype(dtype, device)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -122,10 +139,11 @@ class RewardScorer:
             dtype=number_format,
             max_batch_tokens=max_batch_tokens,
             native=not trust_remote_code,
+            heads=heads,
         )
         if card is not None:
-            logits = scorer.logits(render(tokenizer, [golden.messages for golden in card.golden], policy))
-            verify_logits(card, path, logits, logit_tolerance(card.dtype, number_format))
+            answers = scorer.answers(render(tokenizer, [golden.messages for golden in card.golden], policy))
+            verify_answers(card, path, answers, logit_tolerance(card.dtype, number_format))
         return scorer
 
     def score(self, conversations: Sequence[Conversation], *, progress: bool = False) -> list[Score]:
@@ -136,15 +154,24 @@ class RewardScorer:
             progress: show a progress bar.
 
         Raises:
-            RMError: a malformed conversation, or a logit that is not finite.
+            RMError: a malformed conversation, a logit that is not finite, or no head for unsafety.
         """
         rendered = self.rendered(conversations)
         prompts = [str(conversation[:-1]) for conversation in conversations]
-        logits = self.logits(rendered, prompts=prompts, progress=progress)
-        return [
-            Score(logit=logit, safe_score=safe_score(logit), tokens=len(row.input_ids), truncated=row.truncated)
-            for row, logit in zip(rendered, logits, strict=True)
-        ]
+        answers = self.answers(rendered, prompts=prompts, progress=progress)
+        return [score_of_answer(self.heads, answer, row) for row, answer in zip(rendered, answers, strict=True)]
+
+    def helpfulness(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Helpfulness logit of each conversation's last reply, higher = more helpful, in input order.
+
+        Raises:
+            RMError: a malformed conversation, a logit that is not finite, or no head for helpfulness.
+        """
+        if "helpfulness" not in self.heads:
+            raise RMError("the RM has no helpfulness head\n  fix: ups-rm rm train --target both, then ups-rm rm merge")
+        prompts = [str(conversation[:-1]) for conversation in conversations]
+        column = self.heads.index("helpfulness")
+        return [answer[column] for answer in self.answers(self.rendered(conversations), prompts=prompts)]
 
     def rendered(self, conversations: Sequence[Conversation], policy: RenderPolicy | None = None) -> list[Rendered]:
         """Token ids of conversations as this RM reads them, in input order; by another policy if one is given.
@@ -161,10 +188,14 @@ class RewardScorer:
 
         return ENOUGH_TOKENS if torch.device(self.device).type == "cpu" else self.max_batch_tokens // 2
 
-    def logits(
+    def logits(self, rendered: Sequence[Rendered]) -> list[float]:
+        """The first head's raw logits, see `answers`: unsafety, unless there is none."""
+        return [answer[0] for answer in self.answers(rendered)]
+
+    def answers(
         self, rendered: Sequence[Rendered], *, prompts: Sequence[Hashable] | None = None, progress: bool = False
-    ) -> list[float]:
-        """Raw logits of rendered conversations, in input order; the same whatever batch a conversation falls in.
+    ) -> list[Answer]:
+        """Raw logits of every head for rendered conversations, in input order; the same whatever batch one falls in.
 
         Args:
             prompts: equal for conversations that differ in the last message only: what they share is computed once.
@@ -175,53 +206,64 @@ class RewardScorer:
         from ups_rm.reward.shared_prompt import Row, can_share, shared_rows
 
         ids = [row.input_ids for row in rendered]
-        if prompts is not None and self.native and hasattr(self.model, "myscore") and can_share(self.model.model):
+        if prompts is not None and self.native and hasattr(self.model, "head_logits") and can_share(self.model.model):
             rows = shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
         else:
             rows = [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
         batches = token_batches([row.length for row in rows], self.max_batch_tokens, enough_tokens=self.enough_tokens)
-        logits = [math.nan] * len(rendered)
+        answers: list[Answer] = [()] * len(rendered)
         with progress_bar("scoring", len(rendered), enabled=progress) as advance:
             for batch in batches:
                 some = [rows[i] for i in batch]
                 texts = [i for row in some for i in row.texts]
                 shared = len(texts) > len(some)
-                found = self.row_logits(some, ids) if shared else self.batch_logits([ids[i] for i in texts])
-                for i, logit in zip(texts, found, strict=True):
-                    logits[i] = logit
+                found = self.row_answers(some, ids) if shared else self.batch_answers([ids[i] for i in texts])
+                for i, answer in zip(texts, found, strict=True):
+                    answers[i] = answer
                 advance(len(texts))
-        broken = [i for i, logit in enumerate(logits) if not math.isfinite(logit)]
+        broken = [i for i, answer in enumerate(answers) if not all(map(math.isfinite, answer))]
         if broken:
+            head, value = next(
+                one for one in zip(self.heads, answers[broken[0]], strict=True) if not math.isfinite(one[1])
+            )
+            named = "" if head == "unsafety" else f" of {head}"
             raise RMError(
-                f"the RM's logit is {logits[broken[0]]} for conversation {broken[0]} ({len(broken)} of {len(logits)} "
+                f"the RM's logit{named} is {value} for conversation {broken[0]} ({len(broken)} of {len(answers)} "
                 f"are not finite), computed in {self.dtype}\n  fix: dtype float32, and `ups-rm rm check` on the folder"
             )
-        return logits
+        return answers
 
     def batch_logits(self, rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right") -> list[float]:
-        """Logits of one batch of token ids, padded on `side`; as the model gives them, finite or not.
+        """The first head's logits of one batch of token ids, see `batch_answers`."""
+        return [answer[0] for answer in self.batch_answers(rows, side=side)]
+
+    def batch_answers(self, rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right") -> list[Answer]:
+        """Every head's logits of one batch of token ids, padded on `side`; as the model gives them, finite or not.
 
         Raises:
-            RMError: logits of another shape than (batch, 1).
+            RMError: logits of another shape than (batch, heads).
         """
-        return self.tensor_logits(*pad_batch(rows, side=side, pad_id=self.pad_id))
+        return self.tensor_answers(*pad_batch(rows, side=side, pad_id=self.pad_id))
 
-    def row_logits(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[float]:
-        """Logits of the texts of some rows, in the order they stand there (`shared_prompt`)."""
+    def row_answers(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Answer]:
+        """Every head's logits of the texts of some rows, in the order they stand there (`shared_prompt`)."""
         import torch
 
         from ups_rm.reward.shared_prompt import pooled_rows
 
         with torch.inference_mode(), compute_context(self.dtype, self.device):
             hidden = pooled_rows(self.model.model, rows, ids, self.model.config.pooling, self.device)
-            answer: list[float] = self.model.myscore(hidden)[:, 0].float().tolist()
-        return answer
+            return [tuple(answer) for answer in self.model.head_logits(hidden).float().tolist()]
 
     def tensor_logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[float]:
-        """Logits of one batch that is padded already; both arguments have shape (B, T).
+        """The first head's logits of one batch that is padded already, see `tensor_answers`."""
+        return [answer[0] for answer in self.tensor_answers(input_ids, attention_mask)]
+
+    def tensor_answers(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[Answer]:
+        """Every head's logits of one batch that is padded already; both arguments have shape (B, T).
 
         Raises:
-            RMError: logits of another shape than (batch, 1).
+            RMError: logits of another shape than (batch, heads).
         """
         import torch
 
@@ -230,9 +272,35 @@ class RewardScorer:
             answer = self.model(
                 input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
             ).logits
-        if answer.shape != (len(input_ids), 1):
-            raise RMError(f"the RM gives logits of shape {tuple(answer.shape)}, expected ({len(input_ids)}, 1)")
-        return answer[:, 0].float().tolist()
+        expected = (len(input_ids), len(self.heads))
+        if answer.shape != expected:
+            raise RMError(f"the RM gives logits of shape {tuple(answer.shape)}, expected {expected}")
+        return [tuple(one) for one in answer.float().tolist()]
+
+
+def score_of_answer(heads: Sequence[str], answer: Answer, row: Rendered) -> Score:
+    """What the heads' logits for one rendered conversation mean.
+
+    Raises:
+        RMError: none of them is the unsafety logit.
+    """
+    told = dict(zip(heads, answer, strict=True))
+    if "unsafety" not in told:
+        raise RMError(NO_SAFETY)
+    logit = told["unsafety"]
+    return Score(
+        logit=logit,
+        safe_score=safe_score(logit),
+        tokens=len(row.input_ids),
+        truncated=row.truncated,
+        helpfulness=told.get("helpfulness"),
+    )
+
+
+def check_judges_safety(heads: Sequence[str], folder: Path) -> None:
+    """Raises RMError for a folder that has a helpfulness head alone."""
+    if "unsafety" not in heads:
+        raise RMError(f"{folder}: {NO_SAFETY}")
 
 
 def pad_batch(

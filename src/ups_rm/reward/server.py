@@ -25,8 +25,8 @@ from ups_rm.errors import RMError, RMServerError
 from ups_rm.reward.batch_queue import BatchQueue, QueueFullError
 from ups_rm.reward.client import TOKEN_VARIABLE
 from ups_rm.reward.render import Rendered, render, render_text
+from ups_rm.reward.scorer import score_of_answer
 from ups_rm.reward.server_guard import OPEN_PATHS, Guard, RefusedError, is_loopback, patient_protocol, read_body
-from ups_rm.reward.transforms import safe_score
 from ups_rm.reward.turns import TurnFormat
 from ups_rm.serving import Served, url_of
 from ups_rm.types import Score
@@ -44,7 +44,7 @@ except ImportError as error:
     raise RMServerError(f"{error.name} is not installed\n  fix: pip install 'ups-rm[serve]'") from error
 
 if TYPE_CHECKING:
-    from ups_rm.reward.scorer import RewardScorer
+    from ups_rm.reward.scorer import Answer, RewardScorer
 
 log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
@@ -98,7 +98,7 @@ class RewardServer(Served):
         self.name = name
         self.limits = limits or Limits()
         self.metrics = ServerMetrics()
-        self.tokenizer, self.policy = scorers[0].tokenizer, scorers[0].policy
+        self.tokenizer, self.policy, self.heads = scorers[0].tokenizer, scorers[0].policy, scorers[0].heads
         self.turns = TurnFormat.of(policy_tokenizer or self.tokenizer)
         listener = listener or listen("127.0.0.1", 0, None)
         self.url = url_of(listener)
@@ -166,19 +166,16 @@ class RewardServer(Served):
             loop = asyncio.get_running_loop()
             until = monotonic() + self.limits.answer_seconds
             rows = await loop.run_in_executor(self._render_thread, to_rows)
-            logits = await self._logits(request, rows, until - monotonic())
+            answers = await self._answers(request, rows, until - monotonic())
         except RMError as error:
             raise RefusedError(422, str(error)) from None
         finally:
             self.queue.release(conversations)
         self.metrics.conversations.inc(len(rows))
         self.metrics.truncated.inc(sum(row.truncated for row in rows))
-        return [
-            Score(logit, safe_score(logit), len(row.input_ids), row.truncated)
-            for row, logit in zip(rows, logits, strict=True)
-        ]
+        return [score_of_answer(self.heads, answer, row) for row, answer in zip(rows, answers, strict=True)]
 
-    async def _logits(self, request: Request, rows: list[Rendered], seconds: float) -> list[float]:
+    async def _answers(self, request: Request, rows: list[Rendered], seconds: float) -> list[Answer]:
         job = self.queue.submit(rows)
         answered = asyncio.wrap_future(job.future)
         gone = asyncio.ensure_future(_disconnected(request))
@@ -213,7 +210,8 @@ def add_endpoints(app: FastAPI, server: RewardServer) -> None:
 
     @post("/score", schemas.ScoreRequest, schemas.ScoreResponse)
     async def score(request: Request) -> Response:
-        """Conversations in; logit (higher = less safe), safe_score = sigmoid(-logit), tokens and truncated out."""
+        """Conversations in; logit (higher = less safe), safe_score = sigmoid(-logit), helpfulness (null without such a
+        head), tokens and truncated out."""
         body = await server.read(request, schemas.ScoreRequest)
         conversations = [schemas.conversation(messages) for messages in body.conversations]
         scores = await server.score(
@@ -235,6 +233,8 @@ def add_endpoints(app: FastAPI, server: RewardServer) -> None:
         scores = await server.score(request, len(body.query), rows)
         rewards = [one.safe_score for one in scores]
         logs = {"rm_logit": [one.logit for one in scores], "rm_truncated": [float(one.truncated) for one in scores]}
+        if "helpfulness" in server.heads:
+            logs["rm_helpfulness"] = [one.helpfulness for one in scores if one.helpfulness is not None]
         return _json({"rewards": rewards, "scores": rewards, "extra_logs": logs})
 
     @post("/classify", schemas.ClassifyRequest, schemas.ClassifyResponse)

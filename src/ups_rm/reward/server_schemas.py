@@ -51,12 +51,14 @@ class ScoreRequest(BaseModel):
 
 
 class ScoreRow(BaseModel):
-    """`ups_rm.types.Score`: logit = degree of unsafety, safe_score = sigmoid(-logit)."""
+    """`ups_rm.types.Score`: logit = degree of unsafety, safe_score = sigmoid(-logit), helpfulness = logit of the second
+    head, higher = more helpful; null where there is none."""
 
     logit: float
     safe_score: float
     tokens: int
     truncated: bool
+    helpfulness: float | None = None
 
 
 class ScoreResponse(BaseModel):

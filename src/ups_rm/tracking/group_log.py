@@ -24,6 +24,8 @@ from ups_rm.types import Message, Score
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ups_rm.grpo import Combined
+
 SCHEMA = "ups-rm group log 1"
 
 
@@ -33,8 +35,10 @@ class SampleRecord:
     an empty reply has no token to be rewarded on: reward 0, advantage 0. `truncated`: cut by the length limit.
     `dropped`: left out of the group, for want of a score of its own or of others; its numbers are nan, advantage 0.
     `model_logits`: unsafety logit of each reward model by name, where there are several or one is normalised.
+    `helpfulness`: helpfulness logit, higher = more helpful; None where no model judged it, and in older logs.
     `token_kl`: KL of each token (nats, three digits), and `token_ends` where it ends in `response` (characters); empty
-    where they were not logged."""
+    where they were not logged. For an objective of several components: `components` and `component_advantages` by name,
+    before `charge` (KL, length) is taken off, and `reward` is their weighted mean after that."""
 
     response: str
     logit: float
@@ -45,17 +49,21 @@ class SampleRecord:
     length: int
     truncated: bool
     model_logits: Mapping[str, float] = field(default_factory=dict)
+    helpfulness: float | None = None
     token_kl: list[float] = field(default_factory=list)
     token_ends: list[int] = field(default_factory=list)
     dropped: bool = False
+    components: Mapping[str, float] = field(default_factory=dict)
+    component_advantages: Mapping[str, float] = field(default_factory=dict)
+    charge: float = 0.0
 
 
 @dataclass(frozen=True)
 class GroupRecord:
     """All replies to one prompt. `n`, `reward_mean` and `reward_std` describe the whole group, also after cutting;
     `GroupLog.write` fills them in. For a group of one they are 0 and 1, the values that GRPO uses then. Dropped replies
-    are not counted. `flat`: its scores are equal, so all its advantages are 0 (`algorithm.zero_std_groups`).
-    `categories`: the prompt's harm categories, as far as its file names them."""
+    are not counted. `flat`: its scores are equal, so all its advantages are 0 (`algorithm.zero_std_groups`). `weights`:
+    of the components, by name. `categories`: the prompt's harm categories, as far as its file names them."""
 
     prompt_id: str | int
     messages: list[Message]
@@ -65,6 +73,7 @@ class GroupRecord:
     reward_mean: float = math.nan
     reward_std: float = math.nan
     flat: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict)
     categories: list[str] = field(default_factory=list)
 
 
@@ -79,15 +88,20 @@ class GroupLogFile:
     scale_by_std: bool = True
     eps: float = 1e-6
     kl_coef: float = 0.0
+    normalize_components: str = "before"
+    tolerance: float = 0.0
 
     def recompute_advantages(self) -> list[list[float]]:
         """Advantages of every group's logged replies from their rewards: equal to the log, bit for bit.
 
-        grpo and rloo need the group's mean and std alone, which stand in the file; opo and grpo_passk every reply.
+        grpo and rloo need the group's mean and std alone, which stand in the file; opo and grpo_passk every reply, and
+        so do several components.
 
         Raises:
             DataError: a group is cut (`group_log_max_samples_per_group`) or the estimator looks beyond the group.
         """
+        if any(group.weights for group in self.groups):
+            return [self._from_components(group) for group in self.groups]
         if self.adv_estimator in ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized"):
             return [self._from_statistics(group) for group in self.groups]
         if self.adv_estimator in ("opo", "grpo_passk"):
@@ -117,12 +131,7 @@ class GroupLogFile:
 
         from ups_rm.grpo import estimate_advantages
 
-        kept = [i for i, sample in enumerate(group.samples) if not sample.dropped]
-        if len(kept) < group.n:
-            raise DataError(
-                f"step {self.step}: {self.adv_estimator} needs all {group.n} replies of a group, {len(group.samples)} "
-                f"of {group.prompt_id} are in the file\n  fix: trainer.group_log_max_samples_per_group=-1"
-            )
+        kept = self._all_replies(group, self.adv_estimator)
         advantages = [0.0] * len(group.samples)
         if group.flat or not kept:
             return advantages
@@ -136,6 +145,47 @@ class GroupLogFile:
             advantages[i] = advantage
         return advantages
 
+    def _from_components(self, group: GroupRecord) -> list[float]:
+        import torch
+
+        from ups_rm.grpo import Component, combine
+
+        kept = self._all_replies(group, "an objective of several components")
+        advantages = [0.0] * len(group.samples)
+        if group.flat or not kept:
+            return advantages
+        samples = [group.samples[i] for i in kept]
+        lengths = torch.tensor([sample.length for sample in samples])
+        mask = (torch.arange(max(1, int(lengths.max()))) < lengths[:, None]).float()  # (n, R)
+        combined = combine(
+            {
+                name: Component(
+                    torch.tensor([sample.components[name] for sample in samples]), torch.full((len(kept),), weight)
+                )
+                for name, weight in group.weights.items()
+            },
+            torch.tensor([sample.charge for sample in samples]),
+            mask,
+            torch.zeros_like(lengths),
+            order=self.normalize_components,
+            estimator=self.adv_estimator,
+            scale_by_std=self.scale_by_std,
+            tolerance=self.tolerance,
+        )
+        for i, advantage in zip(kept, combined.advantages[:, 0].tolist(), strict=True):
+            advantages[i] = advantage
+        return advantages
+
+    def _all_replies(self, group: GroupRecord, why: str) -> list[int]:
+        """Numbers of the replies that count; all of them must be in the file."""
+        kept = [i for i, sample in enumerate(group.samples) if not sample.dropped]
+        if len(kept) < group.n:
+            raise DataError(
+                f"step {self.step}: {why} needs all {group.n} replies of a group, {len(group.samples)} "
+                f"of {group.prompt_id} are in the file\n  fix: trainer.group_log_max_samples_per_group=-1"
+            )
+        return kept
+
 
 @dataclass
 class GroupLog:
@@ -147,6 +197,7 @@ class GroupLog:
         max_groups: groups per file, the first ones of the batch; None, 0 or less: all.
         max_samples_per_group: replies per group, the first ones; None, 0 or less: all.
         adv_estimator, scale_by_std, eps, kl_coef: how the advantages were made; stand in the header.
+        normalize_components, tolerance: the same, for an objective of several components.
     """
 
     folder: Path
@@ -157,6 +208,8 @@ class GroupLog:
     scale_by_std: bool = True
     eps: float = 1e-6
     kl_coef: float = 0.0
+    normalize_components: str = "before"
+    tolerance: float = 0.0
     _pattern: str = field(default="step_*.jsonl", init=False, repr=False)
 
     def wants(self, step: int) -> bool:
@@ -182,6 +235,8 @@ class GroupLog:
             "scale_by_std": self.scale_by_std,
             "eps": self.eps,
             "kl_coef": self.kl_coef if kl_coef is None else kl_coef,
+            "normalize_components": self.normalize_components,
+            "tolerance": self.tolerance,
         }
         file = Path(self.folder) / f"step_{step:06d}.jsonl"
         lines = [json.dumps(finite(row), ensure_ascii=False) for row in (header, *map(asdict, kept))]
@@ -236,6 +291,7 @@ def group_records(
     token_ends: Sequence[list[int]] | None = None,
     dropped: Tensor | None = None,
     flat: Tensor | None = None,
+    combined: Combined | None = None,
 ) -> list[GroupRecord]:
     """Collect the batch's replies into groups, in the order in which the groups first appear.
 
@@ -245,6 +301,7 @@ def group_records(
         token_ends: of each sequence (`token_text.token_ends`); with them and a `kl` the KL of every token is kept.
         token_level_rewards, advantages, response_mask, kl: Shape (B, R).
         dropped: the reply is not counted in its group. flat: its group's scores are equal. Shape (B,), bool.
+        combined: of the replies that are not dropped, in their order, where the reward has several components.
     """
     lengths = response_mask.bool().sum(-1)
     rewards = token_level_rewards.detach().float().sum(-1)
@@ -262,6 +319,10 @@ def group_records(
         members.setdefault(int(group), []).append(i)
 
     out = [False] * len(lengths) if dropped is None else dropped.tolist()
+    several = _component_fields(combined, out)
+    if combined is not None:  # a reply without a token has a reward too: the others are compared with it
+        for i, row in several.items():
+            rewards[i] = row["reward"]
 
     def sample(i: int) -> SampleRecord:
         return SampleRecord(
@@ -275,8 +336,12 @@ def group_records(
             truncated=bool(truncated[i]) if truncated is not None else False,
             dropped=bool(out[i]),
             model_logits=dict(scores[i].model_logits),
+            helpfulness=scores[i].helpfulness,
             token_kl=token_kl[i] if token_kl else [],
             token_ends=token_ends[i] if token_kl and token_ends else [],
+            components=several[i]["components"] if i in several else {},
+            component_advantages=several[i]["component_advantages"] if i in several else {},
+            charge=several[i]["charge"] if i in several else 0.0,
         )
 
     return [
@@ -286,10 +351,31 @@ def group_records(
             samples=[sample(i) for i in rows],
             kind=kinds[rows[0]] if kinds is not None else None,
             flat=bool(flat[rows[0]]) if flat is not None else False,
+            weights=next((several[i]["weights"] for i in rows if i in several), {}),
             categories=list(categories[rows[0]]) if categories is not None else [],
         )
         for rows in members.values()
     ]
+
+
+def _component_fields(combined: Combined | None, dropped: Sequence[bool]) -> dict[int, dict[str, Any]]:
+    """By number of the reply: its components, their advantages and weights, its charge and its reward."""
+    if combined is None:
+        return {}
+    rewards, charge = combined.rewards.tolist(), combined.charge.tolist()
+    of_name = {name: (one.reward.tolist(), one.weight.tolist()) for name, one in combined.components.items()}
+    parts = {name: values.tolist() for name, values in combined.parts.items()}
+    rows = [i for i, out in enumerate(dropped) if not out]
+    return {
+        i: {
+            "components": {name: values[k] for name, (values, _) in of_name.items()},
+            "weights": {name: weights[k] for name, (_, weights) in of_name.items()},
+            "component_advantages": {name: values[k] for name, values in parts.items()},
+            "charge": charge[k],
+            "reward": rewards[k],
+        }
+        for k, i in enumerate(rows)
+    }
 
 
 def _with_statistics(group: GroupRecord) -> GroupRecord:
@@ -315,4 +401,6 @@ def _limit(maximum: int | None) -> int | None:
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: math.nan if inner is None and key != "kind" else inner for key, inner in row.items()}
+    return {
+        key: math.nan if inner is None and key not in ("kind", "helpfulness") else inner for key, inner in row.items()
+    }

@@ -56,6 +56,10 @@ SORTS: dict[str, Callable[[GroupRow], float]] = {
 """What groups can be sorted by; the largest value stands first, so by step the earliest."""
 
 
+MAPPINGS = ("model_logits", "components", "component_advantages")
+"""Fields of a reply that are tables by name."""
+
+
 @dataclass(frozen=True)
 class Query:
     """Which groups. `steps`: first and last, both included. `search`: a text in the prompt or one of the replies,
@@ -183,7 +187,9 @@ def _schema() -> pa.Schema:
         "group_mean": number, "group_spread": number, "group_gain": number, "group_disagreement": number,
         "reply": whole, "response": text, "logit": number, "safe_score": number, "reward": number,
         "advantage": number, "kl": number, "length": whole, "truncated": pa.bool_(),
-        "model_logits": pa.map_(text, number),
+        "model_logits": pa.map_(text, number), "helpfulness": number,
+        "components": pa.map_(text, number),
+        "component_advantages": pa.map_(text, number), "charge": number,
     }  # fmt: skip
     return pa.schema(list(fields.items()))
 
@@ -196,7 +202,7 @@ def _flat(row: GroupRow) -> list[dict[str, object]]:
         "group_disagreement": row.disagreement,
     }  # fmt: skip
     return [
-        of_group | vars(sample) | {"reply": i, "model_logits": list(sample.model_logits.items())}
+        of_group | vars(sample) | {"reply": i} | {name: list(getattr(sample, name).items()) for name in MAPPINGS}
         for i, sample in enumerate(row.group.samples)
     ]
 

@@ -1,5 +1,6 @@
 // Plots by uPlot: hover, drag to zoom, double click to zoom out; the same by keyboard. Every plot can be read as a table.
 
+const WHOLE = [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5].map((zeros) => n * 10 ** zeros)).sort((a, b) => a - b); // there is no half step
 const PRINTED_WIDTH = 660; // fits A4 and letter
 const charts = {
   open: [],
@@ -37,7 +38,7 @@ function lineChart({ title, unit, lines, explain = "", xLabel = t("step"), heigh
   const options = {
     width: 400, height, cursor: { drag: { x: true, y: false }, ...(sync ? { sync: { key: charts.sync.key, setSeries: false } } : {}) },
     scales: { x: { time: false, ...(range ? { range: range.x } : {}) }, y: { range: range ? range.y : withRoom } },
-    axes: [axis(xLabel), axis(unit, { size: 58, values: (_, ticks) => ticks.map(compact) })],
+    axes: [axis(xLabel, sync ? { incrs: WHOLE } : {}), axis(unit, { size: 70, values: (_, ticks) => ticks.map(compact) })],
     series: [{ label: xLabel, value: (_, value) => compact(value) }, ...series], legend: { live: true },
     hooks: diagonal ? { draw: [drawDiagonal] } : {},
   };

@@ -54,7 +54,7 @@ function replyCard(sample, place, best) {
     h("p", { class: "head" }, h("b", {}, t("reply_n", { n: place + 1 })), best ? tag(t("best"), "good") : null,
       sample.refusal ? tag(t("refusal"), "warn") : null, sample.cut ? tag(t("cut")) : null),
     h("dl", {}, numbers.map(([name, value]) => h("div", {}, h("dt", {}, t(`reply_${name}`)), h("dd", {}, value))),
-      models.map(([name, logit]) => h("div", {}, h("dt", {}, name), h("dd", {}, compact(logit))))),
+      models.map(([name, logit]) => h("div", {}, h("dt", {}, known(`model_${name}`, name)), h("dd", {}, compact(logit))))),
     h("p", { class: "text" }, sample.text === "" ? h("i", {}, t("empty_reply")) : colours_ ? coloured(sample) : sample.text));
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,13 @@ from ups_rm.reward.doctor import (
     truncation,
 )
 from ups_rm.reward.doctor.exam import Exam
-from ups_rm.reward.doctor.report import Check, CheckReport, Result
-from ups_rm.reward.native import load_model, load_tokenizer, read_config, rm_folder
+from ups_rm.reward.doctor.report import Check, CheckReport
+from ups_rm.reward.doctor.steps import Step, finding_of, make, skipped
+from ups_rm.reward.native import heads_of, load_model, load_tokenizer, read_config, rm_folder
 from ups_rm.reward.render import RenderPolicy
-from ups_rm.reward.scorer import RewardScorer, default_max_length
+from ups_rm.reward.scorer import RewardScorer, check_judges_safety, default_max_length
 from ups_rm.reward.transforms import unsafety_logit
 from ups_rm.types import Conversation
-
-
-@dataclass(frozen=True)
-class Step:
-    """One check. It is made unless one of the checks in `needs` failed, or one of those in `sure` did not pass.
-
-    A warning of it is put down to one of those in `blames` that warned before. In each case the verdict is "skip" and
-    the other check is named, so that one fault is one finding. Checks that were not made block nothing.
-    """
-
-    section: str
-    name: str
-    run: Callable[[Exam], Result]
-    needs: tuple[str, ...] = ()
-    sure: tuple[str, ...] = ()
-    blames: tuple[str, ...] = ()
-
 
 LOADED, TEXT, READS = "loaded exactly", "template and BOS", "reads the right token"
 _TOKENS = ("tokenizer", "bos token", "chat template", "end token")
@@ -86,10 +69,13 @@ FAST: tuple[Step, ...] = (
 PLAIN = Step(LOADED, "plain transformers", loading.plain_transformers, _READ)
 _TOLD = ("direction", "saturation")  # without them, no figure about the labels means anything
 _RENDERED = ("end token", "bos", "template", "last token")  # read in another form than it was trained on
+# only for a folder with a second head
+HELPFULNESS = Step("direction", "helpfulness", direction.helpfulness, _DATA, (), _RENDERED)
 FULL: tuple[Step, ...] = (
     Step(READS, "bfloat16", reading.bfloat16, (*_BATCH, "spread")),
     Step("truncation", "truncation", truncation.truncation, _DATA),
     Step("direction", "direction", direction.direction, _DATA, (), _RENDERED),
+    HELPFULNESS,
     Step("scale", "saturation", scale.saturation, _DATA, (), _RENDERED),
     Step("scale", "groups", scale.groups, _DATA, ("saturation",), _RENDERED),
     Step("scale", "calibration", scale.calibration, (*_DATA, *_TOLD), (), (*_RENDERED, *_TOLD)),
@@ -117,17 +103,20 @@ def check_rm(
     plot: Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> CheckReport:
-    """Examine an RM folder: one of ours, or a classifier of plain transformers with one logit, of either sign.
+    """Examine an RM: a folder of ours, a classifier of plain transformers with one logit, of either sign; or from
+    outside a service (its address), a function (`module:callable`) or a judge of pairs.
 
     The fast part takes a second or two for a small RM; `full` about `seconds`.
 
     Args:
+        folder: the folder, the service's address, or the function.
         dtype: "float32" shows the finest differences; "auto" is what training uses.
-        kind: myrm, sequence or token (`reward_model.model.kind`); "auto" looks at the folder.
+        kind: myrm, sequence, token, pairwise, function, http (`reward_model.model.kind`); "auto" looks at what is
+            given, and never finds a judge of pairs.
         output: what its number means, unsafety, safety or reward (`reward_model.model.output`).
         trust_remote_code: examine the folder's own Python files instead of ours.
         plain: also load it through plain AutoModelForTokenClassification with the folder's code, and compare.
-        chat_template: text of a template, for folders whose tokenizer has none.
+        chat_template: text of a template, for folders whose tokenizer has none; of a judge the text of a pair.
         policy: folder or hub id of the policy, whose tokenizer is compared.
         full: go on with labelled data.
         pairs: (safer, less safe) conversations; with them the full examination is made.
@@ -137,71 +126,46 @@ def check_rm(
         plot: where the reliability diagram is written (PNG).
 
     Raises:
-        DataError: `data` can't be read or has no labels. A folder that can't be loaded is a failed check, no error.
-        RMError: a kind that is no folder with one logit, an output that is unknown.
+        DataError: `data` can't be read or has no labels. A model that can't be loaded is a failed check, no error.
+        RMError: a kind or an output that is unknown; `plain` or `policy` for what is no folder of one logit.
     """
-    from ups_rm.recipe_checks import CALLABLE
     from ups_rm.reward.doctor.labelled import pairs_of, read_labelled
+    from ups_rm.reward.doctor.outside import check_outside, entry_of
     from ups_rm.reward.open import EXAMINED
 
-    elsewhere = not Path(folder).exists() and (
-        str(folder).startswith(("http:", "https:")) or CALLABLE.fullmatch(str(folder))
-    )
-    if elsewhere or kind not in ("auto", *EXAMINED):
-        what = f"{folder} is no folder" if elsewhere else f"kind is {kind!r}"
-        raise RMError(
-            f"{what}: the doctor reads folders with one logit ({', '.join(EXAMINED)})\n"
-            "  fix: name services, functions and judges of pairs in a recipe (reward_model.model.url, callable, kind): "
-            "`ups-rm train` asks them a battery of conversations before it trains"
-        )
     unsafety_logit(0.0, output)  # raises for an output that is unknown
     path, tell, labelled = Path(folder).expanduser(), say or (lambda _text: None), None
     device = str(torch_device(device))
+    entry = entry_of(folder, kind, output=output, dtype=dtype, trust_remote_code=trust_remote_code)
+    if entry.kind not in ("auto", *EXAMINED) and (plain or policy):
+        raise RMError(f"kind is {entry.kind!r}: only folders with one logit are compared with plain code or a policy")
     if full or pairs or data is not None:
         labelled = pairs_of(pairs) if pairs else read_labelled(data or "sample", max_rows=max_pairs)
+    if entry.kind not in ("auto", *EXAMINED):
+        how = {"template": chat_template, "seconds": seconds, "plot": plot, "tell": tell}
+        return check_outside(entry, str(folder), labelled, device=device, **how)  # type: ignore[arg-type]
     steps = [*FAST, *([PLAIN] if plain else []), *(FULL if labelled is not None else [])]
     try:
         exam, loaded = _load(path, kind, device, dtype, trust_remote_code, chat_template, tell)
     except RMError as error:
-        finding, _, way_out = str(error).partition("\n  fix: ")
+        finding, way_out = finding_of(error)
         way_out = way_out or "a whole folder: of ours `ups-rm rm merge` makes one from backbone and head"
         load = Check("fail", finding, way_out=way_out, name="load", section=LOADED)
-        return CheckReport(path, dtype, (load, *(_skipped(step, "load") for step in steps if step is not LAST_TOKEN)))
+        return CheckReport(
+            path, dtype, (load, *(skipped(step, "load") for step in steps if step not in (LAST_TOKEN, HELPFULNESS)))
+        )
     steps = [step for step in steps if step is not LAST_TOKEN or exam.kind != "myrm"]
+    steps = [step for step in steps if step is not HELPFULNESS or "helpfulness" in exam.scorer.heads]
     exam.output = output
     exam.policy, exam.seconds, exam.plot = None if policy is None else str(policy), seconds, plot
     exam.data, exam.tell = labelled, tell
     exam.known["load"] = loaded
     for step in steps:
-        exam.known[step.name] = _make(step, exam)
+        exam.known[step.name] = make(step, exam)
     logits = tuple(exam.alone) if exam.known["finite"].verdict in ("pass", "fail") else ()
     order = list(dict.fromkeys(step.section for step in steps))
     checks = sorted(exam.known.values(), key=lambda check: order.index(check.section))
     return CheckReport(path, exam.dtype, tuple(checks), logits)
-
-
-def _make(step: Step, exam: Exam) -> Check:
-    """The step's result as a check; whatever the RM's code raises is a finding about the RM."""
-    warned = [name for name in step.blames if name in exam.known and exam.known[name].verdict == "warn"]
-    for names, verdicts in ((step.needs, ("fail",)), (step.sure, ("fail", "warn"))):
-        for name in names:
-            if name in exam.known and exam.known[name].verdict in verdicts:
-                return _skipped(step, name)
-    try:
-        result = step.run(exam)
-    except Exception as error:  # a folder's own code may raise anything
-        finding, _, way_out = str(error).partition("\n  fix: ")
-        kind = "" if isinstance(error, RMError) else f"{type(error).__name__}: "
-        result = Result("fail", f"{kind}{finding}", way_out=way_out)
-    if result.verdict == "warn" and warned:
-        details = result.details | {"because_of": warned[0]}
-        result = replace(result, verdict="skip", finding=f"because of {warned[0]}: {result.finding}", details=details)
-    return Check(**vars(result), name=step.name, section=step.section)
-
-
-def _skipped(step: Step, cause: str) -> Check:
-    details = {"because_of": cause}
-    return Check("skip", f"because of {cause}", details=details, name=step.name, section=step.section)
 
 
 def _load(
@@ -229,6 +193,8 @@ def _load(
         card_error = str(error)
 
     asked = kind_of(RewardModelModel(path=str(path), kind=kind))
+    heads = heads_of(config, path) if asked == "myrm" else ("unsafety",)
+    check_judges_safety(heads, path)
     how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "chat_template": chat_template}
 
     def load(name: str) -> RewardScorer:
@@ -242,9 +208,19 @@ def _load(
         limit = default_max_length(config, tokenizer)
         policy = card.render if card else RenderPolicy.infer(tokenizer, max_length=limit)
         native = not trust_remote_code
-        return RewardScorer(model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native)
+        return RewardScorer(
+            model, tokenizer, policy, card=card, device=device, dtype=number_format, native=native, heads=heads
+        )
 
-    exam = Exam(path, load(dtype), config, card if asked == "myrm" else None, load, card_error, asked)
+    exam = Exam(
+        path=path,
+        scorer=load(dtype),
+        config=config,
+        card=card if asked == "myrm" else None,
+        reload=load,
+        card_error=card_error,
+        kind=asked,
+    )
     count = sum(parameter.numel() for parameter in exam.network.parameters())
     finding = f"all {count:,} weights are in the folder, none is left over"
     return exam, Check("pass", finding, float(count), name="load", section=LOADED)

@@ -1,4 +1,7 @@
-"""Direction: does the less safe reply get the higher logit? AUC and pairwise accuracy with bootstrap intervals."""
+"""Direction: does the less safe reply get the higher logit, and the better one the higher helpfulness logit?
+
+AUC and pairwise accuracy with bootstrap intervals.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ups_rm.reward.doctor.exam import Exam
+from ups_rm.reward.doctor.exam import DataExam
 from ups_rm.reward.doctor.labelled import Labelled
 from ups_rm.reward.doctor.report import Result
 from ups_rm.reward.head_metrics import auc, cluster_interval, pair_wins
@@ -63,7 +66,7 @@ def auc_interval(
     return low, high
 
 
-def direction(exam: Exam) -> Result:
+def direction(exam: DataExam) -> Result:
     """Fails as flipped sign if AUC or pairwise accuracy lies below chance with its whole interval."""
     assert exam.data is not None
     found = figures(exam.data, exam.data_logits)
@@ -78,11 +81,38 @@ def direction(exam: Exam) -> Result:
         way_out = "negate the output layer once (docs/guides/scores-and-signs.md), or turn the labels round"
         if exam.kind != "myrm":
             way_out = (
-                f"say what its number means, now {exam.output}: --output, in a recipe reward_model.model.output "
-                "(or the head was never trained: a random one may point anywhere)"
+                f"say what its number means, now {exam.output}: --output, in a recipe reward_model.model.output"
+                + (" (or the head was never trained: a random one may point anywhere)" if exam.is_folder else "")
             )
         return Result("fail", f"flipped sign: {finding}", found.auc, 0.5, way_out, details)
     if below or not above:
         way_out = "no better than a coin: more pairs (--data, --max-pairs), or a better head"
         return Result("warn", f"not told from chance: {finding}", found.auc, 0.5, way_out, details)
     return Result("pass", finding, found.auc, 0.5, "", details)
+
+
+def helpfulness(exam: DataExam) -> Result:
+    """The second head on pairs with `better_response_id`: fails as flipped sign if it lies below chance with its whole
+    interval, warns if the interval has 0.5 in it."""
+    assert exam.data is not None
+    pairs = exam.data.better
+    if not len(pairs):
+        return Result("skip", f"no row of {exam.data.source} has better_response_id")
+    wins = pair_wins(exam.data_helpfulness, pairs)
+    of_prompt = exam.data.prompt_id[pairs[:, 0]]
+    share, (low, high) = wins.double().mean().item(), cluster_interval(wins, of_prompt)
+    safest = pair_wins(-exam.data_logits, pairs).double().mean().item()
+    finding = (
+        f"the better reply has the higher helpfulness logit in {share:.1%} [{low:.1%}, {high:.1%}] of {len(pairs)} "
+        f"pairs ({exam.data.source}), the lower unsafety logit in {safest:.1%}"
+    )
+    prompts = len(of_prompt.unique())
+    details = {"pairs": len(pairs), "prompts": prompts, "pairwise_accuracy": share, "pairwise_ci95": (low, high),
+               "safety_head": safest, "source": exam.data.source}  # fmt: skip
+    if high < 0.5:
+        way_out = "negate the second head's output layer once, or turn better_response_id round and train it again"
+        return Result("fail", f"flipped sign: {finding}", share, 0.5, way_out, details)
+    if low <= 0.5:
+        way_out = "no better than a coin: more pairs (--data, --max-pairs), or a better head"
+        return Result("warn", f"not told from chance: {finding}", share, 0.5, way_out, details)
+    return Result("pass", finding, share, 0.5, "", details)

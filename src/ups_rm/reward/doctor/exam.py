@@ -1,12 +1,14 @@
-"""The folder under examination: loaded once, asked lazily, and shared by all checks."""
+"""The model under examination: loaded once, asked lazily, and shared by all checks."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ups_rm.reward.card import RMCard
 from ups_rm.reward.doctor.battery import BATTERY
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ups_rm.reward.doctor.labelled import Labelled
-    from ups_rm.types import Conversation
+    from ups_rm.types import Conversation, Score, Scorer
 
 # Largest difference between paddings, batches and orders, as a share of the largest logit (of 1, if that is smaller):
 # rounding, not another reading. bfloat16 and float16: what these formats differ from float32 by (SmolLM2-135M, 8
@@ -25,36 +27,108 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
 
 
-@dataclass
-class Exam:
-    """What checks work on.
+@dataclass(kw_only=True)
+class DataExam:
+    """What checks on labelled data work on: any scorer, asked with messages.
 
-    path, config: the folder and its config.json as it stands. kind: myrm, sequence or token.
-    output: what the model's number means (transforms.OUTPUTS).
-    card: rm_card.json, None if there is none or it can't be read (`card_error` says why).
+    kind: of the model (`reward_model.model.kind`). output: what its number means (transforms.OUTPUTS).
     data: labelled conversations; None in the fast part.
-    reload: the same folder in another number format, by name.
-    policy: folder or hub id of the policy that will be trained, if known.
     seconds: what the whole may take. trick_replies: how many replies of each label are tricked.
     plot: where the reliability diagram goes.
     tell: hears how long it will take. known: the checks made so far.
     """
 
-    path: Path
-    scorer: RewardScorer
-    config: dict[str, Any]
-    card: RMCard | None
-    reload: Callable[[str], RewardScorer]
-    card_error: str = ""
+    scorer: Scorer
     kind: str = "myrm"
     output: str = "unsafety"
     data: Labelled | None = None
-    policy: str | None = None
     seconds: float = 60.0
     trick_replies: int = 24
     plot: Path | None = None
     tell: Callable[[str], None] = print
     known: dict[str, Check] = field(default_factory=dict)
+
+    rival: ClassVar[str] = "the median safe reply"
+    """What a tricked unsafe reply must beat to pay."""
+
+    @cached_property
+    def data_scores(self) -> list[Score]:
+        """What the model says of the labelled conversations, in their order."""
+        assert self.data is not None
+        return self.scorer.score(self.data.conversations)
+
+    @cached_property
+    def data_logits(self) -> torch.Tensor:
+        """Unsafety logits of the labelled conversations, in their order. Shape (N,)."""
+        return self.unsafety(self._data_numbers)
+
+    @cached_property
+    def _data_numbers(self) -> torch.Tensor:
+        return _numbers(self.data_scores)
+
+    @cached_property
+    def data_helpfulness(self) -> torch.Tensor:
+        """Helpfulness logits of the labelled conversations, from the same forward passes; nan without such a head."""
+        import torch
+
+        numbers = [math.nan if score.helpfulness is None else score.helpfulness for score in self.data_scores]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    def unsafety(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The model's own numbers as logits of unsafety; a `reward`, which has no zero, in stds of the labelled data's.
+
+        Training normalises a reward too, on its own reference data.
+        """
+        from ups_rm.reward.transforms import unsafety_logit
+
+        if self.output == "reward":
+            numbers = (numbers - self._data_numbers.mean()) / self._data_numbers.std().clamp(min=1e-9)
+        return numbers * unsafety_logit(1.0, self.output)
+
+    @property
+    def is_folder(self) -> bool:
+        """A model that was opened here, head and all."""
+        return self.kind in ("myrm", "sequence", "token")
+
+    def before(self, places: Sequence[int]) -> list[float]:
+        """Unsafety logits of the labelled conversations at `places`, on the scale of `asked`."""
+        return self.data_logits[list(places)].tolist()
+
+    def asked(self, places: Sequence[int], conversations: list[Conversation]) -> list[float]:
+        """Unsafety logits, on the scale of `data_logits`, of conversations that stand in for the labelled ones at
+        `places` (which does not matter here: each is judged by itself)."""
+        return self.unsafety(_numbers(self.scorer.score(conversations))).tolist()
+
+    @cached_property
+    def bar(self) -> float:
+        """The unsafety logit of `rival`."""
+        assert self.data is not None
+        return statistics.median(self.data_logits[self.data.replies(unsafe=False)].tolist())
+
+
+def _numbers(scores: Sequence[Score]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([score.logit for score in scores], dtype=torch.float64)
+
+
+@dataclass(kw_only=True)
+class Exam(DataExam):
+    """What checks on a folder work on.
+
+    path, config: the folder and its config.json as it stands.
+    card: rm_card.json, None if there is none or it can't be read (`card_error` says why).
+    reload: the same folder in another number format, by name.
+    policy: folder or hub id of the policy that will be trained, if known.
+    """
+
+    scorer: RewardScorer
+    path: Path
+    config: dict[str, Any]
+    card: RMCard | None
+    reload: Callable[[str], RewardScorer]
+    card_error: str = ""
+    policy: str | None = None
 
     @property
     def network(self) -> Any:
@@ -106,36 +180,6 @@ class Exam:
     def embedding_rows(self) -> int:
         """How many token ids the backbone knows."""
         return int(self.network.get_input_embeddings().weight.shape[0])
-
-    @cached_property
-    def data_logits(self) -> torch.Tensor:
-        """Unsafety logits of the labelled conversations, in their order. Shape (N,)."""
-        return self.unsafety(self._data_numbers)
-
-    @cached_property
-    def _data_numbers(self) -> torch.Tensor:
-        assert self.data is not None
-        return self._numbers(self.data.conversations)
-
-    def _numbers(self, conversations: list[Conversation]) -> torch.Tensor:
-        import torch
-
-        return torch.tensor([score.logit for score in self.scorer.score(conversations)], dtype=torch.float64)
-
-    def unsafety(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The model's own numbers as logits of unsafety; a `reward`, which has no zero, in stds of the labelled data's.
-
-        Training normalises a reward too, on its own reference data.
-        """
-        from ups_rm.reward.transforms import unsafety_logit
-
-        if self.output == "reward":
-            numbers = (numbers - self._data_numbers.mean()) / self._data_numbers.std().clamp(min=1e-9)
-        return numbers * unsafety_logit(1.0, self.output)
-
-    def asked(self, conversations: list[Conversation]) -> list[float]:
-        """Unsafety logits of further conversations, on the scale of `data_logits`."""
-        return self.unsafety(self._numbers(conversations)).tolist()
 
     def padded(self, fill: int, *, side: Literal["left", "right"] = "right") -> list[float]:
         """Logits of BATTERY in one batch whose padding, masked as always, is token id `fill`."""

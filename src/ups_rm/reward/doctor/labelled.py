@@ -9,7 +9,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,20 @@ from ups_rm.types import Conversation
 
 @dataclass(frozen=True)
 class Pair:
-    """Two replies to one prompt. unsafe: their labels, None where unknown."""
+    """Two replies to one prompt. unsafe: their labels, None where unknown. better: which one is more helpful."""
 
     conversations: tuple[Conversation, Conversation]
     unsafe: tuple[bool | None, bool | None]
+    better: int | None = None
 
 
 @dataclass
 class Labelled:
-    """N distinct conversations and K pairs of them.
+    """N distinct conversations, K pairs of a safer and a less safe one, J pairs of which one is more helpful.
 
     unsafe: share of labels that say unsafe; NaN unknown. (N,) float64. prompt_id: (N,) int64.
     pairs: indices (safer, less safe). (K, 2) int64. source: where they came from. of_rows: how many rows there are.
+    better: indices (other, better). (J, 2) int64.
     """
 
     conversations: list[Conversation]
@@ -42,6 +44,7 @@ class Labelled:
     pairs: Tensor
     source: str
     of_rows: int = 0
+    better: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.long))
 
     def replies(self, *, unsafe: bool) -> list[int]:
         """Indices of the conversations that are labelled so, without contradiction."""
@@ -76,6 +79,7 @@ def collect(rows: Iterable[Pair], source: str, *, of_rows: int | None = None) ->
     conversations: list[Conversation] = []
     counts: list[list[int]] = []  # per conversation: prompt, labels, of them unsafe
     pairs: list[tuple[int, int]] = []
+    better: list[tuple[int, int]] = []
     total = 0
     for row in rows:
         total += 1
@@ -88,6 +92,8 @@ def collect(rows: Iterable[Pair], source: str, *, of_rows: int | None = None) ->
             counts[place][1] += unsafe is not None
             counts[place][2] += unsafe is True
             places.append(place)
+        if row.better is not None and places[0] != places[1]:
+            better.append((places[1 - row.better], places[row.better]))
         if row.unsafe in ((False, True), (True, False)):
             pairs.append((places[0], places[1]) if row.unsafe[1] else (places[1], places[0]))
     table = torch.tensor(counts, dtype=torch.float64).reshape(-1, 3)
@@ -98,6 +104,7 @@ def collect(rows: Iterable[Pair], source: str, *, of_rows: int | None = None) ->
         torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
         source,
         total if of_rows is None else of_rows,
+        torch.tensor(better, dtype=torch.long).reshape(-1, 2),
     )
 
 
@@ -116,14 +123,34 @@ def fewer(data: Labelled, rows: int) -> Labelled:
     lone = (~paired).nonzero()[:, 0]
     share = rows / len(data.pairs) if len(data.pairs) else rows / max(1, len(lone))
     keep[lone[: math.ceil(len(lone) * min(1.0, share))]] = True
+    return _only(data, keep, kept)
+
+
+def compared(data: Labelled) -> Labelled:
+    """What a judge of pairs can be asked: pairs of replies to one prompt, and no other conversation.
+
+    Raises:
+        DataError: there is none.
+    """
+    pairs = data.pairs[data.prompt_id[data.pairs[:, 0]] == data.prompt_id[data.pairs[:, 1]]]
+    if not len(pairs):
+        raise DataError(f"{data.source} has no safe and unsafe reply to one prompt for a judge of pairs to compare")
+    keep = torch.zeros(len(data.conversations), dtype=torch.bool)
+    keep[pairs.flatten()] = True
+    return _only(data, keep, pairs)
+
+
+def _only(data: Labelled, keep: Tensor, pairs: Tensor) -> Labelled:
+    """The conversations to keep, (N,) bool, and pairs of such."""
     new = keep.long().cumsum(0) - 1
     return Labelled(
-        [talk for talk, kept_here in zip(data.conversations, keep.tolist(), strict=True) if kept_here],
+        [talk for talk, kept in zip(data.conversations, keep.tolist(), strict=True) if kept],
         data.unsafe[keep],
         data.prompt_id[keep],
-        new[kept],
+        new[pairs],
         data.source,
         data.of_rows,
+        new[data.better[keep[data.better].all(dim=1)]],
     )
 
 
@@ -134,7 +161,9 @@ def _from_lines(file: Path) -> Iterator[Pair]:
         if "safe_response" in found:
             yield Pair((found["safe_response"], found["unsafe_response"]), (False, True))
         elif "response_0" in found:
-            yield Pair((found["response_0"], found["response_1"]), (_unsafe(line, 0), _unsafe(line, 1)))
+            better = line.get("better_response_id")
+            flags = (_unsafe(line, 0), _unsafe(line, 1))
+            yield Pair((found["response_0"], found["response_1"]), flags, better if better in (0, 1) else None)
         else:
             raise DataError(
                 f"{file}: lines must have prompt, safe_response and unsafe_response (or PKU-SafeRLHF's fields)"
@@ -155,4 +184,4 @@ def _from_rows(source: Path | str) -> Iterator[Pair]:
             for reply in row.responses
         ]
         first, second = (None if safe is None else not safe for safe in row.safe)
-        yield Pair((talks[0], talks[1]), (first, second))  # type: ignore[arg-type]
+        yield Pair((talks[0], talks[1]), (first, second), row.better_response_id)  # type: ignore[arg-type]

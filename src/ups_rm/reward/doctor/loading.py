@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.errors import RMError
-from ups_rm.reward.card import verify_folder, verify_logits
+from ups_rm.reward.card import verify_answers, verify_folder
 from ups_rm.reward.doctor.exam import TOLERANCE, Exam
 from ups_rm.reward.doctor.report import Result
 from ups_rm.reward.scorer import RewardScorer, logit_tolerance
@@ -270,14 +270,14 @@ def golden_logits(exam: Exam) -> Result:
     """The card's golden token ids through the model as it is loaded now."""
     if exam.card is None:
         return Result("skip", "no card")
-    logits = [exam.scorer.batch_logits([golden.input_ids])[0] for golden in exam.card.golden]
+    answers = [exam.scorer.batch_answers([golden.input_ids])[0] for golden in exam.card.golden]
     limit = logit_tolerance(exam.card.dtype, exam.scorer.dtype)
     try:
-        worst = verify_logits(exam.card, exam.path, logits, limit)
+        worst = verify_answers(exam.card, exam.path, answers, limit)
     except RMError as error:
         finding, _, way_out = str(error).partition("\n  fix: ")
         return Result("fail", finding, limit=limit, way_out=way_out)
-    return Result("pass", f"{len(logits)} golden logits come out again", worst, limit)
+    return Result("pass", f"{len(answers)} golden logits come out again", worst, limit)
 
 
 def number_range(exam: Exam) -> Result:
@@ -328,12 +328,19 @@ def plain_transformers(exam: Exam) -> Result:
     try:
         model = load_model(exam.path, dtype=scorer.dtype, device=scorer.device, trust_remote_code=True)
         other = RewardScorer(
-            model, scorer.tokenizer, scorer.policy, device=scorer.device, dtype=scorer.dtype, native=False
+            model,
+            scorer.tokenizer,
+            scorer.policy,
+            device=scorer.device,
+            dtype=scorer.dtype,
+            native=False,
+            heads=scorer.heads,
         )
-        found = [other.batch_logits([row])[0] for row in exam.rows]
+        theirs, ours = ([one.batch_answers([row])[0] for row in exam.rows] for one in (other, scorer))
     except RMError as error:
         return Result("fail", str(error).partition("\n")[0], way_out=way_out)
-    worst, limit = exam.worst(found), TOLERANCE[exam.dtype]
+    columns = zip(zip(*theirs, strict=True), zip(*ours, strict=True), strict=True)
+    worst, limit = max(exam.worst(found, expected) for found, expected in columns), TOLERANCE[exam.dtype]
     if worst <= limit:
         return Result("pass", "the folder's own code answers as ours", worst, limit)
     return Result("fail", f"the folder's own code answers differently, by {worst:.3g}", worst, limit, way_out)

@@ -34,9 +34,12 @@ class Check(Result):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All checks of one folder, by section; `logits` are its answers to BATTERY, in that order."""
+    """All checks of one model, by section; `logits` are its answers to BATTERY, in that order.
 
-    folder: Path
+    folder: of a model asked from outside, its address or function, and dtype is empty.
+    """
+
+    folder: Path | str
     dtype: str
     checks: tuple[Check, ...]
     logits: tuple[float, ...] = ()

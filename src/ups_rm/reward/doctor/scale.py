@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ups_rm.grpo.metrics import LOW_STD, SATURATED, ZERO_STD
-from ups_rm.reward.doctor.exam import Exam
+from ups_rm.reward.doctor.exam import DataExam
 from ups_rm.reward.doctor.report import Result
 from ups_rm.reward.head_metrics import expected_calibration_error, fit_temperature
 
@@ -95,7 +95,7 @@ def best_transform(found: list[Separation]) -> Separation:
     return good[0] if good else min(found, key=lambda one: (one.zero_share, one.low_share))
 
 
-def saturation(exam: Exam) -> Result:
+def saturation(exam: DataExam) -> Result:
     """Share of replies whose safe score is within 0.01 of 0 or 1 (|logit| > 4.6), as `score/saturated_share` counts."""
     assert exam.data is not None
     logits = exam.data_logits
@@ -123,7 +123,7 @@ def saturation(exam: Exam) -> Result:
     return Result(verdict, f"saturated logits: {finding}", share, limit, way_out, details)  # type: ignore[arg-type]
 
 
-def groups(exam: Exam) -> Result:
+def groups(exam: DataExam) -> Result:
     """Expected share of groups of 4 whose safe scores have no variance, and the transform that keeps them apart."""
     assert exam.data is not None
     found = separations(exam.data_logits, exam.data.prompt_id)
@@ -141,11 +141,13 @@ def groups(exam: Exam) -> Result:
     return Result(verdict, finding, now.zero_share, limit, f"reward through {best.name}", details)  # type: ignore[arg-type]
 
 
-def calibration(exam: Exam) -> Result:
+def calibration(exam: DataExam) -> Result:
     """ECE of sigmoid(logit) as the chance that the reply is unsafe, 15 bins; the reliability diagram goes to `plot`."""
     assert exam.data is not None
     if exam.output == "reward":
         return Result("skip", "a reward has no zero: it is no chance of being unsafe")
+    if exam.kind == "pairwise":
+        return Result("skip", "a preference between two replies is no chance of being unsafe")
     known = (exam.data.unsafe == 0) | (exam.data.unsafe == 1)
     logits, labels = exam.data_logits[known], exam.data.unsafe[known]
     error = expected_calibration_error(logits, labels)

@@ -13,7 +13,8 @@ COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 
 def print_report(report: CheckReport) -> None:
     """The checks as a table, examples of tricks that pay, and the way out of each check that did not pass."""
-    table = Table(title=escape(f"{report.folder} in {report.dtype}"), title_justify="left")
+    title = f"{report.folder} in {report.dtype}" if report.dtype else str(report.folder)
+    table = Table(title=escape(title), title_justify="left")
     for column in ("check", "verdict", "number", "limit", "finding"):
         table.add_column(column, justify="right" if column in ("number", "limit") else "left")
     section = ""

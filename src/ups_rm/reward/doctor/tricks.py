@@ -1,7 +1,8 @@
 """Robustness to cheap tricks: what a policy could do to an unsafe reply to score higher without being safer.
 
 Each trick is applied to labelled replies, safe and unsafe ones. What counts is whether it *pays*: the share of tricked
-unsafe replies that score safer than the median safe reply. A trick that pays will be found by GRPO.
+unsafe replies that score safer than the median safe reply (to a judge of pairs: than a safe reply to the same prompt).
+A trick that pays will be found by GRPO.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ups_rm.reward.doctor.exam import Exam
+from ups_rm.reward.doctor.exam import DataExam
 from ups_rm.reward.doctor.report import Result
 from ups_rm.reward.scorer import safe_score
 from ups_rm.types import Conversation
@@ -55,16 +56,16 @@ TRICKS: dict[str, Callable[[Talk], str]] = {
 }
 
 
-def trick(name: str) -> Callable[[Exam], Result]:
+def trick(name: str) -> Callable[[DataExam], Result]:
     """The check of one trick."""
 
-    def check(exam: Exam) -> Result:
+    def check(exam: DataExam) -> Result:
         return _measure(exam, name)
 
     return check
 
 
-def chosen(exam: Exam, *, unsafe: bool) -> list[int]:
+def chosen(exam: DataExam, *, unsafe: bool) -> list[int]:
     """The replies that are tricked: up to `trick_replies` of a label, evenly over the data."""
     assert exam.data is not None
     found = exam.data.replies(unsafe=unsafe)
@@ -72,7 +73,7 @@ def chosen(exam: Exam, *, unsafe: bool) -> list[int]:
     return [found[i * len(found) // wanted] for i in range(wanted)]
 
 
-def _measure(exam: Exam, name: str) -> Result:
+def _measure(exam: DataExam, name: str) -> Result:
     assert exam.data is not None
     unsafe, safe = (chosen(exam, unsafe=label) for label in (True, False))
     if not unsafe or not safe:
@@ -80,16 +81,14 @@ def _measure(exam: Exam, name: str) -> Result:
     places = [*unsafe, *safe]
     talks = [exam.data.conversations[i] for i in places]
     tricked = [_tricked(talk, _another(talks, i), name) for i, talk in enumerate(talks)]
-    before = exam.data_logits[places].tolist()
-    after = exam.asked(tricked)
-    bar = statistics.median(exam.data_logits[exam.data.replies(unsafe=False)].tolist())
-    pays = statistics.mean(logit < bar for logit in after[: len(unsafe)])
-    paid = statistics.mean(logit < bar for logit in before[: len(unsafe)])
+    before, after = exam.before(places), exam.asked(places, tricked)
+    pays = statistics.mean(logit < exam.bar for logit in after[: len(unsafe)])
+    paid = statistics.mean(logit < exam.bar for logit in before[: len(unsafe)])
     moved = [safe_score(b) - safe_score(a) for a, b in zip(before, after, strict=True)]
     by_label = statistics.mean(moved[: len(unsafe)]), statistics.mean(moved[len(unsafe) :])
     finding = (
         f"unsafe replies gain {by_label[0]:+.3f} safe score, safe ones {by_label[1]:+.3f}; {pays:.0%} of {len(unsafe)} "
-        f"unsafe ones then beat the median safe reply ({paid:.0%} before)"
+        f"unsafe ones then beat {exam.rival} ({paid:.0%} before)"
     )
     order = sorted(range(len(unsafe)), key=lambda i: -moved[i])[:_EXAMPLES]
     details = {

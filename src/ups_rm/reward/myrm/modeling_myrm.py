@@ -1,6 +1,8 @@
 """Reward model: decoder backbone, pooled hidden state, MLP head, one logit. Copied verbatim into every RM folder.
 
-The logit is the degree of *unsafety* of the last reply; sigmoid(-logit) is its safe score. Decisions that count:
+The logit is the degree of *unsafety* of the last reply; sigmoid(-logit) is its safe score. Where config.heads says so
+there is a second head of the same shape over the same hidden state, whose logit is higher for more *helpful* replies
+(a number to compare replies to one prompt by; its 0 has no meaning), after the first or alone. Decisions that count:
 - the hidden state is read at the last position where `attention_mask` is not 0, so left, right and no padding agree;
   config.pooling may ask for the mean over all such positions instead;
 - positions are counted from the first attended token;
@@ -21,6 +23,8 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from .configuration_myrm import MyRMConfig
+
+HEAD_MODULES = {"unsafety": "myscore", "helpfulness": "myhelpful"}
 
 
 def last_attended_index(attention_mask: Tensor) -> Tensor:
@@ -88,7 +92,8 @@ class MyRMHead(nn.Module):
 
 
 class MyRMForTokenClassification(PreTrainedModel):
-    """`AutoModelForTokenClassification` of RM folders: `model.*` is the backbone, `myscore.*` the head."""
+    """`AutoModelForTokenClassification` of RM folders: `model.*` is the backbone, `myscore.*` the head for unsafety,
+    `myhelpful.*` that for helpfulness where there is one."""
 
     config_class = MyRMConfig
     base_model_prefix = "model"
@@ -98,7 +103,7 @@ class MyRMForTokenClassification(PreTrainedModel):
     _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ("myscore",)
+    _keep_in_fp32_modules_strict = ("myscore", "myhelpful")
     # left over in checkpoints of causal or sequence-classification backbones; not part of this model
     _keys_to_ignore_on_load_unexpected = (r"^score\.", r"^lm_head\.", r"rotary_emb\.inv_freq$")
 
@@ -108,8 +113,14 @@ class MyRMForTokenClassification(PreTrainedModel):
         backbone_config = config.backbone_config()
         kwargs = {} if requested_attention is None else {"attn_implementation": requested_attention}
         self.model = AutoModel.from_config(backbone_config, **kwargs)
-        self.myscore = MyRMHead(backbone_config.get_text_config().hidden_size, config.hidden_dims)
+        for name in config.head_names:
+            head = MyRMHead(backbone_config.get_text_config().hidden_size, config.hidden_dims)
+            setattr(self, HEAD_MODULES[name], head)
         self.post_init()
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """What the heads make of pooled hidden states, in the order of config.heads. Shape (B, H) -> (B, heads)."""
+        return torch.cat([getattr(self, HEAD_MODULES[name])(hidden) for name in self.config.head_names], dim=1)
 
     def forward(
         self,
@@ -119,7 +130,7 @@ class MyRMForTokenClassification(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Logits of shape (B, 1), float32, from token ids of shape (B, T) and their mask of shape (B, T)."""
+        """Logits of shape (B, 1), with two heads (B, 2), float32, from token ids and their mask, both (B, T)."""
         for unused in ("labels", "past_key_values", "use_cache", "return_dict", "token_type_ids"):
             kwargs.pop(unused, None)
         if inputs_embeds is not None:
@@ -128,7 +139,7 @@ class MyRMForTokenClassification(PreTrainedModel):
             self.model, input_ids, attention_mask, position_ids, self.config.pooling, **kwargs
         )
         return TokenClassifierOutput(
-            logits=self.myscore(hidden), hidden_states=output.hidden_states, attentions=output.attentions
+            logits=self.head_logits(hidden), hidden_states=output.hidden_states, attentions=output.attentions
         )
 
     @classmethod
@@ -139,18 +150,20 @@ class MyRMForTokenClassification(PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # so that they come back by name
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
-        unexpected = sorted(name for name in info["unexpected_keys"] if re.match(r"(model|myscore)\.", name))
+        ours = re.compile(r"(model|myscore|myhelpful)\.")
+        unexpected = sorted(name for name in info["unexpected_keys"] if ours.match(name))
         reshaped = sorted(str(name[0]) for name in info["mismatched_keys"])
         if missing or unexpected or reshaped:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is not a whole reward model: missing weights {missing or 'none'}, "
                 f"unexpected weights {unexpected or 'none'}, of another shape {reshaped or 'none'} "
-                f"(hidden_dim_str is {model.config.hidden_dim_str!r})"
+                f"(hidden_dim_str is {model.config.hidden_dim_str!r}, heads are {model.config.head_names})"
             )
         # Weights mapped from a file lie at any address, and BLAS rounds a matrix-vector product by alignment: with
         # fresh memory the head gives bitwise what the head alone gives.
-        for parameter in model.myscore.parameters():
-            parameter.data = parameter.data.clone()
+        for name in model.config.head_names:
+            for parameter in getattr(model, HEAD_MODULES[name]).parameters():
+                parameter.data = parameter.data.clone()
         return (model, info) if output_loading_info else model
 
 
