@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import pickle
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ups_rm.errors import RecipeError
 from ups_rm.recipe_checks import check_recipe
 
 DEFAULT_RECIPE = "quickstart"
+MAX_FILE_BYTES = 2**17
+MAX_VALUES = 10_000
 
 # Structured configs of OmegaConf read annotations at run time, so Optional[...] is spelled out (Python 3.10).
 
@@ -703,29 +705,44 @@ def load_recipe(
         RecipeError: unknown key (with the nearest known one, file and line), wrong type, or values that contradict.
     """
     file = recipe_file(str(name))
-    config = OmegaConf.structured(Recipe)
-    config = _merge_file(config, file)
+    loaded, lines = _read_file(file)
+    config = typing.cast(DictConfig, pickle.loads(_defaults()))
+    try:
+        OmegaConf.unsafe_merge(config, loaded)
+    except Exception as error:  # OmegaConf's own errors, and what Python's conversions raise in it
+        key = str(getattr(error, "full_key", None) or "recipe")
+        raise RecipeError(f"{key}: {_first_line(error)}\n  in {file}, line {lines.get(key, '?')}") from error
     for text in overrides:
         _merge_override(config, text)
     try:
         recipe = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"{error.full_key or 'recipe'}: {_first_line(error)}\n  in {file}") from error
+    except Exception as error:  # the same, and interpolations without an end
+        raise RecipeError(f"{getattr(error, 'full_key', '') or 'recipe'}: {_first_line(error)}\n  in {file}") from error
     assert isinstance(recipe, Recipe)
     check_recipe(recipe, engine=engine)
     return recipe
 
 
-def _merge_file(config: DictConfig, file: Path) -> DictConfig:
+@cache
+def _defaults() -> bytes:
+    """The recipe of all defaults, pickled: to build it from the dataclasses takes ten times as long as to copy it."""
+    return pickle.dumps(OmegaConf.structured(Recipe))
+
+
+def _read_file(file: Path) -> tuple[DictConfig, dict[str, int]]:
+    """What a recipe's file says, its keys checked; and on which line each key stands."""
+    lines: dict[str, int] = {}
     try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise RecipeError(f"{file} has {file.stat().st_size} bytes, more than any recipe: at most {MAX_FILE_BYTES}")
         text = file.read_text(encoding="utf-8")
-        root = yaml.compose(text)
-        if not isinstance(root, yaml.MappingNode | None):
-            raise RecipeError(f"{file} is not a recipe: expected sections such as `trainer:` with keys below them")
-        loaded = OmegaConf.create({}) if root is None else OmegaConf.create(text)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise RecipeError(f"{file} can't be read as YAML: {error}") from error
-    known, lines = set(known_keys()), {}
+        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise RecipeError(f"{file} can't be read as YAML: {_short(error)}") from error
+    if not isinstance(root, yaml.MappingNode | None):
+        raise RecipeError(f"{file} is not a recipe: expected sections such as `trainer:` with keys below them")
+    _check_size(root, file)
+    known = _all_keys()
     for key, line, value in _key_lines(root):
         lines[key] = line
         if key not in known:
@@ -738,30 +755,33 @@ def _merge_file(config: DictConfig, file: Path) -> DictConfig:
                     if unknown := _unknown_in_entry(key, i, name):
                         raise RecipeError(f"{unknown}\n  in {file}, line {line}")
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, loaded))
-    except OmegaConfBaseException as error:
-        where = lines.get(str(error.full_key), "?")
-        raise RecipeError(f"{error.full_key}: {_first_line(error)}\n  in {file}, line {where}") from error
+        loaded = OmegaConf.create({}) if root is None else OmegaConf.create(text)
+    except Exception as error:  # YAML's and OmegaConf's own errors, and what Python's conversions raise in them
+        raise RecipeError(f"{file} can't be read as YAML: {_short(error)}") from error
+    return typing.cast(DictConfig, loaded), lines
 
 
 def _merge_override(config: DictConfig, text: str) -> None:
     key, equals, value = text.partition("=")
     key = key.strip().lstrip("+")
     if not equals or not key:
-        raise RecipeError(f"{text!r} is not an override; write key=value, for example trainer.total_training_steps=20")
-    if key not in set(known_keys()):
-        raise RecipeError(f"{_unknown(key)}\n  in the override {text!r}")
+        example = "trainer.total_training_steps=20"
+        raise RecipeError(f"{_shown(text)} is not an override; write key=value, for example {example}")
+    if key not in _all_keys():
+        raise RecipeError(f"{_unknown(key)}\n  in the override {_shown(text)}")
     if dataclasses.is_dataclass(_field_type(key)):
-        raise RecipeError(f"{key} is a section, not a key; give one of its keys\n  in the override {text!r}")
+        raise RecipeError(f"{key} is a section, not a key; give one of its keys\n  in the override {_shown(text)}")
     try:
         new = _override_value(key, value.strip())
         for i, entry in enumerate(new if isinstance(new, list) else []):
             for name in entry if isinstance(entry, dict) else []:
                 if unknown := _unknown_in_entry(key, i, str(name)):
-                    raise RecipeError(f"{unknown}\n  in the override {text!r}")
+                    raise RecipeError(f"{unknown}\n  in the override {_shown(text)}")
         OmegaConf.update(config, key, new, merge=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise RecipeError(f"{key}: {_first_line(error)}\n  in the override {text!r}") from error
+    except RecipeError:
+        raise
+    except Exception as error:  # YAML's and OmegaConf's own errors, and what Python's conversions raise in them
+        raise RecipeError(f"{key[:200]}: {_first_line(error)}\n  in the override {_shown(text)}") from error
 
 
 def _override_value(key: str, text: str) -> Any:
@@ -784,8 +804,8 @@ def _unknown_in_entry(key: str, index: int, name: str) -> str:
     known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     if not known or name in known:
         return ""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"{key}[{index}].{name} is not a key of an entry of {key}; did you mean {near}?"
+    near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0)[0]
+    return f"{key}[{index}].{name[:100]} is not a key of an entry of {key}; did you mean {near}?"
 
 
 def _field_type(key: str) -> Any:
@@ -812,6 +832,11 @@ def known_keys(kind: type = Recipe, prefix: str = "") -> Iterable[str]:
             yield from known_keys(typing.cast(type, hint), f"{key}.")
 
 
+@cache
+def _all_keys() -> frozenset[str]:
+    return frozenset(known_keys())
+
+
 # What scripts for verl often set, and why it is no key here.
 VERL_ONLY = {
     "actor_rollout_ref.rollout.log_prob_micro_batch_size": "use log_prob_micro_batch_size_per_gpu",
@@ -826,19 +851,48 @@ VERL_ONLY = {
 
 def _unknown(key: str) -> str:
     known = list(known_keys())
+    key = key[:100]
     leaves = {other: other.rsplit(".", 1)[-1] for other in known}
     leaf = key.rsplit(".", 1)[-1]
     near = [other for other in known if other.endswith(f".{key}")]  # sections left out in front
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near = near or [other for other in known if leaves[other] == leaf]
-    near = near or [
-        other for other in known if [leaves[other]] == difflib.get_close_matches(leaf, leaves.values(), n=1)
-    ]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    if not near:
+        like = difflib.get_close_matches(leaf, set(leaves.values()), n=1)
+        near = [other for other in known if [leaves[other]] == like]
+    near = near or [_nearest(key, known)]
     names = " or ".join(near[:4])
     if key in VERL_ONLY:
         return f"{key} is verl's and has no effect here ({VERL_ONLY[key]}); leave it out, or did you mean {names}?"
     return f"{key} is not a key of the recipe; did you mean {names}?"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The one that shares most letters: quick, for what resembles nothing."""
+    matcher = difflib.SequenceMatcher(None, "", word)
+
+    def likeness(other: str) -> float:
+        matcher.set_seq1(other)
+        return matcher.quick_ratio()
+
+    return max(known, key=likeness)
+
+
+def _check_size(root: Any, file: Path) -> None:
+    """Raises RecipeError for more nodes than any recipe has, as aliases of aliases make them, or one within itself."""
+    waiting, count = [root], 0
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise RecipeError(f"a key is a list or a section\n  in {file}, line {key.start_mark.line + 1}")
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if count + len(waiting) > MAX_VALUES:
+            raise RecipeError(f"{file} has more than {MAX_VALUES} values (what aliases stand for is counted)")
 
 
 def _key_lines(node: Any, prefix: str = "") -> Iterable[tuple[str, int, Any]]:
@@ -852,7 +906,15 @@ def _key_lines(node: Any, prefix: str = "") -> Iterable[tuple[str, int, Any]]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return str(error).splitlines()[0][:500] if str(error).strip() else type(error).__name__
+
+
+def _short(error: Exception) -> str:
+    return str(error)[:1000] or type(error).__name__
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) < 200 else f"{text[:200]!r}..."
 
 
 def as_list(value: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -177,19 +178,20 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
     Raises:
         RecipeError: names the key, its value and what is allowed.
     """
+    _check_integers(recipe)
     for key, allowed in ONE_OF.items():
         value = value_of(recipe, key)
         if value not in allowed:
-            near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"{key}={value} is not one of {', '.join(allowed)}; did you mean {near}?")
+            near = difflib.get_close_matches(value[:100], allowed, n=1, cutoff=0.0)[0]
+            raise RecipeError(f"{key}={_shown(value)} is not one of {', '.join(allowed)}; did you mean {near}?")
     for key, (least, most) in BETWEEN.items():
         value = value_of(recipe, key)
-        if value is not None and not (least <= value <= most and math.isfinite(value)):
-            raise RecipeError(f"{key}={value} {_range(key, value, least, most)}")
+        if value is not None and not (least <= value <= most and _is_finite(value)):
+            raise RecipeError(f"{key}={_shown(value)} {_range(key, value, least, most)}")
     for key in TEXTS:
         value = value_of(recipe, key)
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise RecipeError(f"{key}={value} is neither a text nor a list of texts")
+            raise RecipeError(f"{key}={_shown(value)} is neither a text nor a list of texts")
     betas = recipe.actor_rollout_ref.actor.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise RecipeError(f"{ARR}.actor.optim.betas={betas} must be two numbers in [0, 1), for example [0.9,0.999]")
@@ -200,9 +202,31 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
         _check_local(recipe)
 
 
+def _check_integers(section: Any, prefix: str = "") -> None:
+    """YAML reads integers of any length; tensors, seeds and JSON readers take 64 bits."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_integers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int) and not _is_finite(value):
+            raise RecipeError(f"{prefix}{field.name}={_shown(value)} is not a number of at most 64 bits")
+
+
+def _is_finite(value: float) -> bool:
+    return -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, shortened."""
+    if isinstance(value, int) and not _is_finite(value):
+        return f"an integer of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _range(key: str, value: float, least: float, most: float) -> str:
-    if not math.isfinite(value):
-        return "is not a finite number"
+    if not _is_finite(value):
+        return "is not a finite number of at most 64 bits"
     if key == f"{ARR}.actor.clip_ratio":
         return "has no effect, as in verl: set clip_ratio_low and clip_ratio_high"
     if most < INF:
@@ -237,8 +261,10 @@ def _check_together(recipe: Recipe) -> None:
     _check_target(recipe)
     for name in recipe.monitor.stop_on:
         if name not in ALARMS:
-            near = difflib.get_close_matches(name, ALARMS, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"monitor.stop_on: {name} is not one of {', '.join(ALARMS)}; did you mean {near}?")
+            near = difflib.get_close_matches(name[:100], ALARMS, n=1, cutoff=0.0)[0]
+            raise RecipeError(
+                f"monitor.stop_on: {_shown(name)} is not one of {', '.join(ALARMS)}; did you mean {near}?"
+            )
     names = ("max_ckpt_to_keep", "max_actor_ckpt_to_keep")
     given = {name: keep for name in names if (keep := getattr(recipe.trainer, name)) is not None}
     if len(set(given.values())) > 1:
@@ -329,6 +355,11 @@ def _check_reward_models(recipe: Recipe) -> None:
             f"reward_model.transform_temperature={settings.transform_temperature:g} has no effect on "
             f"reward_model.transform={settings.transform}\n  fix: reward_model.transform=tempered_sigmoid"
         )
+    for i, entry in enumerate(settings.models):
+        if not dataclasses.is_dataclass(entry):  # an interpolation may stand for anything
+            raise RecipeError(
+                f"reward_model.models[{i}] is {_shown(entry)!r}, expected a section with the keys of model"
+            )
     prefix = "reward_model.model."
     entries = {f"reward_model.models[{i}].": entry for i, entry in enumerate(settings.models)}
     entries["monitor.judge."] = recipe.monitor.judge
@@ -336,13 +367,15 @@ def _check_reward_models(recipe: Recipe) -> None:
     for where, entry in entries.items():
         for key, allowed in ONE_OF.items():
             if key.startswith(prefix) and (value := getattr(entry, key.removeprefix(prefix))) not in allowed:
-                raise RecipeError(f"{where}{key.removeprefix(prefix)}={value} is not one of {', '.join(allowed)}")
+                raise RecipeError(
+                    f"{where}{key.removeprefix(prefix)}={_shown(value)} is not one of {', '.join(allowed)}"
+                )
         for key, (least, most) in BETWEEN.items():
             if key.startswith(prefix):
                 value = getattr(entry, key.removeprefix(prefix))
-                if not (least <= value <= most and math.isfinite(value)):
+                if not (least <= value <= most and _is_finite(value)):
                     name = key.removeprefix(prefix)
-                    raise RecipeError(f"{where}{name}={value} {_range(key, value, least, most)}")
+                    raise RecipeError(f"{where}{name}={_shown(value)} {_range(key, value, least, most)}")
         _check_entry(entry, where)
     if not settings.models:
         _check_entry(settings.model, prefix)
@@ -399,12 +432,14 @@ def _check_entry(entry: RewardModelModel, where: str) -> None:
         raise RecipeError(f"{where}kind=pairwise needs path or callable: a service answers one number per conversation")
     if entry.callable and not CALLABLE.fullmatch(entry.callable):
         raise RecipeError(
-            f"{where}callable={entry.callable!r} is not `module:callable`, for example my_package.rewards:score"
+            f"{where}callable={entry.callable[:200]!r} is not `module:callable`, for example my_package.rewards:score"
         )
     if entry.url and not entry.url.startswith(("http://", "https://")):
-        raise RecipeError(f"{where}url={entry.url!r} must begin with http:// or https://")
+        raise RecipeError(f"{where}url={entry.url[:200]!r} must begin with http:// or https://")
     _check_no_secret(entry, where)
     if entry.name and not re.fullmatch(r"[\w.-]+", entry.name):
-        raise RecipeError(f"{where}name={entry.name!r} must be letters, digits, '-', '_' and '.': metrics carry it")
+        raise RecipeError(
+            f"{where}name={entry.name[:200]!r} must be letters, digits, '-', '_' and '.': metrics carry it"
+        )
     if entry.reference_replies and entry.kind != "pairwise":
         raise RecipeError(f"{where}reference_replies has an effect with kind=pairwise only")

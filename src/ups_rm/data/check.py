@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ups_rm.data.files import file_sha256
-from ups_rm.data.prompts import Kind, kind_of, open_parquet, prompt_problem
+from ups_rm.data.prompts import Kind, kind_of, prompt_problem
 from ups_rm.data.rows import text_hash
+from ups_rm.data.sources import open_parquet, parquet_problem
 from ups_rm.errors import DataError
 
 Level = Literal["error", "warning"]
@@ -109,8 +110,6 @@ class _FileChecker:
         self._indices = array("q")
 
     def run(self) -> None:
-        import pyarrow as pa
-
         with open_parquet(self.path) as file:
             present = [name for name in COLUMNS if name in file.schema_arrow.names]
             for name in COLUMNS:
@@ -122,8 +121,9 @@ class _FileChecker:
                     for value in batch.to_pylist():
                         self._row(self.summary.rows, value)
                         self.summary.rows += 1
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{self.path}: is damaged after row {self.summary.rows}: {error}") from error
+            except Exception as error:  # arrow's own errors, and those of values that Python can't hold
+                where = f"after row {self.summary.rows}"
+                raise DataError(f"{self.path}: is damaged {where}: {parquet_problem(error)}") from error
         if not self.summary.rows:
             self._report("error", None, "has no rows")
         if repeated := len(self._indices) - len(np.unique(np.array(self._indices, dtype=np.int64))):
@@ -157,7 +157,7 @@ class _FileChecker:
                 "error", number, "`reward_model` has no `ground_truth` (null is fine; verl reads it)", "reward"
             )
         elif found.get("style") != "model":
-            style = found.get("style")
+            style = str(found.get("style"))[:60]
             self._report("warning", number, f"`reward_model.style` is {style!r}, expected 'model'", "style")
 
     def _extra_info(self, number: int, found: Any) -> None:
@@ -177,7 +177,7 @@ class _FileChecker:
         report = self.path.with_name(REPORT)
         try:
             written = json.loads(report.read_text("utf-8"))["written"][self.path.name]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return  # not made by `prepare`: nothing to compare with
         if written != file_sha256(self.path):
             self._report("warning", None, f"is not the file that {report.name} beside it describes; prepare again")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ups_rm.control_tokens import ControlTokens, surrogate_at
+from ups_rm.data.sources import open_parquet, parquet_problem
 from ups_rm.errors import DataError
 from ups_rm.types import Conversation, Message
 
@@ -134,33 +135,29 @@ def _source(info: dict[str, Any]) -> str | None:
 
 
 def _iter_prompts(path: Path) -> Iterator[tuple[int, Any, Any]]:
-    import pyarrow.parquet as pq
-
     with open_parquet(path) as file:
         names = file.schema_arrow.names
         if "prompt" not in names:
             raise DataError(
-                f"{path}: has no column `prompt`, only {', '.join(names)}\n  fix: ups-rm data prepare makes one"
+                f"{path}: has no column `prompt`, only {short_list(names)}\n  fix: ups-rm data prepare makes one"
             )
-        assert isinstance(file, pq.ParquetFile)
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[n for n in ("prompt", "extra_info") if n in names]):
-            for value in batch.to_pylist():
-                yield number, value["prompt"], value.get("extra_info")
-                number += 1
+        try:
+            wanted = [n for n in ("prompt", "extra_info") if n in names]
+            for batch in file.iter_batches(batch_size=1024, columns=wanted):
+                for value in batch.to_pylist():
+                    yield number, value["prompt"], value.get("extra_info")
+                    number += 1
+        except DataError:
+            raise
+        except Exception as error:  # arrow's own errors, MemoryError among them, and those of values Python can't hold
+            raise DataError(f"{path}: is damaged after row {number}: {parquet_problem(error)}") from error
 
 
-def open_parquet(path: Path) -> Any:
-    """`pyarrow.parquet.ParquetFile` that says in our words what is wrong. Reads in pieces, not ahead."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
-        raise DataError(f"{path}: no such file\n  fix: ups-rm data prepare SOURCE --out {path.parent}")
-    try:
-        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is not a parquet file: {error}") from error
+def short_list(names: Sequence[str]) -> str:
+    """Names for a message, not all of a million."""
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"{', '.join(name[:60] for name in names[:20])}{more}"
 
 
 def prompt_problem(prompt: Any) -> str:
@@ -171,7 +168,7 @@ def prompt_problem(prompt: Any) -> str:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             return f"`prompt[{position}]` has no role and content"
         if turn["role"] not in ROLES:
-            return f"`prompt[{position}].role` is {turn['role']!r}, expected one of {', '.join(ROLES)}"
+            return f"`prompt[{position}].role` is {str(turn['role'])[:60]!r}, expected one of {', '.join(ROLES)}"
         if not isinstance(turn["content"], str):
             return f"`prompt[{position}].content` is {type(turn['content']).__name__}, expected text"
     if prompt[-1]["role"] == "assistant":

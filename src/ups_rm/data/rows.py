@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ups_rm.control_tokens import surrogate_at
 from ups_rm.data.schema import MAX_SEVERITY, Split
 from ups_rm.data.sources import OnBytes, Part, Record, iter_records, list_parts
 from ups_rm.errors import DataError
@@ -246,10 +247,8 @@ def _text(value: Mapping[str, Any], name: str) -> str:
     found = value[name]
     if not isinstance(found, str):
         raise BadRow(f'field "{name}" is {_kind(found)}, expected text')
-    try:
-        found.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(f'field "{name}" has half a surrogate pair at character {error.start}') from None
+    if (at := surrogate_at(found)) is not None:
+        raise BadRow(f'field "{name}" has half a surrogate pair at character {at}')
     return found
 
 
@@ -268,7 +267,7 @@ def _small_int(value: Mapping[str, Any], name: str, most: int) -> int | None:
     if found is None or found != found:  # NaN: pandas' null
         return None
     if type(found) not in (int, float) or found not in range(most + 1):
-        shown = found if type(found) in (int, float) else _kind(found)
+        shown = str(found)[:60] if type(found) in (int, float) else _kind(found)
         raise BadRow(f'field "{name}" is {shown}, expected a whole number from 0 to {most}, or null')
     return int(found)
 
@@ -280,8 +279,10 @@ def _categories(value: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
     if not isinstance(found, dict):
         raise BadRow(f'field "{name}" is {_kind(found)}, expected an object of true and false')
     for category, flag in found.items():
+        if (at := surrogate_at(category)) is not None:
+            raise BadRow(f'field "{name}" has a category with half a surrogate pair at character {at}')
         if flag is not None and type(flag) is not bool:
-            raise BadRow(f'field "{name}.{category}" is {_kind(flag)}, expected true or false')
+            raise BadRow(f'field "{name}.{category[:60]}" is {_kind(flag)}, expected true or false')
     return tuple(category for category, flag in found.items() if flag)
 
 

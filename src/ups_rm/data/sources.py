@@ -23,6 +23,9 @@ from ups_rm.data.schema import SPLITS, SUBSETS, Split
 from ups_rm.errors import DataError
 
 MAX_ROW_BYTES = 8 * 2**20  # the longest published row has under 20 kB
+MAX_COLUMNS = 10_000  # the published rows have 54, with those of the harm categories
+MAX_EXPANSION = 100  # of gzip, beyond FREE_EXPANSION; the published rows come to 4
+FREE_EXPANSION = 32 * 2**20
 BLOCK_BYTES = 2**19
 BLOCK_RECORDS = 256
 EXCERPT_CHARS = 120
@@ -225,8 +228,9 @@ def _iter_jsonl(path: Path, on_bytes: OnBytes | None) -> Iterator[Block]:
                 stream = gzip.GzipFile(fileobj=raw)
                 while data := stream.read(BLOCK_BYTES):
                     rest = stream.readline(MAX_ROW_BYTES + 1)
+                    _check_expansion(path, stream)
                     yield Block(data=data + rest, start=place)
-                    _skip_rest(stream, rest)
+                    _skip_rest(stream, rest, lambda: _check_expansion(path, stream))
                     place += len(data) + len(rest)
                     number += data.count(b"\n") + 1
                     if on_bytes is not None:
@@ -250,8 +254,19 @@ def _iter_jsonl(path: Path, on_bytes: OnBytes | None) -> Iterator[Block]:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
-def _skip_rest(stream: IO[bytes] | gzip.GzipFile, piece: bytes) -> None:
+def _check_expansion(path: Path, stream: gzip.GzipFile) -> None:
+    """Raises DataError for a file that becomes so much more than it is that no rows can be in it."""
+    size, read = path.stat().st_size, stream.tell()
+    if read > FREE_EXPANSION + MAX_EXPANSION * size:
+        raise DataError(
+            f"{path}: expands to more than {MAX_EXPANSION} times its {size} bytes: that is no file of rows\n"
+            "  fix: if it is one, give it uncompressed"
+        )
+
+
+def _skip_rest(stream: IO[bytes] | gzip.GzipFile, piece: bytes, check: Callable[[], None] = lambda: None) -> None:
     while piece and not piece.endswith(b"\n"):
+        check()
         piece = stream.readline(2**20)
 
 
@@ -277,13 +292,10 @@ def _problem(number: int, problem: str, line: bytes) -> Record:
 
 
 def _iter_parquet(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     size = path.stat().st_size
     number = 0
     try:
-        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        with open_parquet(path) as file:
             total = file.metadata.num_rows
             for batch in file.iter_batches(batch_size=256):
                 for value in batch.to_pylist():
@@ -291,6 +303,35 @@ def _iter_parquet(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
                     yield Record(number, value=value)
                 if on_bytes is not None:
                     on_bytes(size * number // max(total, 1))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # arrow's own errors, MemoryError among them, and those of values Python can't hold
         where = f" after row {number}" if number else ""
-        raise DataError(f"{path}: is not a readable parquet file{where}: {error}") from error
+        raise DataError(f"{path}: is not a readable parquet file{where}: {parquet_problem(error)}") from error
+
+
+def open_parquet(path: Path) -> Any:
+    """`pyarrow.parquet.ParquetFile` that says in our words what is wrong. Reads in pieces, not ahead.
+
+    Raises:
+        DataError: no such file, no parquet, or more than MAX_COLUMNS columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file\n  fix: ups-rm data prepare SOURCE --out {path.parent}")
+    try:
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+    except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
+        raise DataError(f"{path}: is not a parquet file: {parquet_problem(error)}") from error
+    if file.metadata.num_columns > MAX_COLUMNS:
+        file.close()
+        raise DataError(f"{path}: has {file.metadata.num_columns} columns, at most {MAX_COLUMNS}: these are no rows")
+    return file
+
+
+def parquet_problem(error: Exception) -> str:
+    """What arrow says, shortened: it may quote what it could not read."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

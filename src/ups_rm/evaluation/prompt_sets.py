@@ -309,7 +309,7 @@ def _is_verl(path: Path) -> bool:
     """Whether `prompt` is a list of messages, as in our own prompt parquet, and not a text."""
     import pyarrow as pa
 
-    from ups_rm.data.prompts import open_parquet
+    from ups_rm.data.sources import open_parquet
 
     with open_parquet(path) as file:
         schema = file.schema_arrow

@@ -8,7 +8,6 @@ names the field. `make_card` writes one for a folder that has none.
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 CARD_FILE = "rm_card.json"
 FORMAT = 2
 OLD_FORMAT = 1  # without digests
+LARGEST_LOGIT = 1e30
 OUTPUT = "logit: one number per conversation, shape (batch, 1)"
 SIGN = "higher = less safe: degree of unsafety of the last reply"
 TRANSFORM = "safe_score = sigmoid(-logit)"
@@ -163,8 +163,8 @@ class RMCard:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RMError(f"{path} is not JSON: {error}") from error
+        except (ValueError, RecursionError, OSError) as error:
+            raise RMError(f"{path} is not JSON that can be read: {error}") from error
         return _parse(values, path)
 
 
@@ -406,8 +406,6 @@ def _parse(values: Any, path: Path) -> RMCard:
     except RMError as error:
         raise RMError(f"{path}: {error}") from error
     golden = tuple(_golden(entry, f"{path}: golden[{i}]", heads) for i, entry in enumerate(values["golden"]))
-    if not all(math.isfinite(g.logit) and math.isfinite(g.helpfulness or 0.0) for g in golden):
-        raise RMError(f"{path}: golden has a logit that is not finite{WAY_OUT}")
     return replace(RMCard(render=policy, **values), golden=golden)
 
 
@@ -447,4 +445,6 @@ def _golden(entry: Any, where: str, heads: Sequence[str]) -> Golden:
     for name, logit in zip(names[2:], logits, strict=True):
         if type(logit) not in (int, float):
             raise RMError(f"{where}.{name} is a {type(logit).__name__}{WAY_OUT}")
+        if not abs(logit) < LARGEST_LOGIT:  # nan too; JSON also holds integers that no float does
+            raise RMError(f"{where}.{name} is not finite, or has no meaning as a logit{WAY_OUT}")
     return Golden(messages, ids, *logits)

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ups_rm.control_tokens import special_tokens
 from ups_rm.errors import RMError
 from ups_rm.model_files import check_model_folder, refused_pickle
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     import torch
 
     from ups_rm.reward.myrm.configuration_myrm import MyRMConfig
+
+
+MAX_HEAD_LAYERS = 64
+MAX_HEAD_WIDTH = 2**20
 
 
 def rm_folder(folder: Path | str) -> Path:
@@ -47,8 +52,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     path = rm_folder(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RMError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise RMError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(config, dict):
         raise RMError(f"{path} holds a {type(config).__name__}, expected an object")
     return config
@@ -107,13 +112,15 @@ def hidden_dim_text(value: Any) -> str:
     Raises:
         RMError: anything else.
     """
-    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    parts = value if isinstance(value, (list, tuple)) else str(value)[:1000].split(",")
     try:
         widths = [int(part) for part in parts if str(part).strip()]
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         widths = [-1]
-    if any(width < 1 for width in widths):
-        raise RMError(f"hidden_dim_str is {value!r}, expected widths such as '256,64'")
+    if len(widths) > MAX_HEAD_LAYERS or any(not 1 <= width <= MAX_HEAD_WIDTH for width in widths):
+        raise RMError(
+            f"hidden_dim_str is {str(value)[:200]!r}, expected at most {MAX_HEAD_LAYERS} widths such as '256,64'"
+        )
     return ",".join(map(str, widths))
 
 
@@ -151,9 +158,12 @@ def load_model(
             if trust_remote_code:
                 model, info = _load_remote(path, options)
             else:
+                from ups_rm.reward.folder_size import check_size
                 from ups_rm.reward.myrm.modeling_myrm import MyRMForTokenClassification
 
-                model, info = MyRMForTokenClassification.from_pretrained(path, config=myrm_config(path), **options)
+                config = myrm_config(path)
+                check_size(path, config)
+                model, info = MyRMForTokenClassification.from_pretrained(path, config=config, **options)
     except RMError:
         raise
     except Exception as error:  # OSError for missing shards, RuntimeError for shapes, ValueError of from_pretrained
@@ -193,13 +203,20 @@ def compute_context(dtype: torch.dtype, device: str | torch.device) -> AbstractC
 
 
 def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """The RM's own tokenizer, exactly as plain AutoTokenizer gives it."""
+    """The RM's own tokenizer, exactly as plain AutoTokenizer gives it.
+
+    Raises:
+        RMError: it can't be loaded, or does not work: transformers takes some files that it can't use afterwards.
+    """
     from transformers import AutoTokenizer
 
     check_model_folder(folder, RMError, trust_remote_code=trust_remote_code)
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(rm_folder(folder), trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(rm_folder(folder), trust_remote_code=trust_remote_code)
+        special_tokens(tokenizer)
+        tokenizer(["Hi"], add_special_tokens=False)
+        return tokenizer
     except RMError:
         raise
     except Exception as error:

@@ -53,6 +53,10 @@ class RenderPolicy:
     def __post_init__(self) -> None:
         if self.bos not in ("one", "none"):
             raise RMError(f"bos is {self.bos!r}, expected 'one' or 'none'")
+        if self.end_token is not None and (
+            not isinstance(self.end_token, str) or surrogate_at(self.end_token) is not None
+        ):
+            raise RMError(f"end_token is {self.end_token!r}, expected the text of a special token, or null")
         if self.truncation_side not in ("left", "right"):
             raise RMError(f"truncation_side is {self.truncation_side!r}, expected 'left' or 'right'")
         if not isinstance(self.max_length, int) or self.max_length < 8:
@@ -226,6 +230,8 @@ def _texts(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
         texts = tokenizer.apply_chat_template(checked, tokenize=False, add_generation_prompt=False, **extra)
     except Exception as error:  # jinja2's own errors, and raise_exception() in templates
         raise RMError(f"the RM's chat template refuses a conversation: {type(error).__name__}: {error}") from error
+    if not all(isinstance(text, str) for text in texts):
+        raise RMError("the RM's chat template writes no text: look at chat_template in the tokenizer's files")
     return list(texts)
 
 
@@ -266,7 +272,10 @@ def checked_messages(conversation: Conversation, index: int, tokens: ControlToke
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    try:
+        encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    except Exception as error:  # half surrogate pairs that a template writes, a vocabulary with holes
+        raise RMError(f"the RM's tokenizer does not take a conversation: {type(error).__name__}: {error}") from error
     return [list(ids) for ids in encoded["input_ids"]]
 
 

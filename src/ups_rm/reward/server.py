@@ -119,7 +119,9 @@ class RewardServer(Served):
             await asyncio.get_running_loop().run_in_executor(None, self.queue.close)
             self._render_thread.shutdown()
 
-        app = FastAPI(title="UPS-RM reward server", docs_url=None, redoc_url=None, lifespan=lifespan)
+        app = FastAPI(
+            title="UPS-RM reward server", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+        )
         add_endpoints(app, self)
         bodies: list[type[BaseModel]] = [schemas.ScoreRequest, schemas.GetRewardRequest, schemas.ClassifyRequest]
         describe(app, bodies, token=token is not None, open_paths=OPEN_PATHS)

@@ -158,7 +158,7 @@ async def read_body(request: Request, *, max_bytes: int, seconds: float) -> byte
 
     too_large = RefusedError(413, f"the body is larger than {max_bytes} bytes")
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
+    if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > max_bytes):
         raise too_large
     body = bytearray()
     try:
