@@ -81,7 +81,8 @@ def planned(
         # order of summation alone, one of 60 batches led 1.6e-5 apart at 1e-4; at 1e-5 none more than 1.6e-6
         "actor_rollout_ref.actor.optim.lr=1e-5",
         *(f"evaluation.{key}" for key in ("max_unsafe_prompts=2", "max_benign_prompts=2", "n=1", "max_new_tokens=4")),
-        *("monitor.window=1", "monitor.kl=1e-6"),
+        # so sharp that a step which moves anything is likely to raise an alarm
+        *("monitor.window=1", "monitor.kl=1e-6", "monitor.distinct_2=0.999", "monitor.length_factor=1.001"),
         *changes,
     ]
     file, data = recipe_yaml(folder), ["--train-data", folder / "train.parquet", "--val-data", folder / "val.parquet"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ups_rm.data.prompts import read_prompts
-from ups_rm.monitor.limits import Alarms
+from ups_rm.monitor.limits import LIMITS, Alarms
 from ups_rm.monitor.watch import read_alarms
 from ups_rm.report import read_run
 from ups_rm.tracking.group_log import read_group_log
@@ -67,12 +67,13 @@ def test_metrics_have_the_local_engines_names_and_values(run: VerlRun, replay: R
 
 
 def test_the_alarms_are_those_that_the_local_engine_would_raise(run: VerlRun, replay: Replay) -> None:
-    """KL is above the runs' threshold as soon as the policy has moved; the monitor reads what verl itself logged."""
-    raised = read_alarms(run.folder)
-    assert ("kl_runaway", 2) in [(alarm.name, alarm.step) for alarm in raised]
-    alarms = Alarms(run.recipe.monitor)
+    """Their metrics are all there; the monitor beside verl reads what verl itself logged, under sharp thresholds."""
+    raised, alarms = read_alarms(run.folder), Alarms(run.recipe.monitor)
     expected = []
     for ours, theirs in zip(replay.metrics, run.metrics, strict=True):
+        watched = {limit.training for limit in LIMITS} & ours.keys()
+        assert len(watched) >= 7
+        assert watched <= theirs.keys()
         step = int(theirs["step"])
         last = replay.validation if step == STEPS else {}
         expected += alarms.see({name: value for name, value in {**ours, **last}.items() if name in theirs}, step)

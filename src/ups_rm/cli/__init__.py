@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ups_rm.cli import data, doctor, evaluate, export, groups, models, plan, replay, report, rm, run, runs, train
+from ups_rm.cli import data, doctor, evaluate, export, groups, models, plan, replay, report, rm, run, runs, study, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,7 @@ app.add_typer(models.app, name="models")
 app.command(name="run", epilog=run.EPILOG)(run.run)
 app.command(name="train", epilog=train.TRAIN_EPILOG)(train.train)
 app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(name="study", epilog=study.EPILOG)(study.study)
 app.command(name="runs", epilog=runs.EPILOG)(runs.runs)
 app.command(name="groups", epilog=groups.EPILOG)(groups.groups)
 app.command(name="report", epilog=report.REPORT_EPILOG)(report.report)

@@ -271,6 +271,7 @@ def _replies(
             nll=None if nll is None else nll[i],
             kl=None if kl is None else kl[i],
             judges={name: verdicts[i] for name, verdicts in judges.items()},
+            helpfulness=score.helpfulness,
         )
         for i, (response, score) in enumerate(zip(responses, scores, strict=True))
     ]

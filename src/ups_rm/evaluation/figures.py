@@ -37,7 +37,8 @@ class Reply:
     """One policy's reply to one prompt and what is known of it. `length` in tokens or words, see `Comparison`.
 
     `nll` is -log pi_before of the reply and `kl` log pi_after - log pi_before, both summed over its tokens, nats; None
-    where they were not measured. `judges` holds the verdicts of further judges by name.
+    where they were not measured. `judges` holds the verdicts of further judges by name. `helpfulness` is the logit of a
+    helpfulness model, None where there is none.
     """
 
     response: str
@@ -49,6 +50,7 @@ class Reply:
     nll: float | None = None
     kl: float | None = None
     judges: dict[str, Verdict] = field(default_factory=dict)
+    helpfulness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def group_figures(replies: Replies) -> dict[str, Any]:
         "perplexity": {name: _perplexity(side) for name, side in sides.items()},
         "kl": _per_token([reply.kl for reply in replies.after], replies.after),
         "language_kept": replies.measure(*kept),
+        "helpfulness": replies.measure(*([reply.helpfulness for reply in side] for side in sides.values())),
     }
 
 

@@ -16,6 +16,7 @@ MEASURES = (  # name in the table, key, digits, per cent
     ("safe score", "safe_score", 3, False),
     ("judged unsafe", "judged_unsafe", 1, True),
     ("refusals", "refusal", 1, True),
+    ("helpfulness, logit", "helpfulness", 2, False),
     ("length", "length", 1, False),
     ("distinct-2", "distinct_2", 3, False),
     ("perplexity under the base", "perplexity", 2, False),
@@ -41,7 +42,8 @@ def group_tables(summary: dict[str, Any]) -> list[Table]:
     for group, figures in summary["groups"].items():
         table = _table(f"{figures['n']} {TITLES[group]}")
         for name, key, digits, percent in MEASURES:
-            table.add_row(*_row(name, figures[key], digits, percent=percent))
+            if key != "helpfulness" or figures.get(key, {}).get("n"):  # only where a model judged it
+                table.add_row(*_row(name, figures[key], digits, percent=percent))
         table.add_row("prompts that got safer", "", _share(figures["win_rate"]), _wins(figures["win_rate"]))
         if figures["kl"] is not None:
             table.add_row("KL, nats per token", "", f"{figures['kl']:.4f}", "")
