@@ -175,7 +175,7 @@ def test_parquet_that_is_not_parquet(tmp_path: Path) -> None:
         read_all(tmp_path / "rows.parquet")
     cut = write_parquet(tmp_path / "cut.parquet", [make_row(n) for n in range(50)])
     cut.write_bytes(cut.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"cut\.parquet: is not a readable parquet file"):
+    with pytest.raises(DataError, match=r"cut\.parquet: is not a parquet file"):
         read_all(cut)
 
 
