@@ -18,7 +18,8 @@ from pathlib import Path
 
 from benchmarks.result import Result
 
-BENCHMARKS = ("grpo_step", "kernels", "rollout", "rm_scoring", "prepare", "prepare_curve", "memory", "rm_serve")
+BENCHMARKS = ("grpo_step", "kernels", "rollout", "rm_scoring", "prepare", "prepare_curve", "memory", "rm_serve",
+              "checkpoint")  # fmt: skip
 COMMANDS = ("rm_quality",)
 """Modules with `main(arguments) -> int` instead: other questions than how fast we are."""
 

@@ -94,6 +94,11 @@ class Cost:
 
 def our_step(case: Case, folder: Path, scorer: Any) -> Callable[[], Cost]:
     """The local engine, ready to take one step per call."""
+    return our_trainer(case, folder, scorer)[1]
+
+
+def our_trainer(case: Case, folder: Path, scorer: Any) -> tuple[Trainer, Callable[[], Cost]]:
+    """The local engine, and what takes one step of it per call."""
     from ups_rm.data.prompts import PromptRow
 
     rows = [PromptRow(i, messages, "benign", {}) for i, messages in enumerate(chats(case))]
@@ -130,7 +135,7 @@ def our_step(case: Case, folder: Path, scorer: Any) -> Callable[[], Cost]:
         print("  ours", {name: round(value, 2) for name, value in record.seconds.items()}, flush=True)
         return cost
 
-    return step
+    return trainer, step
 
 
 def _parquet(file: Path, case: Case) -> Path:

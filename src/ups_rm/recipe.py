@@ -498,7 +498,8 @@ class RewardModel:
     num_workers: int = 1
     """verl engine: copies of the RM, each on a device of its own (`http`: requests at the same time)."""
     timeout_s: float = 600.0
-    """verl engine: seconds after which one call of an RM worker, loading included, counts as failed."""
+    """Seconds after which a call of a `callable`, or one request to the service at `url`, counts as failed; verl
+    engine: any call of an RM worker, loading included. A model that the local engine loads itself has no limit."""
     retries: int = 2
     """How often a batch that failed, or a score that is not a number, is asked for again (verl engine: on another
     worker where there is one)."""
@@ -609,6 +610,8 @@ class Monitor:
     """`copies_prompt`: mean share of a reply's 4-grams that are the prompt's, above this."""
     kl: float | None = 0.5
     """`kl_runaway`: KL to the reference above this, in nats per token."""
+    grad_norm_factor: float | None = 10.0
+    """`gradient_explosion`: norm of the gradient, before it is clipped, above the start's times this."""
     zero_std_share: float | None = 0.5
     """`collapsed_groups`: share of groups whose replies all score the same, above this."""
     saturated_share: float | None = 0.5

@@ -25,6 +25,7 @@ from tiny import tiny_rm
 from ups_rm.distributed.failures import as_error, as_failure, failure_board, read_failure, write_failure
 from ups_rm.distributed.rewards import check_placement, verl_overrides
 from ups_rm.distributed.rm_workers import PoolSettings, RMPool, check_capacity, open_worker_scorer, worker_options
+from ups_rm.distributed.step_record import score_of
 from ups_rm.distributed.translate import hydra_value
 from ups_rm.errors import DataError, RecipeError, RMError, RunError
 from ups_rm.recipe import Recipe, RewardModel, RewardModelModel, load_recipe
@@ -210,29 +211,43 @@ def test_a_served_rm_gives_client_and_manager_the_logits_of_one_process(
     assert [answer["reward_score"] for answer in answers] == pytest.approx(safe, abs=1e-6)
 
 
+class PoolHere:
+    """Stands for the Ray actors: one scorer in this process, opened from verl's configuration as a worker does."""
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.scorer = open_worker_scorer(settings, 0)
+
+    async def score(self, conversations: list[Conversation]) -> list[Any]:
+        return self.scorer.score(list(conversations))
+
+
 @pytest.mark.parametrize("second", [False, True])
 def test_the_manager_gives_the_helpfulness_of_one_process(
-    fresh: None, rm_folder: Path, policy_folder: Path, tmp_path: Path, second: bool
+    rm_folder: Path, policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bool
 ) -> None:
-    """Of a folder with two heads, and of a second folder, through verl's configuration and Ray."""
+    """Of a folder with two heads, and of a second folder; it stands in `reward_extra_info`, and only where it is."""
     from transformers import AutoTokenizer
-    from verl.trainer.ppo.reward import load_reward_manager
 
+    from ups_rm.distributed import reward_manager
+
+    monkeypatch.setattr(reward_manager, "RMPool", PoolHere)
+    monkeypatch.setattr(reward_manager, "failure_board", lambda: None)
     tokenizer, conversations = AutoTokenizer.from_pretrained(policy_folder), some_conversations(8, seed=3)
     heads = ("helpfulness",) if second else ("unsafety", "helpfulness")
     folder = tiny_rm(tmp_path / "rm", heads=heads)
     more = [f"reward_model.helpfulness.path={folder}", "reward_model.helpfulness.dtype=float32"] if second else []
-    config = verl_config(rm_folder if second else folder, *more)
 
-    async def score() -> list[dict[str, Any]]:
-        manager = load_reward_manager(config, tokenizer)
+    async def score(rm: Path, *changes: str) -> list[dict[str, Any]]:
+        manager = reward_manager.SafetyRewardManager(verl_config(rm, *changes), tokenizer)
         items = [as_verl_gives_it(tokenizer, conversation) for conversation in conversations]
-        return list(await asyncio.gather(*(manager.run_single(item) for item in items)))
+        return [answer["reward_extra_info"] for answer in await asyncio.gather(*map(manager.run_single, items))]
 
-    found = [answer["reward_extra_info"]["helpfulness"] for answer in asyncio.run(score())]
+    extras = asyncio.run(score(rm_folder if second else folder, *more))
     expected = RewardScorer.load(folder, dtype="float32", safety=False).helpfulness(conversations)
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert max(found) - min(found) > 0.1
+    assert [extra["helpfulness"] for extra in extras] == pytest.approx(expected, abs=1e-6)
+    assert [score_of(extra).helpfulness for extra in extras] == pytest.approx(expected, abs=1e-6)
+    assert max(expected) - min(expected) > 0.1
+    assert not any("helpfulness" in extra for extra in asyncio.run(score(rm_folder)))
 
 
 def test_workers_open_whatever_the_recipe_combines(rm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

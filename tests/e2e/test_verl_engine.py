@@ -96,6 +96,7 @@ def test_a_validation_has_the_local_engines_names_and_values(
     assert not any(name.startswith("val-") for name in first)
     assert {"val-aux/benign/reward/mean@1", "val-aux/response_length/mean"} <= set(replay.validation)
     texts_or_logprobs = {"val-aux/distinct_2", "val-aux/saturated_share", "val-aux/kl", "val-aux/entropy"}
+    texts_or_logprobs.add("val-aux/dropped_replies")  # verl ends where the RM fails
     assert set(replay.validation) - set(last) == texts_or_logprobs  # of which verl's validation keeps none
     for name, value in replay.validation.items():
         if name.startswith("val-") and name in last:

@@ -164,6 +164,9 @@ class Server:
                 pass
         if not came:
             return 0, b""
+        came = came.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not came:
+            return 0, b""
         assert came.startswith(b"HTTP/1.1 "), came[:200]
         status, _, answer = int(came[9:12]), *came.partition(b"\r\n\r\n")[1:]
         return status, answer

@@ -415,6 +415,49 @@ def test_a_dropped_reply_leaves_its_group_right(tmp_path: Path, policy_folder: P
     assert letter_share("e") == 1
 
 
+def test_validation_counts_what_the_model_fails_on_and_goes_on(tmp_path: Path, policy_folder: Path) -> None:
+    """Every third held-out reply has no score: the means are those of the others, and the run reaches its end."""
+    held_out: list[list[Score]] = []
+
+    class FailsInValidation(Trainer):
+        def validate(self, state: Any) -> dict[str, float]:
+            inner, asked = self.scorer, {}
+
+            class Thirds:
+                def score(self, conversations: list[Conversation]) -> list[Score]:
+                    scores = inner.score(conversations)
+                    if not asked:  # the first question; later ones are about those that failed
+                        asked.update({json.dumps(c): i for i, c in enumerate(conversations)})
+                        held_out.append([score for i, score in enumerate(scores) if i % 3])
+                    return [
+                        Score(math.nan, math.nan, 1, False) if asked[json.dumps(c)] % 3 == 0 else score
+                        for c, score in zip(conversations, scores, strict=True)
+                    ]
+
+            self.scorer = Thirds()
+            try:
+                return super().validate(state)
+            finally:
+                self.scorer = inner
+
+    share = "reward_model.max_dropped_share=0.5"
+    sampled = ["rollout.val_kwargs.do_sample=true", "rollout.val_kwargs.temperature=1.0"]
+    recipe = tiny_recipe(
+        tmp_path, policy_folder, "trainer.total_training_steps=2", "trainer.test_freq=1", share,
+        *(f"actor_rollout_ref.{text}" for text in sampled),
+    )  # fmt: skip
+    assert FailsInValidation(recipe, prefers("e")).fit().steps == 2
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [row["val-aux/dropped_replies"] for row in rows] == [2, 2]  # of six
+    for row, scores in zip(rows, held_out, strict=True):
+        mean = sum(score.safe_score for score in scores) / len(scores)
+        assert row["val-core/PKU-SafeRLHF/reward/mean@1"] == pytest.approx(mean, rel=1e-5)
+        assert math.isfinite(row["val-aux/saturated_share"])
+    strict = tiny_recipe(tmp_path / "strict", policy_folder, "trainer.test_freq=1")
+    with pytest.raises(RMError, match="2 of 6 replies no score that is a number"):
+        FailsInValidation(strict, prefers("e")).fit()
+
+
 def test_number_errors_say_what_and_where() -> None:
     assert str(NumberError("the loss", [3, 5])) == "the loss is not finite in replies 3, 5 of the batch"
     assert str(NumberError("the gradient of w")) == "the gradient of w is not finite"

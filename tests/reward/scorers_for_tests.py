@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy
 import torch
 
@@ -52,3 +54,16 @@ def longer(pairs: list[tuple[Conversation, str, str]]) -> list[float]:
 
 
 NUMBER = 3
+
+
+hold = threading.Event()
+
+
+def waits(conversations: list[Conversation]) -> list[float]:
+    """Answers when it is let go."""
+    assert hold.wait(60)
+    return length(conversations)
+
+
+def own_timeout(conversations: list[Conversation]) -> list[float]:
+    raise TimeoutError("mine")

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import scorers_for_tests
@@ -126,6 +127,26 @@ def test_only_an_importable_callable_is_taken(spec, words):
 def test_a_function_that_answers_wrongly_is_told(name, words):
     with pytest.raises(RMError, match=words):
         open_scorer(RewardModel(function(name, output="safety"))).score(ASKED)
+
+
+def test_a_function_that_does_not_answer_is_given_up_in_time():
+    """`reward_model.timeout_s` holds for functions and for services; the function's own errors stay what they are."""
+    model = RewardModelModel(callable="scorers_for_tests:waits")
+    scorer = open_scorer(RewardModel(model=model, timeout_s=0.2))
+    started = monotonic()
+    with pytest.raises(
+        TimeoutError, match=r"scorers_for_tests:waits gave no answer within reward_model\.timeout_s=0\.2 s"
+    ):
+        scorer.score(ASKED[:2])
+    assert monotonic() - started < 30
+    scorers_for_tests.hold.set()
+    assert [score.logit for score in scorer.score(ASKED[:2])] == scorers_for_tests.length(ASKED[:2])
+    own = RewardModelModel(callable="scorers_for_tests:own_timeout")
+    with pytest.raises(TimeoutError, match="mine"):
+        open_scorer(RewardModel(model=own)).score(ASKED[:2])
+    service = open_scorer(RewardModel(model=RewardModelModel(url="http://127.0.0.1:9"), timeout_s=900.0))
+    assert (service.timeout, service.max_wait) == (900.0, 2700.0)
+    service.close()
 
 
 def test_no_conversations_no_scores():

@@ -68,6 +68,7 @@ def output(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, rm_fol
     folder = tmp_path_factory.mktemp("secrets")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= SECRETS | {"WANDB_MODE": "offline", "HOME": str(folder / "home"), "WANDB_SILENT": "true"}
+    environment["UPS_RM_NATIVE"] = "0"  # else they would be built anew in that home
     environment |= {f"WANDB_{name}_DIR": str(folder / f"wandb-{name.lower()}") for name in ("CACHE", "CONFIG", "DATA")}
     remote = f"https://somebody:{GIT_PASSWORD}@example.invalid/repo.git"
     for arguments in (["init", "-q"], ["remote", "add", "origin", remote]):

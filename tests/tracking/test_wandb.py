@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,9 @@ from typing import Any
 import pytest
 
 from ups_rm.tracking import Trackers
+from ups_rm.tracking.trackers import BEFORE_ANY
+from ups_rm.tracking.wandb_run import last_step
+from wandb_files import history, records
 
 wandb = pytest.importorskip("wandb", reason='needs wandb: pip install "ups-rm[wandb]"')
 CONFIG = {"trainer": {"total_epochs": 2}}
@@ -43,36 +45,6 @@ def run(folder: Path, steps: list[int], **more: Any) -> None:
     wandb.teardown()  # ends wandb's own process, as the end of ours would: only then is its file surely complete
 
 
-def records(folder: Path) -> list[Any]:
-    """Everything in the folder's one offline run. The file is LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = folder.glob("*.wandb")
-    data, at, parts, found = file.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the rest of a block is too short for a header
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            found.append(record)
-            parts = b""
-    return found
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records(folder)
-        if record.WhichOneof("record_type") == "history"
-    ]
-
-
 def test_offline_writes_a_run_folder_that_holds_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(tmp_path, [1, 2, 3])
@@ -94,6 +66,70 @@ def test_a_resumed_run_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: py
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}*"))) == 2
     run(tmp_path, [1])
     assert (tmp_path / "wandb" / "run_id.txt").read_text().strip() != run_id
+
+
+def steps_on_the_disk(folder: Path) -> list[int]:
+    """All offline folders of the run together, in the order of their making: what `wandb sync` sends."""
+    found = sorted((folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime_ns)
+    return [line["_step"] for one in found for line in history(one)]
+
+
+def test_steps_that_an_earlier_life_has_written_are_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 5 with a checkpoint of step 2; then killed before its first checkpoint."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path, [1, 2, 3, 4, 5])
+    run(tmp_path, [3, 4, 5, 6, 7], resume_step=2)
+    assert steps_on_the_disk(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    run(tmp_path, [1, 2, 8], resume_step=BEFORE_ANY)
+    assert steps_on_the_disk(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_steps_that_wandb_lost_come_from_the_metrics_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill makes wandb's process drop what it has not written: here all of it, then the end of it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path, [1, 2, 3])
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    file.write_bytes(file.read_bytes()[:7])
+    run(tmp_path, [3, 4, 5], resume_step=2)
+    assert steps_on_the_disk(tmp_path) == [1, 2, 3, 4, 5]
+    newest = max((tmp_path / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime_ns)
+    assert [(line["_step"], line["critic/score/mean"]) for line in history(newest)][:2] == [(1, 0.125), (2, 0.25)]
+
+
+def test_the_id_of_a_checkpoint_serves_where_the_folder_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first = Trackers(["wandb"], project_name="p", experiment_name="e", folder=tmp_path / "a", config=CONFIG)
+    run_ids = dict(first.run_ids)
+    first.finish()
+    assert list(run_ids) == ["wandb"]
+    for resume_step, same in ((2, True), (None, False)):
+        folder = tmp_path / f"b{resume_step}"
+        again = Trackers(
+            ["wandb"], project_name="p", experiment_name="e", folder=folder, config=CONFIG, run_ids=run_ids,
+            resume_step=resume_step,
+        )  # fmt: skip
+        assert (again.run_ids == run_ids) == same
+        again.finish()
+
+
+@pytest.mark.parametrize("end", [0, 3, 7, 20, 40_000, -1, -9])
+def test_a_torn_offline_file_is_read_as_far_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path, list(range(1, 400)))  # more than one block of the file's format
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    data, run_id = file.read_bytes(), (tmp_path / "wandb/run_id.txt").read_text().strip()
+    assert len(data) > 50_000
+    assert last_step(tmp_path / "wandb", run_id) == 399
+    file.write_bytes(data[:end])
+    found = last_step(tmp_path / "wandb", run_id)
+    assert found == -1 if 0 <= end < 40 else 0 < found <= 399
+    assert last_step(tmp_path / "wandb", "another") == -1
 
 
 def test_without_a_key_it_goes_offline_instead_of_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

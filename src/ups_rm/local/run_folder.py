@@ -78,6 +78,8 @@ def resume(recipe: Recipe, actor: Actor, now: Provenance) -> TrainingState:
     if path is None:
         return TrainingState()
     state, elsewhere = load_checkpoint(path, actor, now, allow_changes=recipe.trainer.allow_changes)
+    if path.resolve().parent != Path(recipe.trainer.default_local_dir).resolve():
+        state.run_ids = {}  # another run's checkpoint: this one's curves are its own
     console.print(f"resumed from {path} after step {state.step}", soft_wrap=True)
     if elsewhere:
         console.print(

@@ -119,19 +119,3 @@ def _ask(scorer: Scorer, conversations: list[Conversation], retries: int, reason
 
 def _is_number(score: Score) -> bool:
     return math.isfinite(score.safe_score) and (score.helpfulness is None or math.isfinite(score.helpfulness))
-
-
-def safe_scores(scores: list[Score], device: torch.device) -> Tensor:
-    """`safe_score` of every reply. Shape (B,).
-
-    Raises:
-        RMError: one of them is not a number.
-    """
-    safe_score = torch.tensor([score.safe_score for score in scores], device=device)
-    broken = [score.logit for score, finite in zip(scores, safe_score.isfinite().tolist(), strict=True) if not finite]
-    if broken:
-        raise RMError(
-            f"the RM gave {len(broken)} of {len(scores)} replies a score that is not a number (logit {broken[0]})\n"
-            "  fix: reward_model.model.dtype=float32, then ups-rm rm check FOLDER"
-        )
-    return safe_score

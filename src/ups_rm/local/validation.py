@@ -13,7 +13,7 @@ from ups_rm.grpo import score_metrics
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import RolloutEngine
 from ups_rm.local.sampling import Sampling
-from ups_rm.local.scoring import safe_scores
+from ups_rm.local.scoring import score_replies
 from ups_rm.local.sequences import Sequences
 from ups_rm.monitor.judge import judge_means
 from ups_rm.monitor.limits import JUDGE
@@ -36,6 +36,11 @@ def validate(
     Args:
         reference: gives the KL; without one there is none.
         judge: a second reward model, which scores the same replies.
+
+    A reply that the reward model fails on is left out of every mean of scores, and counted.
+
+    Raises:
+        RMError: it fails on more of them than `reward_model.max_dropped_share`.
     """
     settings = recipe.actor_rollout_ref.rollout.val_kwargs
     sampling = Sampling(
@@ -51,19 +56,27 @@ def validate(
         max_new_tokens=recipe.data.max_response_length,
         sampling=sampling,
     )
-    scored = scorer.score(rollout.conversations)
-    scores = safe_scores(scored, rollout.sequences.response_mask.device)
+    rm = recipe.reward_model
+    scored, usable = score_replies(
+        scorer, rollout.conversations, retries=rm.retries, max_dropped_share=rm.max_dropped_share
+    )
+    scores = torch.tensor([score.safe_score for score in scored])  # (B,), nan where there is none
     refused = torch.tensor([float(is_refusal(text)) for text in rollout.texts])
     benign = torch.tensor([row.kind == "benign" for row in rows]).repeat_interleave(n)
-    metrics = {f"val-core/PKU-SafeRLHF/reward/mean@{n}": float(scores.mean())}
+    metrics = {
+        f"val-core/PKU-SafeRLHF/reward/mean@{n}": float(scores[usable].mean()),
+        "val-aux/dropped_replies": float((~usable).sum()),
+    }
     for kind, chosen in (("unsafe", ~benign), ("benign", benign)):
+        if bool((chosen & usable).any()):
+            metrics[f"val-aux/{kind}/reward/mean@{n}"] = float(scores[chosen & usable].mean())
         if bool(chosen.any()):
-            metrics[f"val-aux/{kind}/reward/mean@{n}"] = float(scores.cpu()[chosen].mean())
             metrics[f"val-aux/{kind}/refusal_rate"] = float(refused[chosen].mean())
     metrics["val-aux/response_length/mean"] = float(rollout.sequences.response_mask.sum(1).float().mean())
     prompts = [row.messages[-1]["content"] for row in rows for _ in range(n)]
     of_text = text_metrics(rollout.texts, [row.kind for row in rows for _ in range(n)], prompts)
-    spread = score_metrics(scores, rollout.sequences.group_ids, score_range=score_range(recipe.reward_model.transform))
+    group_ids = rollout.sequences.group_ids.cpu()[usable]
+    spread = score_metrics(scores[usable], group_ids, score_range=score_range(rm.transform))
     metrics |= {
         "val-aux/benign/prompts": of_text["text/benign_prompts"],
         "val-aux/refusal_rate": of_text["text/refusal_rate"],
@@ -76,7 +89,9 @@ def validate(
         metrics["val-aux/zero_std_share"] = spread["group/zero_std_share"]
     metrics |= _entropy_and_kl(engine.policy, reference, rollout.sequences, recipe)
     if judge is not None:
-        means = judge_means(judge.score(rollout.conversations), scored)
+        kept = usable.nonzero().flatten().tolist()
+        theirs = judge.score([rollout.conversations[i] for i in kept])
+        means = judge_means(theirs, [scored[i] for i in kept])
         metrics |= dict(zip(JUDGE["held-out"], means, strict=True))
     metrics["timing_s/testing"] = perf_counter() - started
     return metrics

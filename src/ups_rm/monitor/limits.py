@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Stream = Literal["training", "held-out"]
 STREAMS: tuple[Stream, ...] = ("training", "held-out")
-How = Literal["above", "rise", "factor", "share of start"]
+How = Literal["above", "rise", "factor", "times start", "share of start"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Limit:
         what: the quantity in words, for the message.
         training, held_out: its metric in each stream; "" where it has none.
         how: `above`: value > threshold. `rise`: value - start > threshold. `factor`: value / start outside
-            [1 / threshold, threshold]. `share of start`: value / start < threshold.
+            [1 / threshold, threshold]. `times start`: value / start > threshold. `share of start`: value / start <
+            threshold.
         prompts: of a rate with `rise`: the metrics that count its prompts in each stream. The rise must then also be
             above two standard errors of a difference of such rates, for ten prompts move by 20 points by chance.
     """
@@ -58,6 +59,8 @@ class Limit:
         ratio = now / start if start > 0 else math.nan  # nothing to compare with: neither comparison below holds
         if self.how == "factor":
             return ratio, ratio > threshold or ratio < 1 / threshold
+        if self.how == "times start":
+            return ratio, ratio > threshold
         return ratio, ratio < threshold
 
     def says(self, value: float, now: float, start: float, threshold: float) -> str:
@@ -69,6 +72,8 @@ class Limit:
             return f"{moved}: a rise of {value:.3g}, above {threshold:g}"
         if self.how == "factor":
             return f"{moved}: {value:.2f} times, outside {1 / threshold:.2f} to {threshold:g}"
+        if self.how == "times start":
+            return f"{moved}: {value:.3g} times, above {threshold:g}"
         return f"{moved}: {value:.0%} of it, below {threshold:.0%}"
 
 
@@ -88,6 +93,8 @@ LIMITS = (
     Limit("copies_prompt", "prompt_overlap", "share of a reply that is copied from its prompt", "text/prompt_overlap",
           "val-aux/prompt_overlap"),
     Limit("kl_runaway", "kl", "KL from the start, nats per token", "kl/mean", "val-aux/kl"),
+    Limit("gradient_explosion", "grad_norm_factor", "norm of the gradient before clipping", "actor/grad_norm", "",
+          "times start"),
     Limit("collapsed_groups", "zero_std_share", "share of groups whose replies all score the same",
           "group/zero_std_share", "val-aux/zero_std_share"),
     Limit("saturated", "saturated_share", "share of scores at an end of their range", "score/saturated_share",
@@ -103,7 +110,7 @@ JUDGE: dict[Stream, tuple[str, str]] = {
 
 WATCHED: dict[Stream, list[str]] = {
     "training": [*dict.fromkeys(limit.training for limit in LIMITS), *JUDGE["training"], BENIGN[0]],
-    "held-out": [*dict.fromkeys(limit.held_out for limit in LIMITS), *JUDGE["held-out"], BENIGN[1]],
+    "held-out": [*dict.fromkeys(limit.held_out for limit in LIMITS if limit.held_out), *JUDGE["held-out"], BENIGN[1]],
 }
 
 ALARMS = tuple(dict.fromkeys([*(limit.alarm for limit in LIMITS), "judge_disagrees"]))

@@ -8,7 +8,10 @@ expression, no source text.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from ups_rm.errors import RMError
@@ -61,15 +64,43 @@ def call_for_numbers(function: Callable[..., Any], spec: str, argument: Sequence
 
 
 class FunctionScorer:
-    """Scores by a function of the user: `function(conversations) -> numbers`, conversations as lists of messages."""
+    """Scores by a function of the user: `function(conversations) -> numbers`, conversations as lists of messages.
 
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
+    Args:
+        timeout_s: seconds that a call may take. One that takes longer can't be ended: its thread goes on beside the
+            next calls until the function returns or the process ends.
+    """
+
+    def __init__(self, spec: str, *, timeout_s: float = 600.0) -> None:
+        self.spec, self.timeout_s = spec, timeout_s
         self.function = import_callable(spec)
 
     def score(self, conversations: list[Conversation]) -> list[Score]:
-        """One Score per conversation; the function counts no tokens, so `tokens` is 0."""
+        """One Score per conversation; the function counts no tokens, so `tokens` is 0.
+
+        Raises:
+            TimeoutError: no answer within `timeout_s`. RMError: see `call_for_numbers`; whatever the function raises.
+        """
         if not conversations:
             return []
-        numbers = call_for_numbers(self.function, self.spec, conversations)
+        numbers = self._within(lambda: call_for_numbers(self.function, self.spec, conversations))
         return [Score(logit=x, safe_score=safe_score(x), tokens=0, truncated=False) for x in numbers]
+
+    def _within(self, call: Callable[[], list[float]]) -> list[float]:
+        answer: Future[list[float]] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # raised again where it is waited for
+                answer.set_exception(error)
+
+        threading.Thread(target=run, name=f"reward {self.spec}", daemon=True).start()
+        try:
+            return answer.result(self.timeout_s)
+        except FutureTimeout:
+            if answer.done():  # the function's own TimeoutError
+                raise
+            raise TimeoutError(
+                f"{self.spec} gave no answer within reward_model.timeout_s={self.timeout_s:g} s"
+            ) from None

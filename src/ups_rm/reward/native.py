@@ -86,7 +86,7 @@ def myrm_config(folder: Path | str) -> MyRMConfig:
         config = MyRMConfig(*head, **fields)
         config.backbone_config()
     except Exception as error:  # transformers validates with several error classes
-        raise RMError(f"{folder}/config.json: {type(error).__name__}: {error}") from error
+        raise RMError(f"{folder}/config.json: {_short(error)}") from error
     return config
 
 
@@ -169,7 +169,7 @@ def load_model(
     except Exception as error:  # OSError for missing shards, RuntimeError for shapes, ValueError of from_pretrained
         if "is not a whole reward model" in str(error):  # from modeling_myrm.py
             raise RMError(str(error)) from error
-        reason = refused_pickle(error) or f"{type(error).__name__}: {error}"
+        reason = refused_pickle(error) or _short(error)
         raise RMError(f"{path} can't be loaded: {reason}") from error
     check_weights(path, info)
     if stored:
@@ -220,7 +220,13 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
     except RMError:
         raise
     except Exception as error:
-        raise RMError(f"the tokenizer in {folder} can't be loaded: {type(error).__name__}: {error}") from error
+        raise RMError(f"the tokenizer in {folder} can't be loaded: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """Class and text of another library's error, which may quote all of what it could not use."""
+    text = str(error)
+    return f"{type(error).__name__}: {text if len(text) <= 2000 else f'{text[:2000]}...'}"
 
 
 def check_weights(folder: Path, info: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ REFERENCE_PROMPTS = 64
 """Prompts of `reward_model.reference_data` that models are normalised on, two replies each."""
 EXAMINED = ("myrm", "sequence", "token")
 """Kinds that the doctor opens and examines; the others it asks from outside."""
+MAX_WAIT_S = 1800.0
+"""Least time in seconds until a service that does not answer is given up, tries and pauses together."""
 SERVICE_S = 15.0
 """Within which `ask_service` must have its answer, in seconds; it asks twice."""
 KIND_OF = {"ForSequenceClassification": "sequence", "ForTokenClassification": "token"}
@@ -51,7 +53,7 @@ def open_scorer(settings: RewardModel, device: str = "cpu") -> Scorer:
     members = []
     for entry, name, how in zip(entries, names, normalized, strict=True):
         try:
-            scorer = open_entry(entry, device, settings.max_batch_tokens)
+            scorer = open_entry(entry, device, settings.max_batch_tokens, timeout_s=settings.timeout_s)
         except RMError as error:
             raise RMError(f"reward model {name}: {error}" if len(entries) > 1 else str(error)) from error
         member = Member(name, scorer, entry.output, entry.weight)
@@ -114,8 +116,20 @@ def loading(entry: RewardModelModel, device: str, max_batch_tokens: int) -> dict
     }
 
 
-def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int, *, template: str | None = None) -> Scorer:
-    """What one entry names, in its own sign and scale. `template` is used instead of the entry's file.
+def open_entry(
+    entry: RewardModelModel,
+    device: str,
+    max_batch_tokens: int,
+    *,
+    template: str | None = None,
+    timeout_s: float = RewardModel.timeout_s,
+) -> Scorer:
+    """What one entry names, in its own sign and scale.
+
+    Args:
+        template: is used instead of the entry's file.
+        timeout_s: seconds that a call of a function, or one request to a service, may take; models that are loaded
+            here have no limit.
 
     Raises:
         RMError: it can't be opened.
@@ -124,11 +138,12 @@ def open_entry(entry: RewardModelModel, device: str, max_batch_tokens: int, *, t
     if kind == "function":
         from ups_rm.reward.function import FunctionScorer
 
-        return FunctionScorer(entry.callable)
+        return FunctionScorer(entry.callable, timeout_s=timeout_s)
     if kind == "http":
         from ups_rm.reward.client import HttpScorer
 
-        return HttpScorer(entry.url, token=token_of(entry))
+        patience = max(MAX_WAIT_S, 3 * timeout_s)
+        return HttpScorer(entry.url, token=token_of(entry), timeout=timeout_s, max_wait=patience)
     if kind == "pairwise":
         return _open_pairwise(entry, device, max_batch_tokens, template)
     how = loading(entry, device, max_batch_tokens)

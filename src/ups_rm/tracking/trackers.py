@@ -8,7 +8,6 @@ starts; one that fails later only warns: a lost curve must not cost a training r
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, Protocol
 from ups_rm.console import warn
 from ups_rm.errors import RunError
 from ups_rm.tracking.console_line import ConsoleLine
-from ups_rm.tracking.jsonl import MetricsFile
+from ups_rm.tracking.jsonl import MetricsFile, read_metrics
+from ups_rm.tracking.wandb_run import WandbRun, start_wandb
 
 EXTRAS = ("wandb", "tensorboard")
 """Trackers that an extra of this package installs: pip install "ups-rm[NAME]"."""
@@ -96,9 +96,17 @@ class Trackers:
         for name in names:
             if name not in ("console", "jsonl"):
                 try:
-                    self._trackers[name] = _start(name, project_name, experiment_name, self.folder, config, resume_step)
+                    started = _start(
+                        name, project_name, experiment_name, self.folder, config, resume_step, (run_ids or {}).get(name)
+                    )
                 except Exception as error:
                     warn(f"tracker {name} did not start, training goes on without it: {error}")
+                    continue
+                self._trackers[name] = started
+                if isinstance(started, WandbRun):
+                    self.run_ids[name] = started.run_id
+                    if resume_step is not None:
+                        started.catch_up(read_metrics(self._metrics.file))
 
     @property
     def names(self) -> list[str]:
@@ -214,6 +222,7 @@ def _start(
     folder: Path,
     config: Mapping[str, Any],
     resume_step: int | None,
+    run_id: str | None,
 ) -> Tracker:
     """Start one of accelerate's trackers and hand it the configuration."""
     from accelerate import PartialState
@@ -222,7 +231,11 @@ def _start(
     PartialState()  # accelerate's trackers log through it
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
     if name == "wandb":
-        return _start_wandb(tracker_class, project_name, experiment_name, folder, config, resume_step)
+
+        def start(**more: Any) -> Any:
+            return _started(tracker_class(project_name, **more), config)
+
+        return start_wandb(start, folder, experiment_name, resumes=resume_step is not None, known_id=run_id)
     arguments: dict[str, Any] = {}
     if name == "tensorboard":
         project_name = experiment_name  # its run name is the folder of the event files
@@ -236,36 +249,6 @@ def _start(
         arguments["dir"] = str(folder / name)
     tracker: Tracker = _started(tracker_class(project_name, **arguments), config)
     return _MlflowNames(tracker) if name == "mlflow" else tracker
-
-
-def _start_wandb(
-    tracker_class: Any,
-    project_name: str,
-    experiment_name: str,
-    folder: Path,
-    config: Mapping[str, Any],
-    resume_step: int | None,
-) -> Tracker:
-    """Start wandb in the run folder; a resumed run goes on under its old id; no key or no network means offline.
-
-    WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY and the rest of wandb's environment variables work as always.
-    """
-    id_file = folder / "wandb" / "run_id.txt"
-    id_file.parent.mkdir(parents=True, exist_ok=True)
-    arguments = {"name": experiment_name, "dir": str(folder)}
-    if resume_step is not None and id_file.exists():
-        arguments |= {"id": id_file.read_text(encoding="utf-8").strip(), "resume": "allow"}
-    try:
-        tracker = _started(tracker_class(project_name, **arguments), config)
-    except Exception as error:
-        if os.environ.get("WANDB_MODE") == "offline":
-            raise
-        reason = str(error).splitlines()[0]
-        warn(f"wandb can't go online ({reason}); it writes offline now, upload later with:")
-        warn(f"  wandb sync {folder}/wandb/offline-run-*")
-        tracker = _started(tracker_class(project_name, **arguments, mode="offline"), config)
-    id_file.write_text(f"{tracker.tracker.id}\n", encoding="utf-8")
-    return tracker
 
 
 def _started(tracker: Any, config: Mapping[str, Any]) -> Any:
