@@ -62,7 +62,7 @@ def test_a_defect_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(place.startswith("KeyError at test_fuzz.py") for place in tally.defects)
     assert "case 0 of seed 0" in next(iter(tally.defects.values()))
     monkeypatch.setattr("ups_rm.recipe.check_recipe", _raise_empty)
-    assert any(place.startswith("AssertionError at parsers.py") for place in run("recipe", 0, 20, 0).defects)
+    assert any(place.startswith("AssertionError at parsers.py") for place in run("recipe", 0, 120, 0).defects)
 
 
 def _raise_empty(*_: object, **__: object) -> None:

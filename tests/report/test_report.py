@@ -225,8 +225,10 @@ def test_what_cannot_be_read_is_said(copied: Path) -> None:
 def test_figures_that_a_later_version_adds_are_rows_too(copied: Path) -> None:
     summary = json.loads((copied / "summary.json").read_text())
     summary["judges"] = {"second": {"safe_score": {"before": 0.5, "after": 0.25, "ci95": [-0.5, 0.0], "n": 7}}}
+    summary["policies"] = {"before": "one", "after": "other"}  # as `ups-rm eval` says
     (copied / "summary.json").write_text(json.dumps(summary))
     outcome = read_run(copied)["outcome"]
+    assert "policies" not in {row["key"] for row in outcome["rows"]}
     assert {"key": "judges.second.safe_score", "before": 0.5, "after": 0.25, "low": -0.5, "high": 0, "n": 7} in outcome[
         "rows"
     ]

@@ -124,6 +124,9 @@ class _FileChecker:
             except Exception as error:  # arrow's own errors, and those of values that Python can't hold
                 where = f"after row {self.summary.rows}"
                 raise DataError(f"{self.path}: is damaged {where}: {parquet_problem(error)}") from error
+            if present and self.summary.rows != file.metadata.num_rows:
+                told = f"{self.summary.rows} rows can be read of {file.metadata.num_rows} that it names"
+                raise DataError(f"{self.path}: is damaged: {told}")
         if not self.summary.rows:
             self._report("error", None, "has no rows")
         if repeated := len(self._indices) - len(np.unique(np.array(self._indices, dtype=np.int64))):

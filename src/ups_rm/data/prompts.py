@@ -152,6 +152,9 @@ def _iter_prompts(path: Path) -> Iterator[tuple[int, Any, Any]]:
             raise
         except Exception as error:  # arrow's own errors, MemoryError among them, and those of values Python can't hold
             raise DataError(f"{path}: is damaged after row {number}: {parquet_problem(error)}") from error
+        if number != file.metadata.num_rows:
+            told = f"{number} rows can be read of {file.metadata.num_rows} that it names"
+            raise DataError(f"{path}: is damaged: {told}")
 
 
 def short_list(names: Sequence[str]) -> str:

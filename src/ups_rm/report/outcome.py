@@ -53,7 +53,7 @@ def _rows(prefix: str, values: dict[str, Any]) -> list[dict[str, Any]]:
             low, high = value.get("ci95") or (None, None)
             rows.append({"key": key, "rate": short(value["rate"]), "low": short(low), "high": short(high)})
         elif isinstance(value, dict) and {"before", "after"} <= value.keys():
-            if isinstance(value["after"], dict):  # shares of labels: in the file
+            if isinstance(value["after"], (dict, str)):  # shares of labels, names of policies: in the file
                 continue
             row = {"key": key, "before": short(value["before"]), "after": short(value["after"])}
             interval = value.get("ci95")
