@@ -186,10 +186,12 @@ def tiny_rm(
     tokenizer: PreTrainedTokenizerFast | None = None,
     pooling: str | None = None,
     heads: tuple[str, ...] = ("unsafety",),
+    manifest: bool = False,
 ) -> Path:
     """A whole RM folder with its card: `tiny_backbone` and `tiny_head` merged by the real merge; the parts stay.
 
     heads: ("unsafety", "helpfulness") and ("helpfulness",) are the other two kinds of folder.
+    manifest: keep it; without one, tests may change weights and see what finds that out.
     """
     from ups_rm.reward.merge import merge
 
@@ -200,6 +202,8 @@ def tiny_rm(
     helpful = tiny_head(parts / "helpful", seed=seed + 7, output="helpfulness", **shape) if len(heads) > 1 else None
     first = None if heads[0] == "unsafety" else heads[0]
     merge(backbone, tiny_head(parts / "head", seed=seed + 1, output=first, **shape), folder, helpfulness_head=helpful)
+    if not manifest:
+        (folder / "manifest.json").unlink()
     return folder
 
 

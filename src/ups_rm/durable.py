@@ -1,7 +1,7 @@
 """Files and folders that a crash can't leave half: written beside, flushed to the disk, renamed into place.
 
-A folder that is published carries `manifest.json`: size and sha256 of every file in it, so that one that was torn by a
-power cut or whose bits turned on the disk is known before it is read (`damage`). Nothing here knows what is in them.
+A folder that is published carries `manifest.json`: size and sha256 of its files, so that one that was torn by a power
+cut or whose bits turned on the disk is known before it is read (`damage`). Nothing here knows what is in them.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ def write_text(file: Path, text: str) -> None:
 def publish_folder(temporary: Path, final: Path) -> None:
     """Add the manifest, flush every file, and move the folder into place; what stood there is removed just before."""
     write_manifest(temporary)
-    for file in _files(temporary):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-        sync_folder(folder)
+    sync_tree(temporary)
     remove_folder(final)
     temporary.replace(final)
     sync_folder(final.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folders' names, to the disk."""
+    for file in _files(folder):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(inner)
 
 
 def remove_folder(folder: Path) -> None:
@@ -58,12 +63,16 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def write_manifest(folder: Path) -> None:
-    """`manifest.json`: {"files": {name: {"size": bytes, "sha256": hex}}}; an older one is replaced."""
+def write_manifest(folder: Path, pattern: str = "*") -> None:
+    """`manifest.json`: {"files": {name: {"size": bytes, "sha256": hex}}}; an older one is replaced.
+
+    Args:
+        pattern: only files of such names: what else the folder holds may be edited later.
+    """
     files = {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": file_sha256(file)}
         for file in _files(folder)
-        if file != folder / MANIFEST
+        if file != folder / MANIFEST and file.match(pattern)
     }
     write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
@@ -86,6 +95,11 @@ def damage(folder: Path) -> str | None:
         if file_sha256(file) != sha256:
             return f"{name} has other bytes than were written (sha256 differs)"
     return None
+
+
+def damage_if_told(folder: Path) -> str | None:
+    """`damage` of a folder that has a manifest; None for one without, which others made."""
+    return damage(folder) if (folder / MANIFEST).is_file() else None
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ups_rm.durable import MANIFEST, damage_if_told
 from ups_rm.errors import UpsRmError
 
 TEXTS = frozenset({".json", ".jinja", ".txt", ".md", ".py", ".model", ".yaml"})
@@ -22,6 +23,20 @@ KERNEL = re.compile(r"[^/]+/[^/]+")
 """How config.json names attention code that transformers fetches from a hub; ours are single words."""
 FOREIGN = re.compile(r"GLOBAL ([\w.]+)|Unsupported operand")
 """In torch's message: the name that a pickle file asks for, or an instruction that torch.save never writes."""
+
+
+def check_manifest(folder: Path | str, error: type[UpsRmError]) -> None:
+    """Refuse a model folder of ours whose files are not as they were written; one without a manifest passes.
+
+    Raises:
+        error: with the file that is torn, missing or has other bytes, and the way out.
+    """
+    path = Path(folder).expanduser()
+    if (wrong := damage_if_told(path)) is not None:
+        raise error(
+            f"{path} is damaged: {wrong}\n  fix: make or copy it again; where the change was meant, remove "
+            f"{path / MANIFEST}"
+        )
 
 
 def check_model_folder(folder: Path | str, error: type[UpsRmError], *, trust_remote_code: bool = False) -> None:

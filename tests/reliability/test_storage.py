@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from tiny import tiny_rm
 from tiny_training import prefers, tiny_recipe
 from ups_rm import durable
 from ups_rm.checkpoints import checkpoints
 from ups_rm.durable import damage, publish_folder, remove_folder, sweep, write_text
-from ups_rm.errors import RunError
+from ups_rm.errors import PolicyError, RMError, RunError
+from ups_rm.local.policy import load_model
 from ups_rm.local.trainer import Trainer
+from ups_rm.reward.scorer import RewardScorer
 from ups_rm.tracking.jsonl import read_metrics
 from ups_rm.types import TrainResult
 
@@ -97,6 +102,47 @@ def test_damaged_checkpoints_are_named_and_the_last_good_one_is_used(
     fit(tmp_path / "straight", policy_folder, *SIX)
     weights = [folder / "run/policy/model.safetensors" for folder in (tmp_path, tmp_path / "straight")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+# ---- a damaged model folder
+
+
+def damaged(folder: Path) -> Iterator[str]:
+    """What is wrong, with every listed file in turn, cut short and with one bit turned; it is made whole again."""
+    for name in json.loads((folder / durable.MANIFEST).read_text())["files"]:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1])
+        yield f"{name} has {len(whole) - 1} bytes, {len(whole)} were written"
+        turned = bytearray(whole)
+        turned[len(whole) // 2] ^= 1
+        (folder / name).write_bytes(turned)
+        yield f"{name} has other bytes than were written"
+        (folder / name).write_bytes(whole)
+
+
+def test_a_damaged_weight_of_a_reward_model_is_named_when_it_is_loaded(tmp_path: Path) -> None:
+    rm = tiny_rm(tmp_path / "rm", manifest=True)
+    listed = json.loads((rm / durable.MANIFEST).read_text())["files"]
+    assert set(listed) == {file.name for file in rm.glob("*.safetensors")}
+    for wrong in damaged(rm):
+        with pytest.raises(RMError, match=re.escape(f"{rm} is damaged: {wrong}")):
+            RewardScorer.load(rm)
+    (rm / "README.md").write_text("edited")  # what people write themselves is no damage
+    RewardScorer.load(rm)
+
+
+def test_a_damaged_file_of_a_trained_policy_is_named_when_it_is_loaded(run: Path) -> None:
+    policy = run / "policy"
+    for wrong in damaged(policy):
+        with pytest.raises(PolicyError, match=re.escape(f"{policy} is damaged: {wrong}")):
+            load_model(str(policy), dtype=torch.float32)
+    load_model(str(policy), dtype=torch.float32)
+    (policy / "tokenizer.json").unlink()
+    with pytest.raises(PolicyError, match=r"tokenizer\.json is missing\n  fix: make or copy it again"):
+        load_model(str(policy), dtype=torch.float32)
+    (policy / durable.MANIFEST).unlink()  # as of another maker: nothing is known of its bytes
+    with pytest.raises(PolicyError, match="can't be loaded"):
+        load_model(str(policy), dtype=torch.float32)
 
 
 # ---- which checkpoints stay

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ups_rm.durable import sync_tree, write_manifest
 from ups_rm.errors import RMError
 from ups_rm.model_files import check_model_folder, refused_pickle
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, make_card
@@ -120,6 +121,8 @@ def merge(
         _verify_and_write_card(made, tokenizer, policy, heads, dtype, expected, name)
         keep_curves(made, Path(head).expanduser())
         write_model_card(made)
+        write_manifest(made, "*.safetensors")  # the rest is the card's, or may be edited
+        sync_tree(made)
         _put_in_place(made, out)
     number_format = str(dtype).removeprefix("torch.")
     return MergeReport(out, tensors, total, tuple(dropped), number_format, weights.temperature, tuple(heads))

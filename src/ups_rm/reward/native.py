@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ups_rm.control_tokens import special_tokens
 from ups_rm.errors import RMError
-from ups_rm.model_files import check_model_folder, refused_pickle
+from ups_rm.model_files import check_manifest, check_model_folder, refused_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +145,7 @@ def load_model(
     """
     path = rm_folder(folder)
     check_model_folder(path, RMError, trust_remote_code=trust_remote_code)
+    check_manifest(path, RMError)
     import torch
 
     # the native bf16 way starts from the stored weights: norms and embeddings are not rounded
