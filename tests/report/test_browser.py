@@ -228,6 +228,9 @@ def test_groups_and_pairs_of_one_harm_category(browser: Any, first: Path) -> Non
 def test_two_runs_in_one_chart_and_zoom_by_keyboard(browser: Any, two: str) -> None:
     look = Looked(browser, two)
     assert len(look.texts(".sentence")) == 2
+    assert look.texts("figure h3") == ["Safety against refusals of harmless prompts"]
+    look.page.wait_for_selector("canvas")
+    look.shot("two-runs-answer")
     look.go("curves")
     look.page.wait_for_selector("canvas")
     legend = look.texts("figure >> nth=0 >> .u-legend .u-label")

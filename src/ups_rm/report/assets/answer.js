@@ -81,6 +81,27 @@ function comparison(runs) {
     const [, before, after, change] = tableRow(row);
     return before === missing ? after : `${before} → ${after} (${change})`;
   };
-  return section(t("runs_compared"), table(t("runs_compared"), ["", ...runs.map((run) => run.name)],
-    keys.map((key) => [rowName(key), ...runs.map((run) => cell(run, key))])));
+  return section(t("runs_compared"), h("div", { class: "charts" }, TRADES.map(([key, scale]) => tradeChart(runs, key, scale))),
+    table(t("runs_compared"), ["", ...runs.map((run) => run.name)],
+      keys.map((key) => [rowName(key), ...runs.map((run) => cell(run, key))])));
+}
+
+/** What safety is bought with: the row across, and what its values are multiplied by. */
+const TRADES = [["refusal_rate.benign", 100], ["groups.benign.helpfulness", 1]];
+
+/** The change in safe score, upwards, against the change of another row: a point for each run; null where fewer than two have one. */
+function tradeChart(runs, key, scale) {
+  const changes = (run, name) => {
+    const row = run.outcome && run.outcome.rows.find((one) => one.key === name);
+    return row && row.before !== null && row.after !== null ? row.after - row.before : null;
+  };
+  const lines = runs.map((run, i) => ({ label: run.name, x: [scale * changes(run, key)], y: [changes(run, "safe_score")], points: true,
+    colour: css(colours[i % colours.length]), there: changes(run, key) !== null && changes(run, "safe_score") !== null })).filter((line) => line.there);
+  if (lines.length < 2) return null;
+  const ends = (values) => {
+    const low = Math.min(0, ...values), high = Math.max(0, ...values), room = (high - low || 1) * 0.1;
+    return [low - room, high + room];
+  };
+  return lineChart({ title: t(`trade_${key.split(".").slice(-1)[0]}`), explain: t("trade_explain"), xLabel: t(scale === 100 ? "trade_points" : "trade_logits"),
+    unit: t("trade_score"), lines, sync: false, range: { x: ends(lines.map((line) => line.x[0])), y: ends(lines.map((line) => line.y[0])) } });
 }
