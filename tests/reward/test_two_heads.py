@@ -35,6 +35,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     merge(backbone, safety, here / "both", helpfulness_head=helpful)
     merge(backbone, safety, here / "unsafety")
     merge(backbone, helpful, here / "helpfulness")
+    for name in ("both", "unsafety", "helpfulness"):  # what finds changed weights without one is tested here
+        (here / name / "manifest.json").unlink()
     return {name: here / name for name in ("both", "unsafety", "helpfulness", "backbone", "safety", "helpful")}
 
 
