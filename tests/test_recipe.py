@@ -25,6 +25,8 @@ from ups_rm.recipe_checks import (
     INF,
     KL_ESTIMATORS,
     LOSS_AGG_MODES,
+    ORDERS,
+    POLICY_LOSSES,
     ONE_OF,
     TEXTS,
     check_recipe,
@@ -446,6 +448,8 @@ def test_names_are_those_of_grpo() -> None:
     assert set(ONE_OF["algorithm.kl_penalty"]) == set(grpo.KL_ESTIMATORS)
     assert set(KL_ESTIMATORS) < set(grpo.KL_ESTIMATORS)
     assert grpo.LOSS_AGG_MODES == LOSS_AGG_MODES
+    assert tuple(grpo.TOKEN_LOSSES) == POLICY_LOSSES
+    assert grpo.ORDERS == ORDERS
     assert ONE_OF["algorithm.adv_estimator"] == grpo.PER_REPLY
 
 

@@ -17,7 +17,7 @@ from ups_rm.grpo import (
     ADVANTAGES,
     KL_ESTIMATORS,
     LOSS_AGG_MODES,
-    POLICY_LOSSES,
+    TOKEN_LOSSES,
     AdaptiveKL,
     Component,
     aggregate,
@@ -251,7 +251,7 @@ def test_the_other_losses_and_their_gradients_equal_verl(
         value = result[0] if isinstance(result, tuple) else result.loss
         return result, value.detach(), torch.autograd.grad(value, logprobs)[0]
 
-    ours, value, gradient = run(POLICY_LOSSES[loss], **clip)
+    ours, value, gradient = run(policy_loss, loss_mode=loss, **clip)
     theirs, their_value, their_gradient = run(core_algos.get_policy_loss_fn(loss), config=verl_config(mode, clip))
     close(value, their_value)
     close(gradient, their_gradient)
@@ -259,15 +259,15 @@ def test_the_other_losses_and_their_gradients_equal_verl(
     assert float(ours.ppo_kl) == pytest.approx(theirs[1]["actor/ppo_kl"], abs=1e-6)
 
 
-@pytest.mark.parametrize("loss", POLICY_LOSSES)
+@pytest.mark.parametrize("loss", TOKEN_LOSSES)
 @given(batch=batches(), mode=st.sampled_from(LOSS_AGG_MODES))
 @patient
 def test_micro_batches_add_up_to_the_mini_batch(loss: str, batch: Batch, mode: str) -> None:
     totals = batch_totals(batch.mask)
     tensors = (batch.old_logprobs, batch.logprobs, batch.advantages, batch.mask)
-    more: dict[str, Any] = {**totals, "loss_agg_mode": mode, "loss_scale_factor": 8.0}
-    whole = POLICY_LOSSES[loss](*tensors, **more).loss
-    parts = [POLICY_LOSSES[loss](*(t[i : i + 1] for t in tensors), **more).loss for i in range(len(batch.mask))]
+    more: dict[str, Any] = {**totals, "loss_agg_mode": mode, "loss_scale_factor": 8.0, "loss_mode": loss}
+    whole = policy_loss(*tensors, **more).loss
+    parts = [policy_loss(*(t[i : i + 1] for t in tensors), **more).loss for i in range(len(batch.mask))]
     close(torch.stack(parts).sum(), whole)
 
 

@@ -42,38 +42,40 @@ class PolicyLoss:
     num_tokens: Tensor
 
 
-def policy_loss(
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss per token, before it is aggregated, and what clipping did there. Shape (B, R) each.
+
+    `loss` carries the gradient. `clipped`: the clip changed this token's loss. `held`: the dual clip did. `log_ratio`:
+    log pi - log pi_old, in nats.
+    """
+
+    loss: Tensor
+    clipped: Tensor
+    held: Tensor
+    log_ratio: Tensor
+
+
+def ppo_token_loss(
     old_logprobs: Tensor,
     logprobs: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
     *,
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.2,
-    clip_ratio_c: float = 3.0,
-    loss_agg_mode: str = "token-mean",
-    loss_scale_factor: float | None = None,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-) -> PolicyLoss:
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float,
+) -> TokenLoss:
     """PPO's clipped objective with separate low and high clip, and dual clip for negative advantages.
 
-    rho = exp(clamp(logprobs - old_logprobs, -20, 20)); per token
+    rho = exp(clamp(logprobs - old_logprobs, -20, 20));
         L = max(-A * rho, -A * clip(rho, 1 - low, 1 + high)), and where A < 0: L = min(L, -A * c).
 
-    Args:
-        old_logprobs: log-probabilities when the replies were sampled, no gradient. Shape (B, R).
-        logprobs: log-probabilities now, with gradient. Shape (B, R).
-        advantages: Shape (B, R).
-        response_mask: 1 for tokens that count. Shape (B, R).
-        clip_ratio_low, clip_ratio_high: how far the ratio may fall below or rise above 1 (DAPO, arXiv:2503.14476).
-        clip_ratio_c: upper bound of the ratio where A < 0 (arXiv:1912.09729); more than 1.
-        loss_agg_mode, loss_scale_factor, batch_num_tokens, global_batch_size: see `aggregate`.
-
     Raises:
-        ValueError: clip_ratio_c <= 1, or an unknown loss_agg_mode.
+        ValueError: clip_ratio_c <= 1.
 
-    Source: arXiv:1707.06347 eq. 7; checked against verl's compute_policy_loss_vanilla and TRL's GRPO loss.
+    Source: arXiv:1707.06347 eq. 7; low and high apart: DAPO, arXiv:2503.14476; c: arXiv:1912.09729. Checked against
+    verl's compute_policy_loss_vanilla and TRL's GRPO loss.
     """
     if clip_ratio_c <= 1.0:
         raise ValueError(f"clip_ratio_c must be greater than 1, got {clip_ratio_c}")
@@ -81,79 +83,79 @@ def policy_loss(
     ratio = torch.exp(log_ratio)
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high)
-    pessimistic = torch.maximum(unclipped, clipped)  # (B, R)
+    pessimistic = torch.maximum(unclipped, clipped)
     ceiling = -advantages * clip_ratio_c
-    per_token = torch.where(advantages < 0, torch.minimum(ceiling, pessimistic), pessimistic)  # (B, R)
-    loss = aggregate(
-        per_token,
-        response_mask,
-        loss_agg_mode,
-        batch_num_tokens=batch_num_tokens,
-        global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor,
-    )
-    with torch.no_grad():
-        held_by_ceiling = (pessimistic > ceiling) & (advantages < 0)
-        return PolicyLoss(
-            loss=loss,
-            clipfrac=masked_mean((clipped > unclipped).float(), response_mask),
-            ppo_kl=masked_mean(-log_ratio, response_mask),
-            clipfrac_lower=masked_mean(held_by_ceiling.float(), response_mask),
-            num_tokens=response_mask.sum(),
-        )
+    loss = torch.where(advantages < 0, torch.minimum(ceiling, pessimistic), pessimistic)
+    return TokenLoss(loss, clipped > unclipped, (pessimistic > ceiling) & (advantages < 0), log_ratio)
 
 
-def gspo_loss(
+def gspo_token_loss(
     old_logprobs: Tensor,
     logprobs: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
     *,
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.2,
-    clip_ratio_c: float = 3.0,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    loss_scale_factor: float | None = None,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-) -> PolicyLoss:
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float,
+) -> TokenLoss:
     """GSPO: the ratio is that of the whole reply, per token, so that a reply is clipped as one.
 
     s = exp(mean over the reply's tokens of (logprobs - old_logprobs)), the same value at each of its tokens; its
-    gradient at token t is that of logprobs_t. The log is held at or below 10. Then L = max(-A s, -A clip(s, 1 - low,
-    1 + high)). There is no dual clip: `clip_ratio_c` is taken for the signature's sake and has no effect.
-
-    Arguments and result as in `policy_loss`; the paper clips far closer (low 3e-4, high 4e-4).
+    gradient at token t is that of logprobs_t. The log is held at or below 10. L = max(-A s, -A clip(s, 1 - low,
+    1 + high)); `clip_ratio_c` has no effect. The paper clips far closer (3e-4, 4e-4) and takes seq-mean-token-mean.
 
     Source: arXiv:2507.18071 eq. 5 and 14 (GSPO-token); checked against verl's compute_policy_loss_gspo.
     """
     log_ratio = logprobs - old_logprobs
-    mask = response_mask.to(log_ratio.dtype)
     inside = torch.where(response_mask.bool(), log_ratio, torch.zeros_like(log_ratio))
-    of_reply = inside.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)  # (B, 1)
-    ratio = torch.exp(torch.clamp(logprobs - logprobs.detach() + of_reply.detach(), max=10.0))  # (B, R)
+    of_reply = inside.sum(-1, keepdim=True) / response_mask.sum(-1, keepdim=True).clamp_min(1)  # (B, 1)
+    ratio = torch.exp(torch.clamp(logprobs - logprobs.detach() + of_reply.detach(), max=10.0))
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high)
-    loss = aggregate(
-        torch.maximum(unclipped, clipped),
-        response_mask,
-        loss_agg_mode,
-        batch_num_tokens=batch_num_tokens,
-        global_batch_size=global_batch_size,
-        loss_scale_factor=loss_scale_factor,
-    )
-    with torch.no_grad():
-        clipfrac = masked_mean((clipped > unclipped).float(), response_mask)
-        ppo_kl = masked_mean(-log_ratio, response_mask)
-        return PolicyLoss(loss, clipfrac, ppo_kl, torch.zeros_like(clipfrac), response_mask.sum())
+    changed = clipped > unclipped
+    return TokenLoss(torch.maximum(unclipped, clipped), changed, torch.zeros_like(changed), log_ratio)
 
 
-def cispo_loss(
+def cispo_token_loss(
     old_logprobs: Tensor,
     logprobs: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
     *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float,
+) -> TokenLoss:
+    """CISPO: the ratio is clipped as a weight without gradient, so no token loses its gradient by clipping.
+
+    L = -sg(clip(rho, 1 - low, 1 + high)) * A * logprobs; `clip_ratio_c` has no effect. Its value is no objective to
+    compare between steps; its gradient is.
+
+    Source: arXiv:2506.13585 eq. 4; checked against verl's compute_policy_loss_cispo.
+    """
+    log_ratio = torch.clamp(logprobs - old_logprobs, min=-20.0, max=20.0)
+    ratio = torch.exp(log_ratio)
+    weight = torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high).detach()
+    changed = ratio != weight
+    return TokenLoss(-weight * advantages * logprobs, changed, torch.zeros_like(changed), log_ratio)
+
+
+TOKEN_LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
+    "vanilla": ppo_token_loss,
+    "gspo": gspo_token_loss,
+    "cispo": cispo_token_loss,
+}
+"""By verl's names (`actor_rollout_ref.actor.policy_loss.loss_mode`); shapes as in `policy_loss`."""
+
+
+def policy_loss(
+    old_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    loss_mode: str = "vanilla",
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
     clip_ratio_c: float = 3.0,
@@ -162,20 +164,34 @@ def cispo_loss(
     batch_num_tokens: int | None = None,
     global_batch_size: int | None = None,
 ) -> PolicyLoss:
-    """CISPO: the ratio is clipped as a weight without gradient, so no token loses its gradient by clipping.
+    """The policy loss of a (micro) batch: one of `TOKEN_LOSSES`, aggregated.
 
-    L = -sg(clip(rho, 1 - low, 1 + high)) * A * logprobs. Its value is no objective to compare between steps; its
-    gradient is. There is no dual clip: `clip_ratio_c` is taken for the signature's sake and has no effect.
+    Args:
+        old_logprobs: log-probabilities when the replies were sampled, no gradient. Shape (B, R).
+        logprobs: log-probabilities now, with gradient. Shape (B, R).
+        advantages: Shape (B, R).
+        response_mask: 1 for tokens that count. Shape (B, R).
+        loss_mode: a key of `TOKEN_LOSSES`.
+        clip_ratio_low, clip_ratio_high: how far the ratio may fall below or rise above 1.
+        clip_ratio_c: upper bound of the ratio where A < 0; more than 1. Of `vanilla` only.
+        loss_agg_mode, loss_scale_factor, batch_num_tokens, global_batch_size: see `aggregate`.
 
-    Arguments and result as in `policy_loss`; `clipfrac` counts tokens whose weight was clipped.
-
-    Source: arXiv:2506.13585 eq. 4; checked against verl's compute_policy_loss_cispo.
+    Raises:
+        ValueError: clip_ratio_c <= 1, or an unknown loss_mode or loss_agg_mode.
     """
-    log_ratio = torch.clamp(logprobs - old_logprobs, min=-20.0, max=20.0)
-    ratio = torch.exp(log_ratio)
-    weight = torch.clamp(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high).detach()
+    if loss_mode not in TOKEN_LOSSES:
+        raise ValueError(f'"{loss_mode}" is not a loss_mode; known: {", ".join(TOKEN_LOSSES)}')
+    found = TOKEN_LOSSES[loss_mode](
+        old_logprobs,
+        logprobs,
+        advantages,
+        response_mask,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        clip_ratio_c=clip_ratio_c,
+    )
     loss = aggregate(
-        -weight * advantages * logprobs,
+        found.loss,
         response_mask,
         loss_agg_mode,
         batch_num_tokens=batch_num_tokens,
@@ -183,17 +199,13 @@ def cispo_loss(
         loss_scale_factor=loss_scale_factor,
     )
     with torch.no_grad():
-        clipfrac = masked_mean((ratio != weight).float(), response_mask)
-        ppo_kl = masked_mean(-log_ratio, response_mask)
-        return PolicyLoss(loss, clipfrac, ppo_kl, torch.zeros_like(clipfrac), response_mask.sum())
-
-
-POLICY_LOSSES: Mapping[str, Callable[..., PolicyLoss]] = {
-    "vanilla": policy_loss,
-    "gspo": gspo_loss,
-    "cispo": cispo_loss,
-}
-"""By verl's names (`actor_rollout_ref.actor.policy_loss.loss_mode`)."""
+        return PolicyLoss(
+            loss=loss,
+            clipfrac=masked_mean(found.clipped.float(), response_mask),
+            ppo_kl=masked_mean(-found.log_ratio, response_mask),
+            clipfrac_lower=masked_mean(found.held.float(), response_mask),
+            num_tokens=response_mask.sum(),
+        )
 
 
 def aggregate(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ups_rm.errors import NumberError
 from ups_rm.grpo.kl import kl_penalty
-from ups_rm.grpo.losses import POLICY_LOSSES, aggregate, batch_totals
+from ups_rm.grpo.losses import aggregate, batch_totals, policy_loss
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
 from ups_rm.recipe import Actor as ActorSettings
@@ -179,11 +179,12 @@ class Actor:
             **whole,
             "loss_scale_factor": settings.loss_scale_factor or self.max_response_length,
         }
-        result = POLICY_LOSSES[settings.policy_loss.loss_mode](
+        result = policy_loss(
             logprobs.detach() if old is None else old[rows, :length],
             logprobs,
             advantages[rows, :length],
             mask,
+            loss_mode=settings.policy_loss.loss_mode,
             clip_ratio_low=settings.clip_ratio_low,
             clip_ratio_high=settings.clip_ratio_high,
             clip_ratio_c=settings.clip_ratio_c,
