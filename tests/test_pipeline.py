@@ -145,7 +145,9 @@ def test_summary_has_exactly_the_agreed_form(finished: tuple[Path, float, int]) 
     }
     assert list(summary["groups"]) == ["unsafe", "benign"]
     assert {figures["n"] for figures in summary["groups"].values()} == {4}
-    assert summary["categories"] == summary["judges"] == {}
+    assert summary["judges"] == {}
+    assert summary["categories"], "the sample's rows name theirs"
+    assert all(1 <= figures["n"] <= 4 for figures in summary["categories"].values())
     assert summary["steps"] == 3
     score = summary["safe_score"]
     assert score["diff"] == pytest.approx(score["after"] - score["before"])

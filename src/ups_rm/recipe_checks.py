@@ -182,7 +182,7 @@ def check_recipe(recipe: Recipe, *, engine: str | None = "local") -> None:
     for key, allowed in ONE_OF.items():
         value = value_of(recipe, key)
         if value not in allowed:
-            near = difflib.get_close_matches(value[:100], allowed, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(str(value)[:100], allowed, n=1, cutoff=0.0)[0]
             raise RecipeError(f"{key}={_shown(value)} is not one of {', '.join(allowed)}; did you mean {near}?")
     for key, (least, most) in BETWEEN.items():
         value = value_of(recipe, key)
@@ -261,7 +261,7 @@ def _check_together(recipe: Recipe) -> None:
     _check_target(recipe)
     for name in recipe.monitor.stop_on:
         if name not in ALARMS:
-            near = difflib.get_close_matches(name[:100], ALARMS, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(str(name)[:100], ALARMS, n=1, cutoff=0.0)[0]
             raise RecipeError(
                 f"monitor.stop_on: {_shown(name)} is not one of {', '.join(ALARMS)}; did you mean {near}?"
             )

@@ -150,7 +150,7 @@ def test_the_jsonl_has_every_pair(tmp_path: Path) -> None:
     assert (rows[3]["group"], rows[3]["categories"]) == ("benign", [])
     assert rows[3]["before"] == {
         "response": NO, "logit": -0.9, "safe_score": 0.9, "length": 5, "refusal": True, "refusal_label": "full_refusal",
-        "nll": None, "kl": None, "judges": {},
+        "nll": None, "kl": None, "judges": {}, "helpfulness": None,
     }  # fmt: skip
     assert rows[3]["after"]["refusal"] is False
     assert [path.name for path in file.parent.iterdir()] == ["pairs.jsonl"]

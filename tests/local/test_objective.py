@@ -67,7 +67,6 @@ def test_each_objective_teaches_what_it_says(tmp_path: Path, policy_folder: Path
     assert last(safety, "score/logit_mean") < 0.3
     assert last(helpful, "score/logit_mean") > 3.0
     assert 0.5 < last(constrained, "objective/cost_mean", 8) < 2.5
-    assert last(constrained, "objective/helpfulness_mean") > safety[0]["score/logit_mean"] / 8
     assert "objective/helpfulness_mean" not in safety[0]
 
 
