@@ -21,8 +21,7 @@ import numpy.typing as npt
 from ups_rm.data.files import file_sha256
 from ups_rm.data.prompts import Kind, kind_of, prompt_problem
 from ups_rm.data.rows import text_hash
-from ups_rm.data.sources import open_parquet, parquet_problem
-from ups_rm.errors import DataError
+from ups_rm.data.sources import open_parquet, parquet_rows
 
 Level = Literal["error", "warning"]
 COLUMNS = ("data_source", "prompt", "ability", "reward_model", "extra_info")
@@ -116,17 +115,9 @@ class _FileChecker:
                 if name not in present:
                     level: Level = "error" if name in ("prompt", "data_source", "reward_model") else "warning"
                     self._report(level, None, f"has no column `{name}`")
-            try:
-                for batch in file.iter_batches(batch_size=1024, columns=present):
-                    for value in batch.to_pylist():
-                        self._row(self.summary.rows, value)
-                        self.summary.rows += 1
-            except Exception as error:  # arrow's own errors, and those of values that Python can't hold
-                where = f"after row {self.summary.rows}"
-                raise DataError(f"{self.path}: is damaged {where}: {parquet_problem(error)}") from error
-            if present and self.summary.rows != file.metadata.num_rows:
-                told = f"{self.summary.rows} rows can be read of {file.metadata.num_rows} that it names"
-                raise DataError(f"{self.path}: is damaged: {told}")
+            for value in parquet_rows(file, self.path, columns=present):
+                self._row(self.summary.rows, value)
+                self.summary.rows += 1
         if not self.summary.rows:
             self._report("error", None, "has no rows")
         if repeated := len(self._indices) - len(np.unique(np.array(self._indices, dtype=np.int64))):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ups_rm.control_tokens import ControlTokens, surrogate_at
-from ups_rm.data.sources import open_parquet, parquet_problem
+from ups_rm.data.sources import open_parquet, parquet_rows
 from ups_rm.errors import DataError
 from ups_rm.types import Conversation, Message
 
@@ -141,20 +141,9 @@ def _iter_prompts(path: Path) -> Iterator[tuple[int, Any, Any]]:
             raise DataError(
                 f"{path}: has no column `prompt`, only {short_list(names)}\n  fix: ups-rm data prepare makes one"
             )
-        number = 0
-        try:
-            wanted = [n for n in ("prompt", "extra_info") if n in names]
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                for value in batch.to_pylist():
-                    yield number, value["prompt"], value.get("extra_info")
-                    number += 1
-        except DataError:
-            raise
-        except Exception as error:  # arrow's own errors, MemoryError among them, and those of values Python can't hold
-            raise DataError(f"{path}: is damaged after row {number}: {parquet_problem(error)}") from error
-        if number != file.metadata.num_rows:
-            told = f"{number} rows can be read of {file.metadata.num_rows} that it names"
-            raise DataError(f"{path}: is damaged: {told}")
+        wanted = [n for n in ("prompt", "extra_info") if n in names]
+        for number, value in enumerate(parquet_rows(file, path, columns=wanted)):
+            yield number, value["prompt"], value.get("extra_info")
 
 
 def short_list(names: Sequence[str]) -> str:

@@ -293,21 +293,39 @@ def _problem(number: int, problem: str, line: bytes) -> Record:
 
 def _iter_parquet(path: Path, on_bytes: OnBytes | None) -> Iterator[Record]:
     size = path.stat().st_size
-    number = 0
-    try:
-        with open_parquet(path) as file:
-            total = file.metadata.num_rows
-            for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Record(number, value=value)
-                if on_bytes is not None:
-                    on_bytes(size * number // max(total, 1))
-    except DataError:
-        raise
-    except Exception as error:  # arrow's own errors, MemoryError among them, and those of values Python can't hold
-        where = f" after row {number}" if number else ""
-        raise DataError(f"{path}: is not a readable parquet file{where}: {parquet_problem(error)}") from error
+    with open_parquet(path) as file:
+        total = max(file.metadata.num_rows, 1)
+        for number, value in enumerate(parquet_rows(file, path, batch_size=256), start=1):
+            yield Record(number, value=value)
+            if on_bytes is not None and (number % 256 == 0 or number == total):
+                on_bytes(size * number // total)
+
+
+def parquet_rows(
+    file: Any, path: Path, *, columns: Sequence[str] | None = None, batch_size: int = 1024
+) -> Iterator[dict[str, Any]]:
+    """The rows of a file that `open_parquet` opened, in order.
+
+    Args:
+        columns: only these; all if None.
+
+    Raises:
+        DataError: what stands in the file can't be read, or there are fewer rows than it names.
+    """
+    number, batches = 0, file.iter_batches(batch_size=batch_size, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        except Exception as error:  # arrow's own errors, MemoryError among them, and those of values Python can't hold
+            raise DataError(f"{path}: is damaged after row {number}: {parquet_problem(error)}") from error
+        if batch is None:
+            break
+        yield from rows
+        number += len(rows)
+    if number != file.metadata.num_rows and columns != []:
+        told = f"{number} rows can be read of {file.metadata.num_rows} that it names"
+        raise DataError(f"{path}: is damaged: {told}")
 
 
 def open_parquet(path: Path) -> Any:
