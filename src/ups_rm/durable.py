@@ -97,11 +97,6 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def damage_if_told(folder: Path) -> str | None:
-    """`damage` of a folder that has a manifest; None for one without, which others made."""
-    return damage(folder) if (folder / MANIFEST).is_file() else None
-
-
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Whether `needed` bytes fit on the folder's disk, with a twentieth to spare.
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ups_rm.durable import MANIFEST, damage_if_told
+from ups_rm.durable import MANIFEST, damage
 from ups_rm.errors import UpsRmError
 
 TEXTS = frozenset({".json", ".jinja", ".txt", ".md", ".py", ".model", ".yaml"})
@@ -32,11 +33,21 @@ def check_manifest(folder: Path | str, error: type[UpsRmError]) -> None:
         error: with the file that is torn, missing or has other bytes, and the way out.
     """
     path = Path(folder).expanduser()
-    if (wrong := damage_if_told(path)) is not None:
+    if not (path / MANIFEST).is_file():
+        return
+    stats = {file.name: file.stat() for file in sorted(path.iterdir())}
+    stamps = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+    if (wrong := _damage(path.resolve(), stamps)) is not None:
         raise error(
             f"{path} is damaged: {wrong}\n  fix: make or copy it again; where the change was meant, remove "
             f"{path / MANIFEST}"
         )
+
+
+@cache
+def _damage(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str | None:
+    """`durable.damage`; a process reads a folder once (policy and reference are one), and again when a file changed."""
+    return damage(path)
 
 
 def check_model_folder(folder: Path | str, error: type[UpsRmError], *, trust_remote_code: bool = False) -> None:
