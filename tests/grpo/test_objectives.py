@@ -167,10 +167,11 @@ def analytic_lambda() -> float:
 def test_a_bandit_converges_to_the_constrained_optimum_and_lambda_to_its_analytic_value() -> None:
     """One prompt, three replies of one token; GRPO with our advantages, loss and dual ascent against the closed form.
 
-    Without the constraint the policy would take the costly arm (0.91 of the time); the optimum takes it 0.48.
+    Without the constraint the policy would take the costly arm 0.93 of the time; the optimum takes it 0.48.
     """
     expected = analytic_lambda()
     assert 0.1 < expected < 5.0
+    assert [round(float(best_policy(weight)[0]), 2) for weight in (0.0, expected)] == [0.93, 0.48]
     assert float(best_policy(0.0) @ COST) > 1.0, "the constraint must bind for this test to mean anything"
     generator = torch.Generator().manual_seed(0)
     logits = torch.zeros(3, requires_grad=True)
