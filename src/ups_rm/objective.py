@@ -1,33 +1,63 @@
-"""`algorithm.objective`: which components a reply's reward has, and the multiplier of the constraint. For both engines.
+"""What replies are worth by `algorithm.objective`: from scores and charged rewards to advantages, for both engines.
 
-The mathematics is in `grpo/objectives.py`; here scores become components, and the multiplier is steered and logged.
+The mathematics is in `grpo/`; here scores become components, and the constraint's multiplier is steered and logged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ups_rm.errors import RMError
-from ups_rm.grpo.objectives import Combined, Component, Lagrange, combine
-from ups_rm.recipe import Algorithm
+from ups_rm.grpo import (
+    Combined,
+    Component,
+    Lagrange,
+    combine,
+    estimate_advantages,
+    overlong_penalty,
+    place_on_last_token,
+)
+from ups_rm.recipe import Algorithm, OverlongBuffer
 from ups_rm.types import Score
 
 SAFETY, HELPFULNESS = "safety", "helpfulness"
 
 
+@dataclass(frozen=True)
+class Worth:
+    """What B replies of up to R tokens are worth.
+
+    Attributes:
+        rewards: what the advantages are made of; of several components their weighted mean. Shape (B, R).
+        advantages: 0 outside the response mask. Shape (B, R).
+        combined: where the objective has several components.
+        metrics: of the objective and the overlong penalty.
+    """
+
+    rewards: Tensor
+    advantages: Tensor
+    combined: Combined | None
+    metrics: dict[str, float]
+
+
 class Objective:
     """What a batch's scores are worth by `algorithm.objective`.
+
+    Args:
+        algorithm, overlong: the recipe's.
+        max_response_length: tokens.
 
     Attributes:
         lagrange: the multiplier; None unless the objective is `constrained`.
     """
 
-    def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm = algorithm
+    def __init__(self, algorithm: Algorithm, overlong: OverlongBuffer, max_response_length: int) -> None:
+        self.algorithm, self.overlong, self.max_response_length = algorithm, overlong, max_response_length
         bound = algorithm.constraint
         self.lagrange = (
             Lagrange(
@@ -71,25 +101,51 @@ class Objective:
             HELPFULNESS: Component(helpfulness, one),
         }
 
-    def combine(
-        self, scores: Sequence[Score], benign: Tensor, charge: Tensor, response_mask: Tensor, group_ids: Tensor
-    ) -> Combined:
-        """Rewards and advantages of B replies; see `grpo.objectives.combine` for shapes.
+    def worth(
+        self,
+        scores: Sequence[Score],
+        benign: Tensor,
+        placed: Tensor,
+        charged: Tensor,
+        response_mask: Tensor,
+        group_ids: Tensor,
+    ) -> Worth:
+        """Rewards and advantages of B replies.
+
+        Args:
+            scores: each with a finite logit.
+            benign: the prompt is harmless. Shape (B,), bool.
+            placed: the score that stands on the reply's last token, 0 where it has none. Shape (B,).
+            charged: token-level scores less KL. Shape (B, R).
+            response_mask: Shape (B, R). group_ids: Shape (B,).
 
         Raises:
-            RMError: a reply without a helpfulness logit.
+            RMError: the objective weighs helpfulness and a reply has no such logit.
         """
-        algorithm = self.algorithm
-        return combine(
+        algorithm, buffer = self.algorithm, self.overlong
+        rewards, metrics = charged, {}
+        if buffer.enable:
+            longest, lengths = self.max_response_length, response_mask.sum(-1)
+            penalty = overlong_penalty(lengths, max_length=longest, buffer=buffer.len, factor=buffer.penalty_factor)
+            rewards = rewards + place_on_last_token(penalty, response_mask)
+            metrics["reward/overlong_penalty"] = float(penalty.mean())
+            metrics["reward/overlong_share"] = float((penalty < 0).float().mean())
+        how = {"scale_by_std": algorithm.norm_adv_by_std_in_grpo}
+        if not self.has_components:
+            advantages = estimate_advantages(algorithm.adv_estimator, rewards, response_mask, group_ids, **how)
+            return Worth(rewards, advantages, None, metrics)
+        combined = combine(
             self.components(scores, benign),
-            charge,
+            placed - rewards.sum(-1),
             response_mask,
             group_ids,
             order=algorithm.normalize_components,
             estimator=algorithm.adv_estimator,
-            scale_by_std=algorithm.norm_adv_by_std_in_grpo,
             tolerance=algorithm.zero_std_tolerance,
+            **how,
         )
+        metrics |= self.metrics(scores, benign, combined)
+        return Worth(place_on_last_token(combined.rewards, response_mask), combined.advantages, combined, metrics)
 
     def mean_cost(self, scores: Sequence[Score], benign: Tensor) -> float:
         """Mean unsafety logit of the replies that the constraint binds on; nan where there are none."""

@@ -8,9 +8,9 @@ trainer reads that from verl's TransferQueue before it lets verl compute the adv
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 from ups_rm.durable import write_text
 from ups_rm.errors import CheckpointError, RunError
-from ups_rm.grpo import Combined, estimate_advantages, overlong_penalty, place_on_last_token
-from ups_rm.objective import Objective
-from ups_rm.recipe import Algorithm, OverlongBuffer
+from ups_rm.grpo import Combined, Component
+from ups_rm.objective import Objective, Worth
 from ups_rm.types import Score
 
 ESTIMATOR = "ups_rm"
@@ -43,29 +42,19 @@ class Replies:
     real: Tensor
 
 
-@dataclass(frozen=True)
-class Worth:
-    """What the estimator made of the replies that are real: their rewards, and metrics."""
-
-    keys: list[str]
-    rewards: Tensor
-    combined: Combined | None
-    metrics: dict[str, float]
-
-
 class StepObjective:
     """Advantages of verl's steps by the recipe's objective.
 
-    Args:
-        algorithm, overlong: the recipe's.
-        max_response_length: tokens.
+    Attributes:
+        worth: what the estimator made of the last step's replies that are no padding; None where it was not asked.
+        keys: verl's names of these replies.
     """
 
-    def __init__(self, algorithm: Algorithm, overlong: OverlongBuffer, max_response_length: int) -> None:
-        self.objective = Objective(algorithm)
-        self.algorithm, self.overlong, self.max_response_length = algorithm, overlong, max_response_length
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self._replies: Replies | None = None
         self.worth: Worth | None = None
+        self.keys: list[str] = []
 
     @contextmanager
     def during(self, replies: Replies) -> Iterator[None]:
@@ -94,33 +83,18 @@ class StepObjective:
         prompts = [str(prompt) for prompt in index]
         numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         group_ids = torch.tensor([numbers[prompt] for prompt in prompts])[real]
-        mask, rewards, metrics = response_mask[real], token_level_rewards[real].clone(), {}
-        if self.overlong.enable:
-            buffer, longest = self.overlong, self.max_response_length
-            penalty = overlong_penalty(
-                mask.sum(-1), max_length=longest, buffer=buffer.len, factor=buffer.penalty_factor
-            )
-            rewards += place_on_last_token(penalty, mask)
-            metrics["reward/overlong_penalty"] = float(penalty.mean())
-            metrics["reward/overlong_share"] = float((penalty < 0).float().mean())
-        combined, advantages = None, torch.zeros_like(token_level_rewards)
-        if self.objective.has_components:
-            scores = [score for score, is_real in zip(replies.scores, real.tolist(), strict=True) if is_real]
-            benign, charge = replies.benign[real], replies.placed[real] - rewards.sum(-1)
-            combined = self.objective.combine(scores, benign, charge, mask, group_ids)
-            advantages[real] = combined.advantages
-            rewards = place_on_last_token(combined.rewards, mask)
-            metrics |= self.objective.metrics(scores, benign, combined)
-        else:
-            advantages[real] = estimate_advantages(
-                self.algorithm.adv_estimator,
-                rewards,
-                mask,
-                group_ids,
-                scale_by_std=self.algorithm.norm_adv_by_std_in_grpo,
-            )
-        keys = [key for key, is_real in zip(replies.keys, real.tolist(), strict=True) if is_real]
-        self.worth = Worth(keys, rewards, combined, metrics)
+        scores = [score for score, is_real in zip(replies.scores, real.tolist(), strict=True) if is_real]
+        self.worth = self.objective.worth(
+            scores,
+            replies.benign[real],
+            replies.placed[real],
+            token_level_rewards[real],
+            response_mask[real],
+            group_ids,
+        )
+        self.keys = [key for key, is_real in zip(replies.keys, real.tolist(), strict=True) if is_real]
+        advantages = torch.zeros_like(token_level_rewards)
+        advantages[real] = self.worth.advantages
         return advantages
 
     def save(self, checkpoint: Path) -> None:
@@ -147,25 +121,16 @@ class StepObjective:
             ) from error
 
 
-def in_order(worth: Worth, keys: Sequence[str]) -> Worth:
-    """The same for `keys` in their order."""
-    place = {key: i for i, key in enumerate(worth.keys)}
-    rows = torch.tensor([place[key] for key in keys])
-    combined = worth.combined
-    if combined is not None:
-        combined = replace(
-            combined,
-            rewards=combined.rewards[rows],
-            advantages=combined.advantages[rows],
-            parts={name: values[rows] for name, values in combined.parts.items()},
-            components={
-                name: replace(one, reward=one.reward[rows], weight=one.weight[rows])
-                for name, one in combined.components.items()
-            },
-            charge=combined.charge[rows],
-            flat=combined.flat[rows],
-        )
-    return Worth(list(keys), worth.rewards[rows], combined, worth.metrics)
+def in_order(combined: Combined, rows: Tensor) -> Combined:
+    """The same replies in another order: `rows` are their places. Shape (B,)."""
+    return Combined(
+        rewards=combined.rewards[rows],
+        advantages=combined.advantages[rows],
+        parts={name: values[rows] for name, values in combined.parts.items()},
+        components={name: Component(one.reward[rows], one.weight[rows]) for name, one in combined.components.items()},
+        charge=combined.charge[rows],
+        flat=combined.flat[rows],
+    )
 
 
 _under_way: StepObjective | None = None

@@ -36,6 +36,7 @@ from ups_rm.distributed.step_record import (
 from ups_rm.distributed.verl_objective import ESTIMATOR, Replies, StepObjective, in_order
 from ups_rm.errors import RunError
 from ups_rm.grpo import Combined
+from ups_rm.objective import Objective
 from ups_rm.recipe import Algorithm
 from ups_rm.tracking.group_log import GroupLog
 
@@ -63,7 +64,7 @@ class SafetyTrainer(PPOTrainerSync):
         trainer = config.trainer
         algorithm = algorithm_of(config)
         overlong = PoolSettings.from_verl(config).reward_model.overlong_buffer
-        self.objective = StepObjective(algorithm, overlong, config.data.max_response_length)
+        self.objective = StepObjective(Objective(algorithm, overlong, config.data.max_response_length))
         self.group_log = GroupLog(
             Path(trainer.group_log_dir),
             freq=trainer.group_log_freq,
@@ -123,10 +124,12 @@ class SafetyTrainer(PPOTrainerSync):
         check_scores(record)
         combined = None
         if self.objective.worth is not None:  # the advantages were not made of verl's rewards, but of these
-            worth = in_order(self.objective.worth, record.keys)
-            combined = worth.combined
+            worth = self.objective.worth
+            places = {key: i for i, key in enumerate(self.objective.keys)}
+            rows = torch.tensor([places[key] for key in record.keys])
+            combined = None if worth.combined is None else in_order(worth.combined, rows)
             width = record.response_mask.shape[1]
-            record = replace(record, token_level_rewards=worth.rewards[:, :width])
+            record = replace(record, token_level_rewards=worth.rewards[rows, :width])
             metrics.update(worth.metrics)
             self.objective.objective.after_step(worth.metrics)
         metrics.update(

@@ -271,8 +271,7 @@ def load_checkpoint(
         raise CheckpointError(_unusable(path, wrong))
     try:
         told = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state = TrainingState(**{one.name: told[one.name] for one in fields(TrainingState) if one.name != "lagrange"})
-        state.lagrange = told.get("lagrange", {})  # checkpoints of version 0.1 have none
+        state = TrainingState(**{one.name: told[one.name] for one in fields(TrainingState)})
         made_with, machine = MadeWith(**told["made_with"]), dict(told["machine"])
         tensors: dict[str, Any] = torch.load(path / "training.pt", map_location=actor.policy.device, weights_only=True)
         saved, optimizer, scheduler = tensors["masters"], tensors["optimizer"], int(tensors["scheduler"])

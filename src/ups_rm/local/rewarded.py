@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ups_rm.grpo import estimate_advantages, kl_penalty, overlong_penalty, penalize, place_on_last_token
+from ups_rm.grpo import Combined, kl_penalty, penalize, place_on_last_token
 from ups_rm.grpo.groups import flat_groups
-from ups_rm.grpo.objectives import Combined
 from ups_rm.local.judged import Judged
 from ups_rm.local.step_metrics import check_finite
 from ups_rm.objective import Objective
@@ -68,48 +67,26 @@ def rewarded(
     kl = torch.zeros_like(token_level_scores)
     if old_logprobs is not None and ref_logprobs is not None:
         kl = kl_penalty(old_logprobs, ref_logprobs, algorithm.kl_penalty) * mask
-    overlong, metrics = _overlong(mask, recipe)
     rewards = penalize(token_level_scores, kl, mask, kl_coef)
-    if overlong is not None:
-        rewards = rewards + place_on_last_token(overlong, mask)
     check_finite("the rewards", rewards, mask)
-    advantages, combined = torch.zeros_like(rewards), None
-    if objective.has_components:
-        scores = [score for score, known in zip(judged.scores, usable.tolist(), strict=True) if known]
-        charge = (token_level_scores - rewards).sum(-1)[usable]
-        of_usable = (benign[usable], charge, mask[usable], sequences.group_ids[usable])
-        combined = objective.combine(scores, *of_usable)
-        advantages[usable] = combined.advantages
-        rewards[usable] = place_on_last_token(combined.rewards, mask[usable])
-        flat = torch.zeros_like(usable)
-        flat[usable] = combined.flat
-        metrics |= objective.metrics(scores, benign[usable], combined)
-    else:
-        advantages[usable] = estimate_advantages(  # a reply without a score counts in no mean and no std
-            algorithm.adv_estimator,
-            rewards[usable],
-            mask[usable],
-            sequences.group_ids[usable],
-            scale_by_std=algorithm.norm_adv_by_std_in_grpo,
-        )
+    worth = objective.worth(  # a reply without a score counts in no mean and no std
+        [score for score, known in zip(judged.scores, usable.tolist(), strict=True) if known],
+        benign[usable],
+        token_level_scores.sum(-1)[usable],
+        rewards[usable],
+        mask[usable],
+        sequences.group_ids[usable],
+    )
+    rewards[usable], advantages = worth.rewards, torch.zeros_like(rewards)
+    advantages[usable] = worth.advantages
+    if worth.combined is None:
         # nothing but rounding would be divided by the std; with KL in the reward equal scores are not that yet
         flat = flat_groups(rewards.sum(-1), sequences.group_ids, usable, algorithm.zero_std_tolerance)
+    else:
+        flat = torch.zeros_like(usable)
+        flat[usable] = worth.combined.flat
     if algorithm.zero_std_groups != "keep":
         flat = flat | judged.flat
     advantages[flat] = 0.0
     learns = usable if algorithm.zero_std_groups == "keep" else usable & ~flat
-    return Rewarded(token_level_scores, kl, rewards, advantages, flat, learns, combined, metrics)
-
-
-def _overlong(mask: Tensor, recipe: Recipe) -> tuple[Tensor | None, dict[str, float]]:
-    """The penalty of each reply (B,), None where the recipe has none, and its metrics."""
-    buffer = recipe.reward_model.overlong_buffer
-    if not buffer.enable:
-        return None, {}
-    penalty = overlong_penalty(
-        mask.sum(-1), max_length=recipe.data.max_response_length, buffer=buffer.len, factor=buffer.penalty_factor
-    )
-    return penalty, {
-        "reward/overlong_penalty": float(penalty.mean()),
-        "reward/overlong_share": float((penalty < 0).float().mean()),
-    }
+    return Rewarded(token_level_scores, kl, rewards, advantages, flat, learns, worth.combined, worth.metrics)

@@ -90,7 +90,9 @@ class Trainer:
         self.judge = open_judge(recipe)
         self.reference = self._load_reference()
         self._at_work: Rollout | None = None  # of the step that is under way
-        self.objective = Objective(recipe.algorithm)
+        self.objective = Objective(
+            recipe.algorithm, recipe.reward_model.overlong_buffer, recipe.data.max_response_length
+        )
         control = recipe.algorithm.kl_ctrl
         self.kl_control = (
             AdaptiveKL(control.kl_coef, control.target_kl, control.horizon)
