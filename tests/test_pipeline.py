@@ -175,7 +175,7 @@ def test_no_held_out_prompt_was_trained_on(finished: tuple[Path, float, int], mo
     monkeypatch.chdir(finished[0])
     recipe = load_recipe()
     held_out = held_out_texts(recipe)
-    trained = {sample.messages[-1]["content"] for file in (RUN / "groups").iterdir()
+    trained = {sample.messages[-1]["content"] for file in (RUN / "groups").glob("step_*.jsonl")
                for sample in read_group_log(file).groups}  # fmt: skip
     assert trained
     assert not trained & held_out
@@ -291,7 +291,8 @@ def test_own_pairs_with_the_samples_harmless_prompts(place: Place, pairs: Path) 
     benign = read_prompts(place.folder / "Data/benign_verl/train.parquet")
     assert {row.kind for row in benign} == {"benign"}
     assert not check_parquet([place.folder / "Data/benign_verl/train.parquet"]).problems
-    kinds = [group.kind for file in (place.folder / RUN / "groups").iterdir() for group in read_group_log(file).groups]
+    logs = (place.folder / RUN / "groups").glob("step_*.jsonl")
+    kinds = [group.kind for file in logs for group in read_group_log(file).groups]
     assert {"benign", "unsafe"} == set(kinds)
     assert place.run("--data", str(pairs)) == 0
     assert place.skipped == ["prepare", "prepare-benign", *STAGES[1:]]

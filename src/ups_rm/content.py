@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from ups_rm.data.files import file_sha256
+from ups_rm.durable import file_sha256
 from ups_rm.models import cache_folder
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm.console import console
-from ups_rm.data.files import file_sha256
+from ups_rm.durable import file_sha256
 from ups_rm.errors import PolicyError
 from ups_rm.model_files import is_plain_name
 

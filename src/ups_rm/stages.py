@@ -20,6 +20,7 @@ from typing import Any
 from ups_rm import __version__
 from ups_rm.console import console, emit
 from ups_rm.content import content_hash
+from ups_rm.durable import write_text
 from ups_rm.errors import RunError
 
 
@@ -151,6 +152,4 @@ def read_stamp(stage: Stage) -> dict[str, Any]:
 
 def _write_stamp(stage: Stage, stamp: dict[str, Any]) -> None:
     stage.out.mkdir(parents=True, exist_ok=True)
-    temporary = stage.stamp.with_name(stage.stamp.name + ".tmp")
-    temporary.write_text(json.dumps({"stage": stage.name, **stamp}, indent=1), encoding="utf-8")
-    temporary.replace(stage.stamp)
+    write_text(stage.stamp, json.dumps({"stage": stage.name, **stamp}, indent=1))

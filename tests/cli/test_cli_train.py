@@ -89,7 +89,7 @@ def test_training_leaves_policy_metrics_groups_and_recipe(train: Train, tmp_path
     assert "policy after 3 steps" in out
     assert steps(tmp_path / "run") == [0, 1, 2, 3]
     assert (tmp_path / "run/policy/model.safetensors").is_file()
-    assert len(list((tmp_path / "run/groups").iterdir())) == 3
+    assert len(list((tmp_path / "run/groups").glob("step_*.jsonl"))) == 3
     assert "step 3/3" in out
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from ups_rm.data.check import SHOWN_PER_KIND, CheckResult, check_parquet
 from ups_rm.data.prepare import prepare
+from ups_rm.durable import manifest_of
 from ups_rm.errors import DataError
 
 from .conftest import Folder, make_row, write_parquet
@@ -104,8 +105,12 @@ def test_prompts_in_two_files_are_told(tmp_path: Path, pku_folder: Folder) -> No
 def test_a_file_that_is_not_the_reports_is_told(tmp_path: Path) -> None:
     prepare("sample", tmp_path / "one")
     prepare("sample", tmp_path / "two", shuffle=True)
-    (tmp_path / "one" / "train.parquet").write_bytes((tmp_path / "two" / "train.parquet").read_bytes())
-    (problem,) = check_parquet([tmp_path / "one" / "train.parquet", tmp_path / "one" / "val.parquet"]).problems
+    files = [tmp_path / "one" / "train.parquet", tmp_path / "one" / "val.parquet"]
+    files[0].write_bytes((tmp_path / "two" / "train.parquet").read_bytes())
+    with pytest.raises(DataError, match=r"train\.parquet is damaged: train\.parquet has .* written"):
+        check_parquet(files)
+    manifest_of(files[0]).unlink()  # the change was meant
+    (problem,) = check_parquet(files).problems
     assert problem.what.startswith("is not the file that report.json beside it describes")
 
 

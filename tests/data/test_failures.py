@@ -121,7 +121,7 @@ def test_a_killed_process_leaves_the_old_files_and_the_next_run_sweeps_up(
     assert len(left) == 1
     assert files_in(prepared) == before
     prepare("sample", prepared)
-    assert sorted(path.name for path in prepared.iterdir()) == sorted(FILES)
+    assert {path.name for path in prepared.iterdir()} == {*FILES, *(f".{name}.manifest.json" for name in FILES)}
     assert contents(prepared) == before
 
 

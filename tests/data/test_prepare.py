@@ -15,15 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ups_rm.data import prepare as module
-from ups_rm.data.files import file_sha256
 from ups_rm.data.prepare import prepare
 from ups_rm.data.rows import read_rows
 from ups_rm.data.schema import SPLITS
+from ups_rm.durable import file_sha256
 from ups_rm.errors import DataError
 
 from .conftest import Folder, RowDict, make_row, old_row, write_jsonl
 
 FILES = ("train.parquet", "val.parquet", "rejected.jsonl", "report.json")
+
+
+def with_manifests(*names: str) -> set[str]:
+    return {*names, *(f".{name}.manifest.json" for name in names)}
 
 
 def table(path: Path) -> list[RowDict]:
@@ -306,7 +310,7 @@ def test_too_many_bad_rows_are_an_error_before_anything_is_replaced(tmp_path: Pa
         DataError, match=r"(?s)bad\.jsonl:501: not JSON.*1 of 501 rows rejected \(0\.20%\).*--max-bad 0\.10%"
     ):
         prepare(bad, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejected.jsonl"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == with_manifests("rejected.jsonl")
     prepare(good, tmp_path / "out")  # exactly 0.1%
     before = {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
     with pytest.raises(DataError, match=r"see .*rejected\.failed\.jsonl"):
@@ -314,7 +318,7 @@ def test_too_many_bad_rows_are_an_error_before_anything_is_replaced(tmp_path: Pa
     assert {name: (tmp_path / "out" / name).read_bytes() for name in FILES} == before
     assert json.loads((tmp_path / "out" / "rejected.failed.jsonl").read_text())["line"] == 501
     prepare(good, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == with_manifests(*FILES)
 
 
 @pytest.mark.parametrize("lines", [[], [""], ["{"]])

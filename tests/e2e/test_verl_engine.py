@@ -36,7 +36,8 @@ def test_the_script_leaves_the_local_engines_run_folder(one_worker: VerlRun) -> 
     assert [row["step"] for row in one_worker.metrics] == [1, 2]
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
     assert json.loads((folder / "train_result.json").read_text())["steps"] == STEPS
-    assert [file.name for file in sorted((folder / "groups").iterdir())] == ["step_000001.jsonl", "step_000002.jsonl"]
+    logs = sorted((folder / "groups").glob("step_*.jsonl"))
+    assert [file.name for file in logs] == ["step_000001.jsonl", "step_000002.jsonl"]
     assert {"comparison.json", "pairs.jsonl"} <= {entry.name for entry in (folder / "eval").iterdir()}
 
 

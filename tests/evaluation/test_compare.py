@@ -153,7 +153,7 @@ def test_the_jsonl_has_every_pair(tmp_path: Path) -> None:
         "nll": None, "kl": None, "judges": {}, "helpfulness": None,
     }  # fmt: skip
     assert rows[3]["after"]["refusal"] is False
-    assert [path.name for path in file.parent.iterdir()] == ["pairs.jsonl"]
+    assert {path.name for path in file.parent.iterdir()} == {"pairs.jsonl", ".pairs.jsonl.manifest.json"}
 
 
 def test_lists_that_do_not_match_are_an_error_with_the_numbers() -> None:

@@ -118,7 +118,7 @@ def test_logged_advantages_recompute_exactly(tmp_path: Path, policy_folder: Path
         "trainer.total_training_steps=3",
     )  # fmt: skip
     fit(recipe, opposed())
-    for file in sorted((tmp_path / "run/groups").iterdir()):
+    for file in sorted((tmp_path / "run/groups").glob("step_*.jsonl")):
         log = read_group_log(file)
         assert log.recompute_advantages() == [[sample.advantage for sample in group.samples] for group in log.groups]
         for group in log.groups:

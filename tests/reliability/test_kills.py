@@ -33,7 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path) -> t
     assert lives.once()
     found = traces(lives.run)
     assert [row["step"] for row in found["metrics"]] == [str(step) for step in range(STEPS + 1)]
-    assert len(found["groups"]) == STEPS
+    assert len(found["groups"]) == 2 * STEPS, "each has its manifest"
     assert STEPS % PER_EPOCH != 0, "an epoch ends within the run, not with it"
     return found, lives.seconds
 

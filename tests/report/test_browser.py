@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ups_rm.durable import write_text
 from ups_rm.report import write_report
 from ups_rm.report.watch import WatchServer
 from ups_rm.reward.server import listen
@@ -89,13 +90,13 @@ class Looked:
 def attacked(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first run with replies, a prompt, an alarm and a name that would like to be scripts."""
     folder = shutil.copytree(first, tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>")
-    for file in (folder / "groups").iterdir():
+    for file in (folder / "groups").glob("step_*.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         lines[1]["samples"][0]["response"] = SCRIPT
         tokens = len(lines[1]["samples"][0]["token_ends"])
         lines[1]["samples"][0]["token_ends"] = [*[7] * (tokens - 1), len(SCRIPT)] if tokens else []
         lines[1]["messages"][-1]["content"] = f"{SCRIPT} needle"
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     alarm = {"step": 2, "name": "kl_runaway", "value": 3, "threshold": 1, "message": SCRIPT}
     (folder / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     return folder
@@ -105,6 +106,20 @@ def attacked(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(attacked: Path, second: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Address of a page with both runs."""
     return write_report([attacked, second], tmp_path_factory.mktemp("page") / "both.html").as_uri()
+
+
+@pytest.mark.parametrize("place", ['id="payload">', "<script>"])
+def test_a_page_with_one_letter_changed_says_that_it_is_damaged(
+    browser: Any, first: Path, tmp_path: Path, place: str
+) -> None:
+    file = write_report([first], tmp_path / "report.html")
+    text = file.read_text(encoding="utf-8")
+    at = text.index(place) + len(place) + 200
+    file.write_text(text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :], encoding="utf-8")
+    opened = browser.new_page()
+    opened.goto(file.as_uri())
+    opened.get_by_text("This page did not open").wait_for(state="visible")
+    opened.close()
 
 
 def test_every_page_opens_without_error_or_request(browser: Any, first: Path) -> None:

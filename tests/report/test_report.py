@@ -17,6 +17,7 @@ import pytest
 
 from tiny_training import command
 from ups_rm.data.rows import read_rows
+from ups_rm.durable import write_text
 from ups_rm.errors import RunError
 from ups_rm.report import page, read_run, write_report
 from ups_rm.report.groups import Prompts, disagreement, read_groups
@@ -115,7 +116,8 @@ def test_categories_come_with_the_prompts_from_the_rows_to_every_figure(first: P
         n: len(p) for n, p in by_category.items()
     }
     assert len(by_category) >= 2
-    logged = [group for file in sorted((first / "groups").iterdir()) for group in read_group_log(file).groups]
+    logs = sorted((first / "groups").glob("step_*.jsonl"))
+    logged = [group for file in logs for group in read_group_log(file).groups]
     assert any(group.categories for group in logged)
     (first_group,) = [group for group in logged if group.categories][:1]
     rows = {row["messages"][-1]["content"]: row["categories"] for row in read_run(first)["prompts"]}
@@ -210,8 +212,8 @@ def test_parts_that_are_absent_are_none_and_no_error(copied: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_read_is_said(copied: Path) -> None:
-    (copied / "groups/step_000002.jsonl").write_text('{"schema": "another"}\n')
-    (copied / "eval/pairs.jsonl").write_text('{"index": 1}\n')
+    write_text(copied / "groups/step_000002.jsonl", '{"schema": "another"}\n')
+    write_text(copied / "eval/pairs.jsonl", '{"index": 1}\n')
     (copied / "alarms.jsonl").write_text('{"step": 3, "name": "kl_runaway", "value": 2.5, "threshold": 1}\nhalf a li')
     (copied / "recipe.yaml").write_text("trainer: {nonsense: 1}\n")
     run = read_run(copied)
@@ -226,7 +228,7 @@ def test_figures_that_a_later_version_adds_are_rows_too(copied: Path) -> None:
     summary = json.loads((copied / "summary.json").read_text())
     summary["judges"] = {"second": {"safe_score": {"before": 0.5, "after": 0.25, "ci95": [-0.5, 0.0], "n": 7}}}
     summary["policies"] = {"before": "one", "after": "other"}  # as `ups-rm eval` says
-    (copied / "summary.json").write_text(json.dumps(summary))
+    write_text(copied / "summary.json", json.dumps(summary))
     outcome = read_run(copied)["outcome"]
     assert "policies" not in {row["key"] for row in outcome["rows"]}
     assert {"key": "judges.second.safe_score", "before": 0.5, "after": 0.25, "low": -0.5, "high": 0, "n": 7} in outcome[
@@ -309,7 +311,7 @@ def test_what_would_not_fit_is_thinned_evenly(tmp_path: Path, monkeypatch: pytes
 def test_of_large_steps_the_same_prompts_are_kept(tmp_path: Path) -> None:
     run = long_run(tmp_path / "wide", steps=30, groups=97, words=5)
     prompts = Prompts()
-    total = sum(file.stat().st_size for file in (run / "groups").iterdir())
+    total = sum(file.stat().st_size for file in (run / "groups").glob("step_*.jsonl"))
     found = read_groups(run / "groups", prompts, max_bytes=total // 10, problems=[])
     kept = [{group["prompt"] for group in step["groups"]} for step in found["steps"]]
     assert len(kept) == 24

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import head_tensors, tiny_hf_rm
 from tiny_training import prefers, tiny_recipe
 from ups_rm import models
-from ups_rm.data.files import file_sha256
-from ups_rm.durable import write_manifest
+from ups_rm.durable import file_sha256, write_manifest
 from ups_rm.errors import CheckpointError, PolicyError, RMError, UpsRmError
 from ups_rm.local.policy import load_model as load_policy
 from ups_rm.local.trainer import Trainer

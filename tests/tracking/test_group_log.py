@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo_batches import EDGE_CASES, Batch, batches
+from ups_rm.durable import write_text
 from ups_rm.errors import DataError
 from ups_rm.grpo import PER_REPLY, estimate_advantages
 from ups_rm.tracking import GroupLog, GroupRecord, SampleRecord, group_records, read_group_log
@@ -108,11 +109,15 @@ def test_lines_are_readable_json_with_the_text_as_it_is(tmp_path: Path) -> None:
     assert len(groups) == header["groups_total"] == 2
 
 
+def with_manifests(*names: str) -> list[str]:
+    return sorted([*names, *(f".{name}.manifest.json" for name in names)])
+
+
 def test_only_every_freq_th_step_is_written(tmp_path: Path) -> None:
     records, _ = groups_of(EDGE_CASES["one reply in all"])
     log = GroupLog(tmp_path, freq=5)
     assert [step for step in range(1, 12) if log.write(step, records)] == [5, 10]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_000005.jsonl", "step_000010.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == with_manifests("step_000005.jsonl", "step_000010.jsonl")
     assert GroupLog(tmp_path, freq=0).write(1, records) is None
 
 
@@ -122,7 +127,7 @@ def test_a_resumed_run_drops_the_steps_it_will_write_again(tmp_path: Path) -> No
     for step in range(1, 5):
         log.write(step, records)
     log.drop_after(2)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == with_manifests("step_000001.jsonl", "step_000002.jsonl")
     GroupLog(tmp_path / "not yet there").drop_after(0)
 
 
@@ -233,7 +238,7 @@ def test_kl_of_each_token_is_kept_where_its_place_in_the_text_is_known(tmp_path:
     old = json.loads(lines[1])
     for sample in old["samples"]:
         del sample["token_kl"], sample["token_ends"]
-    file.write_text("\n".join([lines[0], json.dumps(old)]) + "\n")
+    write_text(file, "\n".join([lines[0], json.dumps(old)]) + "\n")
     assert [sample.token_kl for sample in read_group_log(file).groups[0].samples] == [[], []]
 
 
@@ -259,5 +264,5 @@ def test_helpfulness_stands_beside_the_logit_and_may_be_missing(tmp_path: Path) 
     old = json.loads(lines[1])
     for sample in old["samples"]:
         del sample["helpfulness"]
-    file.write_text("\n".join([lines[0], json.dumps(old)]) + "\n")
+    write_text(file, "\n".join([lines[0], json.dumps(old)]) + "\n")
     assert [sample.helpfulness for sample in read_group_log(file).groups[0].samples] == [None, None]

@@ -67,8 +67,6 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Compare two policies: safe score with interval, refusals, over-refusal, length, variety, perplexity, KL."""
-    import json
-
     from ups_rm.console import console
     from ups_rm.device import torch_device
     from ups_rm.errors import RunError
@@ -112,9 +110,7 @@ def evaluate(
         },
     )
     summary = comparison.summary()
-    out.mkdir(parents=True, exist_ok=True)
-    comparison.write_jsonl(out / "pairs.jsonl")
-    (out / "comparison.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    comparison.write(out)
     comparison.show_pairs(pairs)
     for table in (summary_table(summary, comparison.length_unit), *group_tables(summary)):
         console.print(table)

@@ -148,6 +148,7 @@ def score(
     import json
 
     from ups_rm.console import console
+    from ups_rm.durable import publishing
     from ups_rm.reward.render import read_chat_template
     from ups_rm.reward.score_file import read_lines, score_lines
     from ups_rm.reward.scorer import RewardScorer
@@ -165,10 +166,7 @@ def score(
         for line in score_lines(scorer, lines):
             typer.echo(json.dumps(line, ensure_ascii=False))
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with publishing(out, manifest=False) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for line in score_lines(scorer, lines, progress=True):
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-    temporary.replace(out)
     console.print(f"scored {len(lines)} lines: {out}", soft_wrap=True)

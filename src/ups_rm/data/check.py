@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ups_rm.data.files import file_sha256
 from ups_rm.data.prompts import Kind, kind_of, prompt_problem
 from ups_rm.data.rows import text_hash
 from ups_rm.data.sources import open_parquet, parquet_rows
+from ups_rm.durable import file_sha256
 
 Level = Literal["error", "warning"]
 COLUMNS = ("data_source", "prompt", "ability", "reward_model", "extra_info")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ups_rm.durable import manifest_of, note_file, replace_files
 from ups_rm.errors import RunError
 
 _PREFIX = ".prepare-"
@@ -69,17 +69,11 @@ def _lock(folder: int, out: Path) -> None:
 
 
 def publish(stage: Path, out: Path, names: Sequence[str]) -> None:
-    """Moves the finished files from `stage` over those in `out`, flushed to disk first, in the order given."""
-    for name in names:
-        with (stage / name).open("rb+") as file:
-            os.fsync(file.fileno())
-    for name in names:
-        (stage / name).replace(out / name)
+    """Moves the finished files from `stage` over those in `out`, flushed to disk first, in the order given.
 
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    Each gets a manifest, unless one stands beside it already.
+    """
+    for name in names:
+        if not manifest_of(stage / name).exists():
+            note_file(stage / name)
+    replace_files({stage / name: out / name for name in names})

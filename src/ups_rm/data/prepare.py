@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ups_rm.console import progress_bar
 from ups_rm.data.block_workers import Wanted
 from ups_rm.data.digest import UNKNOWN, Digest
-from ups_rm.data.files import file_sha256, publish, staging
+from ups_rm.data.files import publish, staging
 from ups_rm.data.hash_bag import Hashes, distinct
 from ups_rm.data.reading import bad_rows_message, read_counted, too_many_bad
 from ups_rm.data.rows import source_parts
@@ -31,6 +31,7 @@ from ups_rm.data.schema import ABILITY, DATA_SOURCE, SPLITS, Split, verl_schema
 from ups_rm.data.sources import Part
 from ups_rm.data.spool import Batch, Numbers, Spool
 from ups_rm.data.stats import SourceStats
+from ups_rm.durable import note_file, remove_file
 from ups_rm.errors import DataError
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def prepare(
             text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
             (stage / REPORT).write_text(text + "\n", encoding="utf-8")
             publish(stage, out, [TRAIN, VAL, REJECTED, REPORT])
-            (out / REJECTED_BY_FAILED_RUN).unlink(missing_ok=True)
+            remove_file(out / REJECTED_BY_FAILED_RUN)
         finally:
             for spool in spools.values():
                 spool.close()
@@ -295,7 +296,7 @@ def _shuffled(rows: Arrangement, rng: random.Random) -> Arrangement:
 def _write(
     path: Path, spools: dict[Split, Spool], rows: Arrangement, settings: Settings, label: str, progress: bool
 ) -> str:
-    """Writes one parquet file in row groups of bounded size and returns its sha256."""
+    """Writes one parquet file in row groups of bounded size, and its manifest; returns its sha256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -319,7 +320,7 @@ def _write(
                 group = []
         if group:
             writer.write_table(pa.concat_tables(group))
-    return file_sha256(path)
+    return note_file(path)
 
 
 def _verl_table(batch: Batch, split: Split, index: Numbers, spool: Spool, schema: pa.Schema) -> pa.Table:

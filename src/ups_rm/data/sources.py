@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ups_rm.data.schema import SPLITS, SUBSETS, Split
+from ups_rm.durable import check_file
 from ups_rm.errors import DataError
 
 MAX_ROW_BYTES = 8 * 2**20  # the longest published row has under 20 kB
@@ -332,13 +333,14 @@ def open_parquet(path: Path) -> Any:
     """`pyarrow.parquet.ParquetFile` that says in our words what is wrong. Reads in pieces, not ahead.
 
     Raises:
-        DataError: no such file, no parquet, or more than MAX_COLUMNS columns.
+        DataError: no such file, other bytes than `prepare` wrote, no parquet, or more than MAX_COLUMNS columns.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():
         raise DataError(f"{path}: no such file\n  fix: ups-rm data prepare SOURCE --out {path.parent}")
+    check_file(path, DataError, f"ups-rm data prepare SOURCE --out {path.parent}")
     try:
         file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:

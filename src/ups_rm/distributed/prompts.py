@@ -22,6 +22,7 @@ from typing import Any
 from ups_rm.control_tokens import ControlTokens
 from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, as_text, read_prompts
+from ups_rm.durable import publishing
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.types import Conversation, Message
@@ -97,6 +98,5 @@ def _write(file: Path, rows: Sequence[PromptRow], tokens: ControlTokens) -> None
             for row in rows
         ]
     )
-    temporary = file.with_name(f".{file.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(file)
+    with publishing(file) as temporary:
+        pq.write_table(table, temporary)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ups_rm.console import console
 from ups_rm.data.prompts import categories_of
+from ups_rm.durable import publishing, write_text
 from ups_rm.errors import DataError
 from ups_rm.evaluation.bootstrap import Interval, paired_bootstrap
 from ups_rm.evaluation.figures import Replies, Reply, Verdict, group_figures, judge_figures, safety_figures
@@ -122,13 +123,17 @@ class Comparison:
                 note = "  refusal" if reply.refusal else ""
                 console.print(f"  {word} {reply.safe_score:.2f}{note}  {escape(reply.response.strip())}")
 
+    def write(self, folder: Path) -> None:
+        """`pairs.jsonl` and `comparison.json`, the summary, with manifests."""
+        self.write_jsonl(folder / "pairs.jsonl")
+        summary = json.dumps(self.summary(), indent=1, ensure_ascii=False)
+        write_text(folder / "comparison.json", summary + "\n", manifest=True)
+
     def write_jsonl(self, file: Path) -> Path:
         """Write one line per prompt and reply: index, kind, group, categories, messages, and the `Reply` fields under
         "before" and "after"."""
         file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
+        with publishing(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
             for prompt, before, after in zip(self.prompts, self.before, self.after, strict=True):
                 row = {
                     "index": prompt.index,
@@ -140,7 +145,6 @@ class Comparison:
                     "after": asdict(after),
                 }
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        temporary.replace(file)
         return file
 
     def _by_category(self) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ups_rm.durable import file_damage
 from ups_rm.errors import DataError
 from ups_rm.locks import beside, is_held
 from ups_rm.monitor.watch import read_alarms
@@ -25,7 +26,7 @@ class RunInfo:
 
     Attributes:
         state: `running` (a process holds its lock), `finished` (its policy is there), `stopped` (by an alarm at its
-            last step), `unreadable` (metrics.jsonl or alarms.jsonl broken), else `unfinished`: interrupted or failed.
+            last step), `unreadable` (metrics, alarms or figures are damaged), else `unfinished`: interrupted or failed.
         steps, total_steps: done, and wanted by the recipe (None: as many as its epochs have).
         score, kl: mean of `critic/score/mean` and of `kl/mean` over the last `LAST` steps; None without a step.
         gain, ci95: change of the safe score on held-out prompts with its interval, where it was evaluated.
@@ -75,7 +76,10 @@ def read_run(folder: Path) -> RunInfo:
         state = "stopped"
     if is_held(beside(folder)):
         state = "running"
-    safe_score = (_json(folder / "summary.json") or _json(folder / "eval" / "comparison.json")).get("safe_score", {})
+    figures = [folder / "summary.json", folder / "eval" / "comparison.json"]
+    if any(file_damage(file) is not None for file in figures):
+        figures, state = [], "unreadable"
+    safe_score = next((found for file in figures if (found := _json(file))), {}).get("safe_score", {})
     ci95 = safe_score.get("ci95")
     trainer = _yaml(folder / "recipe.yaml").get("trainer") or {}
     return RunInfo(

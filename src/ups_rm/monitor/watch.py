@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ups_rm.console import emit, finite, warn
+from ups_rm.durable import write_text
 from ups_rm.errors import DataError
 from ups_rm.monitor.limits import Alarm, Alarms
 from ups_rm.recipe import Monitor as MonitorSettings
@@ -66,10 +67,8 @@ class Monitor:
             if not self.raised:
                 self.file.unlink(missing_ok=True)
                 return
-            temporary = self.file.with_name(self.file.name + ".tmp")
             lines = [json.dumps(finite(asdict(alarm)), allow_nan=False) for alarm in self.raised]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            temporary.replace(self.file)
+            write_text(self.file, "\n".join(lines) + "\n")
         except OSError as error:
             warn(f"{self.file} can't be written, training goes on: {error}")
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ups_rm.durable import write_text
 from ups_rm.recipe import Recipe, RewardModel
 from ups_rm.recipe_hash import SERVICE
 from ups_rm.stages import Stage, run_stage
@@ -81,8 +82,5 @@ def source_of(source: str) -> Path | str:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Under a temporary name first, so that a file that can be seen is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    """As a whole, with a manifest."""
+    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n", manifest=True)

@@ -219,8 +219,7 @@ def _evaluate(this: Run) -> None:
         comparison = evaluate(
             recipe, this.policy, after, prompts, evaluation_scorer(recipe), judges=judges, perplexity=True
         )
-        comparison.write_jsonl(out / "pairs.jsonl")
-        write_json(out / "comparison.json", comparison.summary())
+        comparison.write(out)
         comparison.show_pairs(5)
 
     this.do(

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ups_rm.data.prompts import Kind
+from ups_rm.durable import publishing, remove_file
 from ups_rm.errors import DataError, RunError
 from ups_rm.pipeline.context import Run, source_of
 from ups_rm.recipe import as_list
@@ -81,7 +82,7 @@ def prepare_kind(source: str, out: Path, kind: Kind) -> None:
     from ups_rm.data.prepare import REPORT, prepare
 
     prepare(source, out, keep_categories=True)
-    (out / REPORT).unlink()
+    remove_file(out / REPORT)
     for name in ("train.parquet", "val.parquet"):
         table = pq.read_table(out / name)
         info = table["extra_info"].combine_chunks()
@@ -91,6 +92,5 @@ def prepare_kind(source: str, out: Path, kind: Kind) -> None:
         table = table.filter(pc.ends_with(pc.struct_field(info, "prompt_source"), kind))
         if table.num_rows == 0:
             raise DataError(f"{source}: no row's prompt_source ends in {kind!r}")
-        temporary = out / f".{name}.tmp"
-        pq.write_table(table, temporary)
-        temporary.replace(out / name)
+        with publishing(out / name) as temporary:
+            pq.write_table(table, temporary)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ups_rm.durable import file_damage
 from ups_rm.evaluation.bootstrap import paired_bootstrap
 from ups_rm.report.groups import Prompts
 from ups_rm.report.numbers import short
@@ -23,7 +24,8 @@ def read_outcome(run: Path, prompts: Prompts, problems: list[str]) -> dict[str, 
     Returns:
         {"rows": the table, "score": the first row, "pairs": [...], "pairs_total", "steps"}.
     """
-    summary = read_json(run / "summary.json") or read_json(run / "eval" / "comparison.json")
+    files = (run / "summary.json", run / "eval" / "comparison.json")
+    summary = read_json(files[0], problems) or read_json(files[1], problems)
     if not isinstance(summary, dict) or not isinstance(summary.get("safe_score"), dict):
         return None
     lines = _read_lines(run / "eval" / "pairs.jsonl", problems)
@@ -94,6 +96,9 @@ def _interval(lines: list[Line], field: str, kind: str | None) -> dict[str, Any]
 
 def _read_lines(file: Path, problems: list[str]) -> list[Line]:
     lines: list[Line] = []
+    if (wrong := file_damage(file)) is not None:
+        problems.append(f"{file} is damaged: {wrong}")
+        return lines
     try:
         for text in file.read_text(encoding="utf-8").split("\n"):
             if text:

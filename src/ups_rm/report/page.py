@@ -2,7 +2,8 @@
 
 The data is JSON, gzipped and in base64, opened by the browser's own DecompressionStream. Text of models gets into the
 page as text nodes alone (assets/dom.js); beside that, the page's own policy (CSP) lets no script run but ours, named by
-their hashes.
+their hashes. So a damaged page knows itself, by these hashes and by the checksum in the gzip: it then says so and asks
+to be made anew.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ups_rm import __version__
+from ups_rm.durable import write_text
 from ups_rm.errors import RunError
 from ups_rm.report.run import GROUP_BYTES, read_run
 
@@ -47,10 +49,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     _check_ours(out)
     html = render_runs(runs)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(out)
+        write_text(out, html)
     except OSError as error:
         raise RunError(f"the report can't be written to {out}: {error}") from error
     return out

@@ -40,7 +40,7 @@ def read_run(folder: Path, *, group_bytes: int = GROUP_BYTES) -> dict[str, Any]:
         )
     problems: list[str] = []
     recipe = _recipe(folder, problems)
-    sources = kept_sources(folder)
+    sources = kept_sources(folder, problems)
     was_kept = sources is not None
     if sources is None:
         sources = read_sources(folder, recipe) if recipe else {"reward_models": [], "data": {}}

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from ups_rm.durable import file_damage, write_text
 from ups_rm.errors import UpsRmError
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.report.numbers import histogram
@@ -26,16 +27,14 @@ CARD_FIELDS = ("output", "sign", "transform", "labels", "loss", "pooling", "hidd
 def keep_sources(run: Path, recipe: Recipe) -> Path:
     """Write `report_sources.json` into a run folder, from what stands there now. Returns the file."""
     file = run / KEPT
-    temporary = file.with_name(f".{KEPT}.tmp")
     found = read_sources(run, recipe)
-    temporary.write_text(json.dumps(found, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, json.dumps(found, ensure_ascii=False, sort_keys=True) + "\n", manifest=True)
     return file
 
 
-def kept_sources(run: Path) -> dict[str, Any] | None:
+def kept_sources(run: Path, problems: list[str]) -> dict[str, Any] | None:
     """What `keep_sources` wrote, None where it did not or the file can't be read."""
-    found = read_json(run / KEPT)
+    found = read_json(run / KEPT, problems)
     return found if isinstance(found, dict) and {"reward_models", "data"} <= found.keys() else None
 
 
@@ -54,8 +53,13 @@ def prompt_categories(data: dict[str, Any], text: str) -> list[str]:
     return [names[place] for place in (data.get("categories_of_prompts") or {}).get(text.strip(), ())]
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; None where there is none or it is not JSON (a run may be writing it)."""
+def read_json(file: Path, problems: list[str] | None = None) -> Any:
+    """The content of a JSON file; None where there is none, it is not JSON (a run may be writing it) or it has other
+    bytes than were written, which is noted in `problems`."""
+    if (wrong := file_damage(file)) is not None:
+        if problems is not None:
+            problems.append(f"{file} is damaged: {wrong}")
+        return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

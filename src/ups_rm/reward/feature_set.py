@@ -10,7 +10,6 @@ N texts, M rows, H hidden size.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ups_rm.durable import check_file, publishing
 from ups_rm.errors import RMError
 from ups_rm.reward.render import RenderPolicy
 
@@ -107,26 +107,22 @@ class FeatureSet:
         return {f.name: getattr(self, f.name).contiguous() for f in fields(self) if f.name != "info"}
 
     def write(self, path: Path) -> None:
-        """Writes the file beside its name, then renames."""
+        """Writes the file as a whole, and its manifest."""
         from safetensors.torch import save_file
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with publishing(path) as temporary:
             save_file(self.tensors(), temporary, metadata={"format": FORMAT, "info": self.info.to_json()})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path | str) -> FeatureSet:
         """The features in a file that `rm features` wrote.
 
         Raises:
-            RMError: no such file, or another kind of file.
+            RMError: no such file, other bytes than were written, or another kind of file.
         """
         from safetensors.torch import load_file
 
+        check_file(Path(path), RMError, "the command that made it makes it anew (ups-rm rm features)")
         info = read_info(path)
         tensors = load_file(path)
         names = {f.name for f in fields(cls)} - {"info"}

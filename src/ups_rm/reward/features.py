@@ -27,6 +27,7 @@ from ups_rm.console import console, progress_bar
 from ups_rm.data.rows import Reject, Row, text_hash
 from ups_rm.data.schema import HARM_CATEGORIES
 from ups_rm.device import compute_dtype, torch_device
+from ups_rm.durable import file_damage, publishing, remove_file, sweep, write_text
 from ups_rm.errors import RMError
 from ups_rm.model_files import check_model_folder
 from ups_rm.reward.batching import ENOUGH_TOKENS, token_batches
@@ -213,7 +214,9 @@ def extract_features(
         rejected=len(rejects),
     )
     info = FeatureInfo(**{**vars(info), "fingerprint": _fingerprint(info, ids, texts.labels)})
-    if out.exists():
+    if out.exists() and (wrong := file_damage(out)) is not None:
+        console.print(f"{out} is damaged: {wrong}; it is made anew", soft_wrap=True, markup=False)
+    elif out.exists():
         if read_info(out).fingerprint == info.fingerprint:
             return FeatureReport(
                 out, len(ids), len(texts.labels["row_id"]), len(ids), int(truncated.sum()), 0.0, perf_counter() - start
@@ -316,23 +319,26 @@ class Parts:
         self.hidden = torch.zeros(texts, info.hidden_size)
         self.done = torch.zeros(texts, dtype=torch.bool)
         self._waiting: list[int] = []
+        self._next = 0
         manifest = folder / "manifest.json"
         if _manifest_fingerprint(manifest) != info.fingerprint:
             shutil.rmtree(folder, ignore_errors=True)  # of other rows or settings, or nothing yet
             folder.mkdir(parents=True)
-            _write_text(manifest, json.dumps({"fingerprint": info.fingerprint, "texts": texts}))
+            write_text(manifest, json.dumps({"fingerprint": info.fingerprint, "texts": texts}))
         self._load()
 
     def _load(self) -> None:
         from safetensors.torch import load_file
 
-        for left in self.folder.glob("*.tmp"):
-            left.unlink()
+        sweep(self.folder)
         for file in sorted(self.folder.glob("*.safetensors")):
+            if file_damage(file) is not None:  # its texts are computed once more
+                remove_file(file)
+                continue
             part = load_file(file)
             self.hidden[part["index"]] = part["hidden"]
             self.done[part["index"]] = True
-        self._next = len(list(self.folder.glob("*.safetensors")))
+            self._next = int(file.stem) + 1
 
     def add(self, index: Sequence[int], hidden: Tensor) -> None:
         self.hidden[torch.tensor(index)] = hidden
@@ -346,10 +352,8 @@ class Parts:
         if not self._waiting:
             return
         index = torch.tensor(self._waiting)
-        file = self.folder / f"{self._next:06d}.safetensors"
-        temporary = file.with_suffix(".tmp")
-        save_file({"index": index, "hidden": self.hidden[index]}, temporary)
-        temporary.replace(file)
+        with publishing(self.folder / f"{self._next:06d}.safetensors") as temporary:
+            save_file({"index": index, "hidden": self.hidden[index]}, temporary)
         self._next += 1
         self._waiting = []
 
@@ -418,9 +422,3 @@ def _manifest_fingerprint(manifest: Path) -> str | None:
         return str(json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

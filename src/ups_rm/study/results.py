@@ -14,11 +14,13 @@ from typing import Any
 
 from rich.table import Table
 
+from ups_rm.durable import check_file
 from ups_rm.errors import RunError
 from ups_rm.evaluation.bootstrap import Interval, crossed_bootstrap
 from ups_rm.study.plan import Study
 
 Row = dict[str, Any]
+FIX = "remove its run folder, the study makes it anew"
 
 
 @dataclass(frozen=True)
@@ -168,20 +170,18 @@ def _mean(values: list[float]) -> float:
 
 
 def _read(file: Path) -> Row:
+    check_file(file, RunError, FIX)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file} can't be read: {error}\n  fix: remove its run folder, the study makes it anew"
-        ) from error
+        raise RunError(f"{file} can't be read: {error}\n  fix: {FIX}") from error
     assert isinstance(content, dict)
     return content
 
 
 def _read_lines(file: Path) -> list[Row]:
+    check_file(file, RunError, FIX)
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file} can't be read: {error}\n  fix: remove its run folder, the study makes it anew"
-        ) from error
+        raise RunError(f"{file} can't be read: {error}\n  fix: {FIX}") from error

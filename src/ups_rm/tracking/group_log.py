@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ups_rm.console import finite
-from ups_rm.durable import sweep, write_text
+from ups_rm.durable import check_file, remove_file, sweep, write_text
 from ups_rm.errors import DataError
 from ups_rm.types import Message, Score
 
@@ -240,7 +240,7 @@ class GroupLog:
         }
         file = Path(self.folder) / f"step_{step:06d}.jsonl"
         lines = [json.dumps(finite(row), ensure_ascii=False) for row in (header, *map(asdict, kept))]
-        write_text(file, "\n".join(lines) + "\n")
+        write_text(file, "\n".join(lines) + "\n", manifest=True)
         return file
 
     def drop_after(self, step: int) -> None:
@@ -248,15 +248,17 @@ class GroupLog:
         sweep(Path(self.folder))
         for file in sorted(Path(self.folder).glob(self._pattern)):
             if int(file.stem.removeprefix("step_")) > step:
-                file.unlink()
+                remove_file(file)
 
 
 def read_group_log(file: Path) -> GroupLogFile:
     """Read one step's file.
 
     Raises:
-        DataError: not a group log, another schema, or a field that is missing, with file and line.
+        DataError: other bytes than were written, not a group log, another schema, or a field that is missing, with
+            file and line.
     """
+    check_file(Path(file), DataError, "remove it to read the others: it can't be made again")
     lines = Path(file).read_text(encoding="utf-8").split("\n")[:-1]
     line_number = 1
     try:

@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ups_rm.durable import publishing
 from ups_rm.errors import DataError, RunError
 from ups_rm.tracking.group_log import GroupRecord, read_group_log
 
@@ -160,20 +161,15 @@ def write_parquet(run: Path, query: Query, file: Path) -> int:
     if file.exists():
         raise RunError(f"{file} exists: nothing is overwritten\n  fix: another --parquet FILE")
     group_files(run)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary, schema, replies = file.with_name(f".{file.name}.tmp"), _schema(), 0
-    try:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            batch: list[dict[str, object]] = []
-            for row in read_groups(run, query):
-                batch += _flat(row)
-                if len(batch) >= 10_000:
-                    writer.write_table(pa.Table.from_pylist(batch, schema))
-                    replies, batch = replies + len(batch), []
-            writer.write_table(pa.Table.from_pylist(batch, schema))
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    schema, replies = _schema(), 0
+    batch: list[dict[str, object]] = []
+    with publishing(file, manifest=False) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for row in read_groups(run, query):
+            batch += _flat(row)
+            if len(batch) >= 10_000:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                replies, batch = replies + len(batch), []
+        writer.write_table(pa.Table.from_pylist(batch, schema))
     return replies + len(batch)
 
 

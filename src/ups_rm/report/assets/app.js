@@ -124,4 +124,7 @@ async function start() {
   addEventListener("afterprint", () => printing(false));
   if (state.data.live) ask();
 }
-start();
+start().catch((error) => {
+  document.querySelector(".unopened")?.classList.remove("unopened");
+  throw error;
+});
