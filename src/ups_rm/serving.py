@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from typing import Any, TypeVar
@@ -26,6 +27,11 @@ class Served:
             self._uvicorn.run(sockets=[self._socket])
         finally:
             self._socket.close()
+
+    def end_on_signals(self) -> None:
+        """SIGTERM and SIGINT ask for the end from now on: also those that arrive before `run` listens to them."""
+        for one in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(one, lambda *_: self.stop())  # uvicorn raises them again at its end: asked twice is no harm
 
     def stop(self) -> None:
         """Ask for the end; `run` returns when everything accepted is answered."""

@@ -125,6 +125,18 @@ def test_a_run_that_goes_away_is_said(going_on: Path, monkeypatch: pytest.Monkey
         assert "is not a run folder" in answer.text
 
 
+def test_a_signal_before_the_server_listens_to_signals_is_not_lost(going_on: Path) -> None:
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+    server = WatchServer([going_on], listener=listen("127.0.0.1", 0, None), token=None)
+    try:
+        server.end_on_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        server.run()  # would serve for ever
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
 def test_the_command_serves_until_it_is_asked_to_end(going_on: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "UPS_RM_TOKEN"}
     child = subprocess.Popen(

@@ -98,7 +98,7 @@ def evaluate(
     if endpoint is not None:
         endpoint.check()
     judges = open_judges(judge or [], str(torch_device(settings.trainer.device)), endpoint)
-    comparison = run(settings, before, after, rows, scorer, judges=judges, perplexity=True)
+    comparison = run(settings, before, after, rows, scorer, judges=judges)
     used = settings.evaluation
     comparison.about.update(
         policies={"before": before, "after": after},

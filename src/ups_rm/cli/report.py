@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -47,8 +46,7 @@ def watch(
 
     token = read_token(token_file, os.environ.get(TOKEN_VARIABLE))
     server = WatchServer(runs, listener=listen(host, port, token), token=token)
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, lambda *_: None)  # uvicorn raises them again at its end, which is a good one
+    server.end_on_signals()
     console.print(
         f"{', '.join(str(run) for run in runs)}: open {server.url} ({'token as password' if token else 'no token'})",
         soft_wrap=True,

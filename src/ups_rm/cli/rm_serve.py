@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -72,8 +71,7 @@ def serve(
         policy_tokenizer=load_tokenizer(policy_tokenizer) if policy_tokenizer else None,
         by_request=by_request,
     )
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, lambda *_: None)  # uvicorn raises them again at its end, which is a good one
+    server.end_on_signals()
     console.print(
         f"{folder.name} on {', '.join(device or ['cpu'])} answers at {server.url} "
         f"({'token needed' if token else 'no token'})",

@@ -46,18 +46,16 @@ def evaluate(
     scorer: Scorer,
     *,
     judges: Sequence[Judge] = (),
-    perplexity: bool = False,
 ) -> Comparison:
     """Compare two policies.
 
     KL is measured on the replies of `after`: mean over tokens of log pi_after - log pi_before, nats, at the sampling
-    temperature. Perplexity is that of both policies' replies under `before`, at temperature 1.
+    temperature. Perplexity (`evaluation.perplexity`) is that of both policies' replies under `before`, at temperature 1.
 
     Args:
         before, after: policy folders, hub ids, or the default's name.
         prompts: see `held_out_prompts`; each gets `evaluation.n` replies.
         judges: asked besides `scorer` about every reply.
-        perplexity: measure it; costs one forward over before's replies.
     """
     settings = recipe.evaluation
     with progress_bar("evaluating", 2 * len(prompts), unit="prompts") as advance:
@@ -68,7 +66,7 @@ def evaluate(
     texts_before, conversations_before, lengths_before = _joined(rollouts_before)
     texts_after, conversations_after, lengths_after = _joined(rollouts_after)
     kl, nll_before, nll_after = _logprob_sums(
-        trained, base, rollouts_before if perplexity else [], rollouts_after, recipe
+        trained, base, rollouts_before if settings.perplexity else [], rollouts_after, recipe
     )
     del base, trained  # before a judge needs their memory
     # in one call, so that a judge of pairs compares the replies of both policies with each other

@@ -216,9 +216,7 @@ def _evaluate(this: Run) -> None:
         prompts = held_out_prompts(read_prompts(as_list(recipe.data.val_files)), recipe)
         second = open_judge(recipe)
         judges = [] if second is None else [ScorerJudge(judge_name(recipe), second)]
-        comparison = evaluate(
-            recipe, this.policy, after, prompts, evaluation_scorer(recipe), judges=judges, perplexity=True
-        )
+        comparison = evaluate(recipe, this.policy, after, prompts, evaluation_scorer(recipe), judges=judges)
         comparison.write_jsonl(out / "pairs.jsonl")
         write_json(out / "comparison.json", comparison.summary())
         comparison.show_pairs(5)
