@@ -191,7 +191,7 @@ class Objective:
 
     def _binds(self, benign: Tensor) -> Tensor:
         """Replies that the constraint is about. Shape (B,), bool."""
-        return ~benign if self.algorithm.constraint.on == "unsafe" else torch.ones_like(benign)
+        return ~benign if self.algorithm.constraint.prompts == "unsafe" else torch.ones_like(benign)
 
     def _cost(self, scores: Sequence[Score], benign: Tensor) -> Tensor:
         return torch.tensor([score.logit for score in scores], device=benign.device)

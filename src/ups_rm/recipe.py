@@ -376,7 +376,7 @@ class Constraint:
 
     cost_limit: float = 0.0
     """Largest mean cost that is allowed, in logits: 0 is where the RM calls half unsafe, -2 about one in eight."""
-    on: str = "all"
+    prompts: str = "all"
     """`all` prompts, or `unsafe` ones only: on harmless prompts nothing but helpfulness then counts."""
     lambda_init: float = 1.0
     """The multiplier at the start: one unit of cost weighs as much as so many units of helpfulness."""

@@ -55,7 +55,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "trainer.nonfinite": ("skip", "stop"),
     "algorithm.zero_std_groups": ("keep", "mask", "resample"),
     "algorithm.objective": ("safety", "weighted", "constrained"),
-    "algorithm.constraint.on": ("all", "unsafe"),
+    "algorithm.constraint.prompts": ("all", "unsafe"),
     "algorithm.normalize_components": ORDERS,
     f"{ARR}.actor.policy_loss.loss_mode": POLICY_LOSSES,
 }

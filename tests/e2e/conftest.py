@@ -19,7 +19,7 @@ from verl_cpu import command
 from verl_runs import OWN_CODE, Interrupted, Replay, VerlRun, planned, replies_with
 
 CONSTRAINED = (
-    "algorithm.objective=constrained", "algorithm.constraint.on=unsafe", "algorithm.constraint.lambda_lr=0.5",
+    "algorithm.objective=constrained", "algorithm.constraint.prompts=unsafe", "algorithm.constraint.lambda_lr=0.5",
     "reward_model.overlong_buffer.enable=true", "reward_model.overlong_buffer.len=4",
 )  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_the_multiplier_is_logged_as_its_formula_says(tmp_path: Path, policy_fol
 
 def test_on_unsafe_prompts_only_harmless_ones_know_no_cost(tmp_path: Path, policy_folder: Path) -> None:
     recipe = tiny_recipe(
-        tmp_path, policy_folder, *LEARN, f"{ALGORITHM}objective=constrained", f"{ALGORITHM}constraint.on=unsafe",
+        tmp_path, policy_folder, *LEARN, f"{ALGORITHM}objective=constrained", f"{ALGORITHM}constraint.prompts=unsafe",
         "trainer.total_training_steps=1",
     )  # fmt: skip
     rows = fit(recipe, opposed())

@@ -14,7 +14,7 @@ from matplotlib import image
 from tiny_training import command
 from ups_rm.errors import RecipeError, RunError
 from ups_rm.evaluation.bootstrap import crossed_bootstrap, paired_bootstrap
-from ups_rm.recipe import Recipe
+from ups_rm.recipe import Recipe, load_recipe
 from ups_rm.study import arm_results, read_study, run_study
 from ups_rm.study.results import to_markdown
 
@@ -81,6 +81,17 @@ def test_the_packaged_study_is_one() -> None:
     study = read_study("study_constrained")
     assert list(study.arms) == ["safety", "weighted", "constrained"]
     assert len(study.seeds) >= 3
+
+
+def test_the_recommended_recipe_is_what_the_study_measured(tmp_path: Path) -> None:
+    study = read_study("study_constrained")
+    [cell] = [cell for cell in study.cells() if cell.arm == "constrained" and cell.seed == 0]
+    measured, recommended = study.load(cell, tmp_path).as_dict(), load_recipe("constrained").as_dict()
+    assert recommended["algorithm"] == measured["algorithm"]
+    assert recommended["reward_training"] == measured["reward_training"]
+    assert recommended["data"] | {"seed": 0} == measured["data"]
+    assert recommended["actor_rollout_ref"]["actor"] == measured["actor_rollout_ref"]["actor"]
+    assert recommended["trainer"]["total_training_steps"] == measured["trainer"]["total_training_steps"]
 
 
 @pytest.mark.parametrize(
