@@ -7,7 +7,7 @@
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$repo/scripts/setup.sh"
-setup_venv "$repo" "dev,verl,trl"
+setup_venv "$repo" "dev,verl,trl,audit"
 cd "$repo"
 
 sbom() {
@@ -25,7 +25,7 @@ vulnerabilities() {
 lock() {
   {
     echo "# constraints.txt with the sha256 of every file, and what torch pins itself. Made by: bash scripts/audit.sh lock"
-    "$venv/bin/uv" pip compile --quiet --universal --python-version 3.10 --extra dev --extra verl --extra trl \
+    "$venv/bin/uv" pip compile --quiet --universal --python-version 3.10 --extra dev --extra verl --extra trl --extra audit \
       --constraint constraints.txt --generate-hashes --no-annotate --no-header --no-emit-index-url pyproject.toml
   } >.requirements.lock.tmp
   mv .requirements.lock.tmp requirements.lock

@@ -284,10 +284,15 @@ def test_workers_killed_in_mid_call_come_back(fresh: None, rm_folder: Path, tmp_
         assert logits == pytest.approx([score.logit for score in here.score(batch)], abs=1e-6)
 
 
-def test_nan_ends_in_an_error_that_stays(fresh: None, rm_folder: Path, policy_folder: Path, tmp_path: Path) -> None:
-    """On workers that take the resource of their nodes; the failure stands on the board for the trainer."""
+def test_nan_ends_in_an_error_that_stays(
+    fresh: None, rm_folder: Path, policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On workers that take the resource of their nodes; and our trainer raises it, though verl's step hides it."""
     from transformers import AutoTokenizer
     from verl.trainer.ppo.reward import load_reward_manager
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    from ups_rm.distributed.verl_trainer import SafetyTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     config = verl_config(nan_rm(tmp_path / "nan", rm_folder), "reward_model.placement=node", "reward_model.retries=1")
@@ -307,8 +312,13 @@ def test_nan_ends_in_an_error_that_stays(fresh: None, rm_folder: Path, policy_fo
 
     asyncio.run(run())
     assert ray.available_resources().get("ups_rm", 0) == 0
-    posted = ray.get(failure_board().first.remote())
-    assert "logit is nan" in str(as_error(posted))
+    monkeypatch.setattr(PPOTrainerSync, "fit", lambda self, _: self.step({}, {}))
+    monkeypatch.setattr(PPOTrainerSync, "step", lambda *_: "a batch of the replies that are left")
+    trainer = SafetyTrainer.__new__(SafetyTrainer)
+    trainer.board, trainer.folder = failure_board(), tmp_path / "run"
+    with pytest.raises(RMError, match=both):
+        trainer.fit(None)
+    assert "logit is nan" in str(read_failure(tmp_path / "run"))  # from which the command prints it
 
 
 def test_a_slow_rm_ends_at_the_time_limit(fresh: None, rm_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ups_rm.reward.merge import merge
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 ROWS = 120
-SECONDS = 40.0
+SECONDS = 30.0
 
 
 def test_a_real_rm_is_examined_in_the_time_it_was_given(tmp_path: Path) -> None:

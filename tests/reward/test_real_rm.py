@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,15 @@ from ups_rm.reward.trim import trim_backbone
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 LAYERS = 22  # of 30; see docs/design.md
-PAIRS_PER_PROMPT = 1  # of up to 15: more pairs of one prompt cost time and say little
+EVERY = 2
+"""Of the 590 real prompts each second one is asked. With all of them (1) the head orders 0.615 [0.575, 0.656] of the
+pairs; for a half drawn from them that leads one to expect a lower bound of 0.56, give or take 0.02."""
 
 
-def few_pairs(rows: list[Row]) -> list[Row]:
-    seen: Counter[str] = Counter()
-    kept = []
-    for row in rows:
-        seen[row.prompt] += 1
-        if seen[row.prompt] <= PAIRS_PER_PROMPT:
-            kept.append(row)
-    return kept
+def few_pairs(rows: Iterable[Row]) -> list[Row]:
+    """The first pair of each EVERY-th prompt: more pairs of one prompt (up to 15) cost time and say little."""
+    first = {row.prompt: row for row in reversed(list(rows))}
+    return list(first.values())[::EVERY]
 
 
 def test_a_head_from_the_sample_carries_over_to_real_pairs(shared_data: Path, tmp_path: Path) -> None:
@@ -38,7 +36,7 @@ def test_a_head_from_the_sample_carries_over_to_real_pairs(shared_data: Path, tm
     sources = {
         "sample": list(read_rows("sample", split="train")),
         "held_out": list(read_rows("sample", split="test")),
-        "real": few_pairs(list(read_rows(shared_data / "saferlhf_pairs.jsonl"))),
+        "real": few_pairs(read_rows(shared_data / "saferlhf_pairs.jsonl")),
     }
     sets = {}
     for name, rows in sources.items():
@@ -48,8 +46,8 @@ def test_a_head_from_the_sample_carries_over_to_real_pairs(shared_data: Path, tm
     )
     real, held_out = report.extra["real"], report.extra["held_out"]
     print(f"real pairs: {real.as_dict()}")
-    assert real.pairs > 500
-    assert real.pairwise_ci95[0] > 0.5  # over prompts; 0.61 when this was written
+    assert real.pairs > 250
+    assert real.pairwise_ci95[0] > 0.5  # over prompts
     assert held_out.auc > 0.85
     assert held_out.pairwise_accuracy > 0.85
 

@@ -163,6 +163,8 @@ DRIVER_ENV = {
     "HYDRA_FULL_ERROR": "1",
     "PYTHONUNBUFFERED": "1",
     "RAY_DEDUP_LOGS": "0",  # every worker's error is wanted
+    # one idle process per CPU that `ray.init` waits for; verl's actors have another environment and never use them
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }

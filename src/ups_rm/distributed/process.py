@@ -1,4 +1,8 @@
-"""What every process of a verl run imports first (verl's own hook, VERL_USE_EXTERNAL_MODULES)."""
+"""What every process of a verl run imports first (verl's own hook, VERL_USE_EXTERNAL_MODULES).
+
+Most of these processes (rollout servers, reward loop, FSDP workers) never ask for a trainer. So ours, which brings
+verl's trainers with it, is registered only where verl's own are imported: seconds less for each of the others.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,49 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
+from types import ModuleType
 
 from ups_rm.distributed.launch import LAUNCHER
 
+TRAINERS = "verl.trainer.ppo.v1"
+"""Where verl's trainers and their registry are."""
+OURS = "ups_rm.distributed.verl_trainer"
+"""What `trainer.v1.trainer_mode=ups_rm` and the estimator `ups_rm` are known by."""
+
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class Follower(MetaPathFinder):
+    """On `sys.meta_path`: once the module `first` was imported, `then` is imported as well."""
+
+    def __init__(self, first: str, then: str) -> None:
+        self.first, self.then = first, then
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == self.first else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_both(module: ModuleType) -> None:
+            execute(module)
+            import_module(self.then)
+
+        spec.loader.exec_module = execute_both  # type: ignore[method-assign]
+        return spec
+
+
+def follow(first: str, then: str) -> None:
+    """Import the module `then` as soon as `first` is imported; now, if it is already."""
+    if first in sys.modules:
+        import_module(then)
+    else:
+        sys.meta_path.insert(0, Follower(first, then))
 
 
 def complete_trl() -> None:
@@ -40,4 +82,5 @@ def end_with_launcher() -> None:
 
 
 complete_trl()
+follow(TRAINERS, then=OURS)
 end_with_launcher()

@@ -10,9 +10,6 @@ from typing import Any
 from ups_rm.errors import RecipeError
 from ups_rm.recipe import Recipe, RewardModel, RewardModelModel
 
-EXTERNAL_MODULE = "ups_rm.distributed.verl_trainer"
-"""What verl's processes import (VERL_USE_EXTERNAL_MODULES) so that `trainer.v1.trainer_mode=ups_rm` is known."""
-
 
 def verl_overrides(recipe: Recipe) -> dict[str, Any]:
     """Our reward manager, our trainer and what they read: `reward_model` goes to `reward.ups_rm`, key by key.

@@ -295,9 +295,7 @@ def run_environment(recipe: Recipe) -> dict[str, str]:
     """What every process of verl's needs in its environment, on every node."""
     folder = Path(recipe.trainer.default_local_dir).absolute()
     return {
-        "VERL_USE_EXTERNAL_MODULES": ",".join(
-            ["ups_rm.distributed.process", *recipe.verl.external_modules, rewards.EXTERNAL_MODULE]
-        ),
+        "VERL_USE_EXTERNAL_MODULES": ",".join(["ups_rm.distributed.process", *recipe.verl.external_modules]),
         "VERL_FILE_LOGGER_PATH": str(folder / "verl" / "metrics.jsonl"),
         "TENSORBOARD_DIR": str(folder / "tensorboard"),
         "WANDB_DIR": str(folder),

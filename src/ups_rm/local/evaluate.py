@@ -50,7 +50,7 @@ def evaluate(
     """Compare two policies.
 
     KL is measured on the replies of `after`: mean over tokens of log pi_after - log pi_before, nats, at the sampling
-    temperature. Perplexity (`evaluation.perplexity`) is that of both policies' replies under `before`, at temperature 1.
+    temperature. Perplexity (`evaluation.perplexity`): that of both policies' replies under `before`, at temperature 1.
 
     Args:
         before, after: policy folders, hub ids, or the default's name.
