@@ -34,7 +34,9 @@ SMALL = [
 STAGES = ["prepare", "backbone", "features", "head", "merge", "check", "train", "eval"]
 RUN = Path("runs/ups-rm/quickstart")
 RM = Path("merge/merged_model/Naive-RM-saferlhf")
-WRITTEN_ANEW = ("summary.json", "report.html", "report_sources.json")
+WRITTEN_ANEW = {
+    name for file in ("summary.json", "report.html", "report_sources.json") for name in (file, f".{file}.manifest.json")
+}
 
 
 @dataclass
