@@ -396,3 +396,25 @@ def test_nothing_is_registered_by_import_or_load(rm):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_folder(
+    rm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It derives from BaseException: found by the fuzzer in a damaged tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    from ups_rm.reward.native import load_tokenizer
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(*_: object, **__: object) -> None:
+        raise PanicException("byte index 4 is out of bounds of `a`")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panics)
+    with pytest.raises(RMError, match="can't be loaded: PanicException: byte index 4"):
+        load_tokenizer(rm_folder)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(rm_folder)

@@ -218,13 +218,13 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
         special_tokens(tokenizer)
         tokenizer(["Hi"], add_special_tokens=False)
         return tokenizer
-    except RMError:
+    except (RMError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         raise RMError(f"the tokenizer in {folder} can't be loaded: {_short(error)}") from error
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """Class and text of another library's error, which may quote all of what it could not use."""
     text = str(error)
     return f"{type(error).__name__}: {text if len(text) <= 2000 else f'{text[:2000]}...'}"
