@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -85,6 +86,17 @@ def is_plain_name(name: Any) -> bool:
         return False
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     return not (posix.is_absolute() or windows.anchor or ".." in posix.parts or ".." in windows.parts)
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """A panic of the tokenizers library, which damaged files raise and which is no Exception, as a ValueError."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as panic:
+        raise ValueError(f"{type(panic).__name__}: {panic}") from panic
 
 
 def refused_pickle(error: BaseException) -> str | None:

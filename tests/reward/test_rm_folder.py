@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from tiny import head_tensors, llama3_tokenizer, tiny_backbone, tiny_head, tiny_rm
-from ups_rm.errors import RMError
+from ups_rm.errors import PolicyError, RMError
 from ups_rm.reward.card import RMCard
 from ups_rm.reward.head_files import read_head
 from ups_rm.reward.merge import load_backbone, merge, write_weights
@@ -399,11 +399,13 @@ def test_nothing_is_registered_by_import_or_load(rm):
 
 
 def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_folder(
-    rm_folder: Path, monkeypatch: pytest.MonkeyPatch
+    rm_folder: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It derives from BaseException: found by the fuzzer in a damaged tokenizer.json."""
     from transformers import AutoTokenizer
 
+    from ups_rm.local.policy import load_model
+    from ups_rm.reward.merge import load_backbone_tokenizer
     from ups_rm.reward.native import load_tokenizer
 
     class PanicException(BaseException):
@@ -413,8 +415,12 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_folder(
         raise PanicException("byte index 4 is out of bounds of `a`")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", panics)
-    with pytest.raises(RMError, match="can't be loaded: PanicException: byte index 4"):
+    with pytest.raises(RMError, match=r"can't be loaded: .*PanicException: byte index 4"):
         load_tokenizer(rm_folder)
+    with pytest.raises(RMError, match=r"can't be loaded: .*PanicException: byte index 4"):
+        load_backbone_tokenizer(rm_folder, None)
+    with pytest.raises(PolicyError, match=r"can't be loaded .*PanicException: byte index 4"):
+        load_model(str(policy_folder), dtype=torch.float32)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load_tokenizer(rm_folder)

@@ -23,7 +23,7 @@ from ups_rm.distributed.prompts import PromptFiles, lay_out_prompts
 from ups_rm.distributed.rewards import check_reachable
 from ups_rm.distributed.translate import check_for_verl, run_environment, to_yaml, verl_config, verl_overrides
 from ups_rm.errors import CheckpointError, PolicyError, RecipeError, RunError
-from ups_rm.model_files import check_model_folder
+from ups_rm.model_files import check_model_folder, panics_as_errors
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
@@ -314,7 +314,8 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Any:
 
     check_model_folder(path, PolicyError, trust_remote_code=trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with panics_as_errors():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise PolicyError(f"the tokenizer of {path} can't be loaded: {error}") from error
 

@@ -20,7 +20,7 @@ from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.shared_prefix import SharedPrefixForward
-from ups_rm.model_files import check_manifest, check_model_folder, refused_pickle
+from ups_rm.model_files import check_manifest, check_model_folder, panics_as_errors, refused_pickle
 from ups_rm.models import resolve_model
 from ups_rm.recipe import Model, Recipe
 
@@ -203,7 +203,8 @@ def load_model(source: str, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     check_model_folder(source, PolicyError, trust_remote_code=trust_remote_code)
     check_manifest(source, PolicyError)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ups_rm.durable import sync_tree, write_manifest
 from ups_rm.errors import RMError
-from ups_rm.model_files import check_model_folder, refused_pickle
+from ups_rm.model_files import check_model_folder, panics_as_errors, refused_pickle
 from ups_rm.reward.card import GOLDEN_CONVERSATIONS, make_card
 from ups_rm.reward.head_files import HELPFULNESS, Heads, HeadWeights, folded, read_heads
 from ups_rm.reward.model_card import keep_curves, write_model_card
@@ -165,7 +165,7 @@ def load_backbone_tokenizer(backbone: Path | str, chat_template: str | None) -> 
 
     check_model_folder(backbone, RMError)
     try:
-        with quiet_transformers():
+        with panics_as_errors(), quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(backbone), trust_remote_code=False)
     except Exception as error:  # transformers raises many classes
         raise RMError(f"the tokenizer of {backbone} can't be loaded: {type(error).__name__}: {error}") from error

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ups_rm.control_tokens import special_tokens
 from ups_rm.errors import RMError
-from ups_rm.model_files import check_manifest, check_model_folder, refused_pickle
+from ups_rm.model_files import check_manifest, check_model_folder, panics_as_errors, refused_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -213,18 +213,18 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
 
     check_model_folder(folder, RMError, trust_remote_code=trust_remote_code)
     try:
-        with quiet_transformers():
+        with panics_as_errors(), quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(rm_folder(folder), trust_remote_code=trust_remote_code)
-        special_tokens(tokenizer)
-        tokenizer(["Hi"], add_special_tokens=False)
+            special_tokens(tokenizer)
+            tokenizer(["Hi"], add_special_tokens=False)
         return tokenizer
-    except (RMError, KeyboardInterrupt, SystemExit):
+    except RMError:
         raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except Exception as error:
         raise RMError(f"the tokenizer in {folder} can't be loaded: {_short(error)}") from error
 
 
-def _short(error: BaseException) -> str:
+def _short(error: Exception) -> str:
     """Class and text of another library's error, which may quote all of what it could not use."""
     text = str(error)
     return f"{type(error).__name__}: {text if len(text) <= 2000 else f'{text[:2000]}...'}"
