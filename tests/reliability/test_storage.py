@@ -213,7 +213,8 @@ def test_damaged_features_are_named_and_made_anew(tmp_path: Path, capsys: pytest
         assert f"{out} is damaged: {wrong}" in capsys.readouterr().out
         anew = FeatureSet.read(out).tensors()
         assert all(torch.allclose(anew[name], tensor, equal_nan=True) for name, tensor in whole.items())
-    assert extract().resumed == extract().texts, "whole features are kept"
+    extract()  # `damages` has put the first file back, which need not be the one made anew to the bit
+    assert extract().resumed == 8, "whole features are kept"
 
 
 def test_a_damaged_part_of_features_is_computed_once_more(tmp_path: Path) -> None:
