@@ -37,7 +37,7 @@ def test_a_real_rm_is_examined_in_the_time_it_was_given(tmp_path: Path) -> None:
         print(f"{check.name}: {check.verdict}: {check.finding}")
     assert report.ok
     assert said[0].startswith("about ")
-    assert took < 3 * SECONDS + 20  # loading twice, and other programs' share of the cores
+    assert took < 10 * SECONDS  # loading twice, and whatever else runs on the cores; without a limit it would be more
     read = [check for check in report.checks if check.section in ("loaded exactly", "reads the right token")]
     assert {check.verdict for check in read} == {"pass"}
     assert report["left padding"].number is not None
