@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ups_rm.errors import RMError
-from ups_rm.model_files import check_model_folder
+from ups_rm.model_files import check_model_folder, panics_as_errors
 from ups_rm.reward.doctor.battery import BATTERY
 from ups_rm.reward.doctor.exam import Exam
 from ups_rm.reward.doctor.report import Result
@@ -152,7 +152,7 @@ def policy_tokenizer(exam: Exam) -> Result:
 
     if exam.policy is None:
         return Result("skip", "no --policy given; messages are rendered anew with the RM's own tokenizer in any case")
-    with quiet_transformers():
+    with panics_as_errors(), quiet_transformers():
         check_model_folder(exam.policy, RMError)
         theirs: Any = AutoTokenizer.from_pretrained(exam.policy, trust_remote_code=False)
     texts = [message["content"] for talk in BATTERY for message in talk if message["content"]]
