@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.result import Result
+from ups_rm.device import rest_idle_threads
 
 BENCHMARKS = ("grpo_step", "kernels", "rollout", "rm_scoring", "prepare", "prepare_curve", "memory", "rm_serve",
               "checkpoint")  # fmt: skip
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step.add_argument("--only", default="", help="cases whose name has this text")
     step.add_argument("--profile", type=Path, help="a trace of one of our steps, for chrome://tracing")
     options = parser.parse_args(given)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on shared cores both sides stall without it
+    rest_idle_threads()  # for both sides: on shared cores they stall without it
     results: list[Result] = []
     for name in BENCHMARKS if options.name == "all" else (options.name,):
         extra = {"only": options.only, "profile": options.profile} if name == "grpo_step" else {}

@@ -11,7 +11,7 @@ source "$repo/scripts/setup.sh"
 setup_venv "$repo" "dev,verl,trl"
 cd "$repo"
 export COLUMNS=140 # processes of a test run have no terminal to ask
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # idle threads sleep: other programs share the cores
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # idle threads sleep at once: other tests share the cores
 
 failed=()
 check() {

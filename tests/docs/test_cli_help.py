@@ -59,12 +59,15 @@ def test_the_example_uses_options_that_exist(path):
 def test_idle_threads_sleep_unless_told_otherwise(mine: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the README says of every command; torch reads it when it is imported."""
     monkeypatch.setattr(sys, "argv", ["ups-rm", "data", "--help"])
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that both are put back
+        monkeypatch.delenv(name)
     if mine:
         monkeypatch.setenv("OMP_WAIT_POLICY", mine)
     with pytest.raises(SystemExit):
         main()
     assert os.environ["OMP_WAIT_POLICY"] == (mine or "PASSIVE")
+    assert os.environ.get("GOMP_SPINCOUNT") == (None if mine else "5000")
 
 
 def test_help_of_groups_and_the_whole_shows_one():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -47,10 +46,10 @@ def options(
 def main() -> None:
     """Entry point: an error becomes one message and its exit code (exits.py), Ctrl-C becomes 130."""
     from ups_rm.console import err_console, set_output
+    from ups_rm.device import rest_idle_threads
     from ups_rm.exits import INTERRUPTED, guarded, show_tracebacks
 
-    # before torch is imported: idle OpenMP threads that spin stall whatever else runs on these cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    rest_idle_threads()
     given = sys.argv[1:]
     arguments = [word for word in given if word != "--debug"]
     try:

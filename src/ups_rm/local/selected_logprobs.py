@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ups_rm.local.native import usable
 
-LOGITS_AT_ONCE = 2**24
-"""Numbers in one chunk of logits: 32 MB in bf16, the largest block that malloc reuses (`keep_freed_memory`)."""
+LOGITS_AT_ONCE = 2**24 - 2**16
+"""Numbers in one chunk of logits: in bf16 just under 32 MiB, the largest block that malloc reuses."""
 ROWS_IN_FP32 = 32
 """Rows of it that are widened to fp32 at a time: they stay in the CPU's cache and in memory that malloc reuses."""
+WEIGHT_ROWS_AT_ONCE = 1024
+"""Rows of the weight's gradient that are added up at a time, for the same reason: `+=` widens its right side whole."""
 
 
 class SelectedLogprobs(torch.autograd.Function):
@@ -47,8 +49,12 @@ class SelectedLogprobs(torch.autograd.Function):
             logits = F.linear(hidden[rows], weight)
             to_gradient(logits, targets[rows], norms[rows], slopes[rows], ctx.temperature)
             d_hidden[rows] = logits @ weight
-            if d_weight is not None:
-                d_weight += torch.mm(logits.t(), hidden[rows], out=product)
+            if d_weight is not None and product is not None:
+                torch.mm(logits.t(), hidden[rows], out=product)
+                for total, part in zip(
+                    d_weight.split(WEIGHT_ROWS_AT_ONCE), product.split(WEIGHT_ROWS_AT_ONCE), strict=True
+                ):
+                    total += part
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 

@@ -92,7 +92,7 @@ class SharedPrefixForward:
         return out.masked_scatter(keep, flat)
 
     def _masks(self, prompt_mask: Tensor, length: int, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Additive masks: prompts (G, 1, T, T), and replies over [prompt | reply] (b, 1, groups * R, T + R)."""
+        """Additive masks: prompts (G, 1, T, T), and replies over [prompt | reply] (b, 1, R, T + R)."""
         width, device = prompt_mask.shape[1], prompt_mask.device
         hidden = torch.finfo(dtype).min
         seen = prompt_mask.bool()
@@ -101,7 +101,6 @@ class SharedPrefixForward:
         # a padded query sees itself, so that no row of the softmax is empty
         prompts = (causal & seen[:, None]) | torch.eye(width, dtype=torch.bool, device=device)
         replies = torch.cat([seen[group, None].expand(-1, length, -1), own.expand(len(group), -1, -1)], dim=-1)
-        replies = replies.repeat(1, self.heads // self.kv_heads, 1)
         full = [
             torch.zeros(part.shape, dtype=dtype, device=device).masked_fill_(~part, hidden)
             for part in (prompts, replies)
@@ -135,7 +134,7 @@ class SharedPrefixForward:
     ) -> Tensor:
         """q (N, S, D), k and v (N, K, D) -> (N, S * D): prompts among themselves, replies over prompt and self."""
         count, width, batch, length = shape
-        split, groups = count * width, self.heads // self.kv_heads
+        split = count * width
 
         def as_prompts(y: Tensor) -> Tensor:  # (G, heads, T, D)
             return y[:split].view(count, width, -1, self.head_dim).transpose(1, 2)
@@ -143,18 +142,23 @@ class SharedPrefixForward:
         def as_replies(y: Tensor) -> Tensor:  # (b, heads, R, D)
             return y[split:].view(batch, length, -1, self.head_dim).transpose(1, 2)
 
-        qp, kp, vp = as_prompts(q), as_prompts(k), as_prompts(v)
-        ap = F.scaled_dot_product_attention(
-            qp, kp.repeat_interleave(groups, 1), vp.repeat_interleave(groups, 1), attn_mask=masks[0]
-        )
+        kp, vp = as_prompts(k), as_prompts(v)
         keys = torch.cat([kp[group], as_replies(k)], dim=2)  # (b, K, T + R, D)
         values = torch.cat([vp[group], as_replies(v)], dim=2)
-        # the heads that share a key head stand as further query rows: keys are not copied per head
-        qr = as_replies(q).reshape(batch, self.kv_heads, groups * length, self.head_dim)
-        if qr.device.type == "cpu" and masks[1].numel() * self.kv_heads <= SCORES_AT_ONCE:
-            scores = torch.matmul(qr, keys.transpose(-1, -2)) * self.head_dim**-0.5 + masks[1]
-            ar = scores.softmax(dim=-1) @ values
+        both = self._attend(as_prompts(q), kp, vp, masks[0]), self._attend(as_replies(q), keys, values, masks[1])
+        return torch.cat([part.transpose(1, 2).reshape(-1, self.heads * self.head_dim) for part in both])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q (B, S, L, D) over k and v (B, K, M, D) with an additive mask (B, 1, L, M) -> (B, S, L, D).
+
+        The heads that share a key head stand as further query rows: keys are not copied per head.
+        """
+        rows, length, groups = len(q), q.shape[2], self.heads // self.kv_heads
+        grouped = q.reshape(rows, self.kv_heads, groups * length, self.head_dim)
+        if q.device.type == "cpu" and mask.numel() * self.heads <= SCORES_AT_ONCE:
+            scores = torch.matmul(grouped, k.transpose(-1, -2)) * self.head_dim**-0.5
+            scores = scores.unflatten(2, (groups, length)) + mask[:, :, None]  # (B, K, groups, L, M)
+            out = scores.softmax(dim=-1).flatten(2, 3) @ v
         else:
-            ar = F.scaled_dot_product_attention(qr, keys, values, attn_mask=masks[1])
-        ar = ar.view(batch, self.heads, length, self.head_dim)
-        return torch.cat([part.transpose(1, 2).reshape(-1, self.heads * self.head_dim) for part in (ap, ar)])
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, groups, 1))
+        return out.view(rows, self.heads, length, self.head_dim)
