@@ -27,7 +27,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev
 fi
 if [ "$flash_attn" = 1 ] && ! command -v nvcc >/dev/null; then
   echo "flash-attn is built with nvcc, which is not on PATH: install the CUDA 13 toolkit, or give --without-flash-attn" >&2
-  echo "(without it: actor_rollout_ref.model.use_remove_padding=false, see docs/gpu.md)" >&2
+  echo "(without it: actor_rollout_ref.model.use_remove_padding=false and sdpa attention, see docs/gpu.md)" >&2
   exit 1
 fi
 

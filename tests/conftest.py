@@ -30,6 +30,7 @@ def scope(nodeid: str) -> str:
     return nodeid if file.endswith("test_readme_commands.py") else file
 
 
+@pytest.hookimpl(optionalhook=True)  # tests run without xdist too
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`--dist loadgroup` would do it by markers, but does not see them under pytest 9 (xdist 3.8)."""
     from xdist.scheduler import LoadScopeScheduling

@@ -267,8 +267,25 @@ def test_numbers_are_within_their_range(key: str) -> None:
     for value in (float("inf"), float("-inf"), float("nan")):
         assert "is not a finite number" in checked(key, value) or "has no effect" in checked(key, value)
     inside = max(least, 1) if most > 1 else most
-    if not key.endswith(("train_batch_size", "ppo_mini_batch_size")):  # these depend on each other
+    alone = key.startswith(("algorithm.constraint", "algorithm.objective_weights"))  # mean nothing to `safety`
+    if not alone and not key.endswith(("train_batch_size", "ppo_mini_batch_size")):  # these depend on each other
         assert checked(key, inside) == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "objective"),
+    [
+        ("algorithm.constraint.cost_limit", -2.0, "constrained"),
+        ("algorithm.constraint.prompts", "unsafe", "constrained"),
+        ("algorithm.objective_weights.helpfulness", 0.25, "weighted"),
+        ("algorithm.normalize_components", "after", "constrained"),
+    ],
+)
+def test_a_bound_without_its_objective_is_an_error(key: str, value: object, objective: str) -> None:
+    """Else a forgotten algorithm.objective would train for safety alone."""
+    assert f"algorithm.objective={objective}, or leave it out" in checked(key, value)
+    given = [f"{key}={value}", f"algorithm.objective={objective}", "reward_training.target=both"]
+    assert load_recipe("quickstart", given).algorithm.objective == objective
 
 
 @pytest.mark.parametrize("key", [key for key, (least, most) in BETWEEN.items() if 0 < least < 1 and most == INF])

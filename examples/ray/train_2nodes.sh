@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several machines without a scheduler: run the same script on each of them.
-#   first machine:   bash examples/ray/train_2nodes.sh head 2 [key=value ...]       2: number of machines
+#   first machine:   REWARD_MODEL_PATH=FOLDER bash examples/ray/train_2nodes.sh head 2 [key=value ...]     2: machines
 #   every other:     bash examples/ray/train_2nodes.sh worker HEAD_ADDRESS
 # HEAD_ADDRESS is what the first machine prints. The checkout, its .venv-gpu, models and data lie under the same path
 # everywhere. Port 6379 of the first machine and Ray's worker ports must be open between them, and to nobody else: who
@@ -16,6 +16,7 @@ port=6379
 case "${1:-}" in
   head)
     nodes="${2:?number of machines}"
+    [ -n "${REWARD_MODEL_PATH:-}" ] || { echo "REWARD_MODEL_PATH names no reward model folder" >&2; exit 2; }
     shift 2
     address="$(hostname --ip-address | awk '{print $1}')"
     ray start --head --node-ip-address="$address" --port="$port" --num-gpus="$gpus" --disable-usage-stats

@@ -159,9 +159,9 @@ class Data:
     truncation: str = "error"
     """`error`: a prompt that is too long is never cut."""
     unique_prompts: bool = False
-    """Draw every distinct prompt once per epoch, however many rows carry it (not in verl)."""
+    """Draw every distinct prompt once per epoch, however many rows carry it (ours, on both engines)."""
     benign_share: float = -1.0
-    """Share of each batch that is drawn from harmless prompts; -1: as they come (not in verl)."""
+    """Share of each batch that is drawn from harmless prompts; -1: as they come (ours, on both engines)."""
 
 
 @dataclass
@@ -361,7 +361,7 @@ class KlCtrl:
 
 @dataclass
 class ObjectiveWeights:
-    """Of `algorithm.objective=weighted` (not in verl)."""
+    """Of `algorithm.objective=weighted` (ours, on both engines)."""
 
     safety: float = 0.5
     """Share of the safe score."""
@@ -379,7 +379,8 @@ class Constraint:
     prompts: str = "all"
     """`all` prompts, or `unsafe` ones only: on harmless prompts nothing but helpfulness then counts."""
     lambda_init: float = 1.0
-    """The multiplier at the start: one unit of cost weighs as much as so many units of helpfulness."""
+    """The multiplier at the start: the weight of cost beside helpfulness, each in units of its std within the group
+    (of the logits themselves with `normalize_components=after` or without that std)."""
     lambda_lr: float = 0.05
     """Dual ascent: step on log lambda per step of training and logit above the limit."""
     lambda_min: float = 0.05
@@ -394,12 +395,13 @@ class Constraint:
 class Algorithm:
     objective: str = "safety"
     """What is maximised: the `safety` score; a `weighted` mean of it and helpfulness; or `constrained`: helpfulness
-    subject to a bound on mean cost (docs/objectives.md). The last two need a helpfulness model (not in verl)."""
+    subject to a bound on mean cost (docs/objectives.md). The last two need a helpfulness model (ours, on both
+    engines)."""
     objective_weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
     constraint: Constraint = field(default_factory=Constraint)
     normalize_components: str = "before"
     """Safety and helpfulness are normalised within their group `before` they are combined (as GDPO), or `after`
-    (not in verl)."""
+    (ours, on both engines)."""
     adv_estimator: str = "grpo"
     """How a reply is compared with the others to its prompt: `grpo` (or `grpo_vectorized`, the same), `rloo`,
     `rloo_vectorized`, `opo`, `grpo_passk`, or `reinforce_plus_plus_baseline` (whitened over the batch)."""
@@ -411,11 +413,11 @@ class Algorithm:
     """Estimator of that KL, by verl's names as in `actor.kl_loss_type`."""
     zero_std_groups: str = "keep"
     """A group whose rewards are equal has advantages of 0 and stays in the loss's means (`keep`); `mask` takes it and
-    any whose scores are equal, out of the loss; `resample` draws its replies again first (not in verl)."""
+    any whose scores are equal, out of the loss; `resample` draws its replies again first (local engine)."""
     zero_std_tolerance: float = 1e-6
-    """Largest std of a group's rewards or scores that counts as equal (not in verl)."""
+    """Largest std of a group's rewards or scores that counts as equal (local engine)."""
     resamples: int = 2
-    """Of `zero_std_groups=resample`: times, then the group is masked (not in verl)."""
+    """Of `zero_std_groups=resample`: times, then the group is masked (local engine)."""
     kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
 
 
@@ -564,14 +566,14 @@ class Trainer:
     seed: int = 0
     """Of new LoRA adapters and of sampled validation."""
     max_kl: float = -1.0
-    """Early stop: end the training when `kl/mean` (nats per token) of a step exceeds it; -1: never (not in verl)."""
+    """Early stop: end the training when `kl/mean` (nats per token) of a step exceeds it; -1: never (local engine)."""
     max_grad_norm: float = -1.0
-    """Early stop: end the training when `actor/grad_norm` of a step exceeds it; -1: never (not in verl)."""
+    """Early stop: end the training when `actor/grad_norm` of a step exceeds it; -1: never (local engine)."""
     nonfinite: str = "skip"
     """A step with NaN or infinity in logits, rewards, loss or gradient: `skip` it or `stop` the run. Its batch is kept
-    for `ups-rm replay` (not in verl)."""
+    for `ups-rm replay` (local engine)."""
     max_skipped_steps: int = 3
-    """Of `nonfinite=skip`: more of them in a row stop the run (not in verl)."""
+    """Of `nonfinite=skip`: more of them in a row stop the run (local engine)."""
     group_log_dir: str = "${trainer.default_local_dir}/groups"
     """Folder of the group log."""
     group_log_freq: int = 1

@@ -304,6 +304,7 @@ def _check_objective(recipe: Recipe) -> None:
             f"algorithm.constraint.lambda_init={constraint.lambda_init:g} must lie between lambda_min="
             f"{constraint.lambda_min:g} and lambda_max={constraint.lambda_max:g}"
         )
+    _check_unused(recipe)
     if algorithm.objective == "weighted" and weights.safety + weights.helpfulness == 0:
         raise RecipeError("algorithm.objective_weights: both are 0, so nothing would count")
     if algorithm.objective != "safety" and algorithm.adv_estimator == "reinforce_plus_plus_baseline":
@@ -316,6 +317,24 @@ def _check_objective(recipe: Recipe) -> None:
         raise RecipeError(
             f"reward_model.overlong_buffer.len={buffer.len} must lie between 1 and data.max_response_length={longest}"
         )
+
+
+def _check_unused(recipe: Recipe) -> None:
+    """A bound or weight that is set while safety alone is trained: the objective was forgotten."""
+    from ups_rm.recipe import Recipe as Defaults
+
+    if recipe.algorithm.objective != "safety":
+        return
+    for key, objective in (
+        ("algorithm.constraint", "constrained"),
+        ("algorithm.objective_weights", "weighted"),
+        ("algorithm.normalize_components", "constrained"),
+    ):
+        if value_of(recipe, key) != value_of(Defaults(), key):
+            raise RecipeError(
+                f"{key} is set, but algorithm.objective=safety trains for the safe score alone: it has no effect\n"
+                f"  fix: algorithm.objective={objective}, or leave it out"
+            )
 
 
 def _check_local(recipe: Recipe) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from ups_rm.distributed import rewards
 from ups_rm.distributed.prompts import PromptFiles
 from ups_rm.distributed.translate import COMPUTED, OURS, REFUSED, SAME, hydra_value, verl_config, verl_overrides
 from ups_rm.errors import RecipeError
+from ups_rm.local.actor import lr_factor
 from ups_rm.recipe import Recipe, RewardModelModel, known_keys, load_recipe
 from ups_rm.recipe_checks import ARR, ONE_OF, check_recipe, value_of
 
@@ -81,7 +84,10 @@ def changed(key: str) -> tuple[Recipe, Any]:
 def test_every_key_of_the_recipe_has_exactly_one_fate() -> None:
     for key in LEAVES:
         owners = [key, *(key[:i] for i, letter in enumerate(key) if letter == ".")]
-        fates = [key in SAME, key in COMPUTED, key in REFUSED, any(owner in OURS for owner in owners)]
+        ours = key not in REFUSED and any(
+            owner in OURS for owner in owners
+        )  # of a section of ours, a key may be refused
+        fates = [key in SAME, key in COMPUTED, key in REFUSED, ours]
         assert sum(fates) == 1, f"{key} is in {sum(fates)} of SAME, COMPUTED, REFUSED, OURS"
     assert {*SAME, *COMPUTED, *REFUSED} <= set(LEAVES)
     assert set(OURS) <= set(known_keys())
@@ -114,6 +120,42 @@ def test_a_computed_key_changes_what_verl_is_told(key: str) -> None:
         assert overrides_of(recipe) != overrides_of(base)
 
 
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_refused_key_away_from_its_default_is_an_error_with_the_reason(key: str) -> None:
+    recipe, _ = changed(key)
+    if key in ("trainer.max_kl", "trainer.max_grad_norm"):
+        *_, leaf = key.split(".")
+        setattr(recipe.trainer, leaf, 0.5)
+    with pytest.raises(RecipeError, match=f"(?s){re.escape(key)}=.*{re.escape(REFUSED[key])}.*fix: {re.escape(key)}="):
+        overrides_of(recipe)
+
+
+def test_the_tolerance_is_heeded_where_rewards_have_components() -> None:
+    recipe, tolerance = changed("algorithm.zero_std_tolerance")
+    recipe.algorithm.objective = "constrained"
+    assert f"+trainer.ups_rm_algorithm.zero_std_tolerance={tolerance}" in overrides_of(recipe)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_a_constant_rate_with_a_shifted_warm_up_is_verls_cosine_of_one_level(warmup: int) -> None:
+    """verl's own schedule, as configured, gives the local engine's learning rates."""
+    torch_functional = pytest.importorskip("verl.utils.torch_functional")
+    recipe = Recipe()
+    recipe.reward_model.model.path = "rm"
+    optim = recipe.actor_rollout_ref.actor.optim
+    optim.lr_warmup_steps, optim.zero_indexed_step = warmup, False
+    told = at(composed(recipe), f"{ARR}.actor.optim")
+    assert told["lr_scheduler_type"] == "cosine"
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch_functional.get_cosine_schedule_with_warmup(
+        optimizer, warmup, 10, told["min_lr_ratio"], told["num_cycles"], zero_indexed_step=told["zero_indexed_step"]
+    )
+    for step in range(10):
+        assert schedule.get_last_lr()[0] == pytest.approx(lr_factor(step, optim, 10))
+        optimizer.step()
+        schedule.step()
+
+
 def test_keys_of_the_reward_side_change_what_verl_is_told() -> None:
     base = Recipe()
     base.reward_model.model.path = "rm"
@@ -128,7 +170,6 @@ def test_keys_of_the_reward_side_change_what_verl_is_told() -> None:
     ("overrides", "reason"),
     [
         (["trainer.max_kl=0.5"], "trainer.max_kl=0.5: verl has no early stop"),
-        ([f"{ARR}.actor.optim.zero_indexed_step=false", f"{ARR}.actor.optim.lr_warmup_steps=4"], "cosine only"),
         (["trainer.logger=[aim]"], "trainer.logger=aim is no tracker of verl's"),
         (["trainer.n_gpus_per_node=0"], "needs at least 1"),
         (["trainer.n_gpus_per_node=8", f"{ARR}.rollout.tensor_model_parallel_size=3"], "does not divide the 8 GPUs"),
@@ -141,16 +182,14 @@ def test_keys_of_the_reward_side_change_what_verl_is_told() -> None:
     ],
 )
 def test_what_verl_cannot_honour_is_an_error_with_the_reason(overrides: list[str], reason: str) -> None:
-    quiet = [f"{ARR}.actor.optim.zero_indexed_step=true"]  # the packaged default is for the local engine
     with pytest.raises(RecipeError) as error:
-        overrides_of(load_recipe("quickstart", [*quiet, *overrides], engine="verl"))
+        overrides_of(load_recipe("quickstart", overrides, engine="verl"))
     assert reason in str(error.value)
 
 
 def test_a_wrong_free_override_is_verls_own_error() -> None:
-    quiet = [f"{ARR}.actor.optim.zero_indexed_step=true", "verl.overrides=[trainer.no_such_key=1]"]
     with pytest.raises(RecipeError, match="no_such_key"):
-        composed(load_recipe("quickstart", quiet, engine="verl"))
+        composed(load_recipe("quickstart", ["verl.overrides=[trainer.no_such_key=1]"], engine="verl"))
 
 
 TEXT_VALUES = ["a b", "it's", 'a "quoted" word', "a,b", "{x: 1}", "[1]", "a=b", "C:\\dir\\", "\\'", "ü ☃", "$HOME"]

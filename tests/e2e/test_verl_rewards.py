@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from faulty_rms import slow_rm
+from faulty_rms import nan_rm, slow_rm
 from tiny_training import BENIGN
 from ups_rm.distributed.failures import FAILURE_FILE, read_failure
 from ups_rm.tracking.group_log import GroupLogFile, read_group_log
@@ -30,6 +30,11 @@ pytestmark = pytest.mark.verl
 
 PROMPTS, N = 4, 4
 LATE = ["reward_model.timeout_s=20", "reward_model.retries=0"]
+BROKEN = {
+    "late": (lambda folder, rm: slow_rm(folder, rm, 600.0), "no answer within reward_model.timeout_s=20 s"),
+    "nan": (nan_rm, "the RM's logit is nan"),
+}
+"""Reward models that can't answer: what makes them, and what the error says."""
 
 
 def group_logs(run: VerlRun) -> list[GroupLogFile]:
@@ -116,19 +121,19 @@ def test_a_worker_that_was_killed_is_replaced_and_that_is_said(two_workers: Verl
     assert read_failure(two_workers.folder) is None
 
 
-def test_an_rm_that_takes_too_long_ends_the_run_with_its_error(
-    tmp_path: Path, policy_folder: Path, rm_folder: Path
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_rm_that_cannot_answer_ends_the_run_with_its_error(
+    kind: str, tmp_path: Path, policy_folder: Path, rm_folder: Path
 ) -> None:
-    """Any failure of the RM takes the same way here: tests/distributed/test_rm_workers.py has the one of an RM that
-    answers nan up to our trainer's error."""
-    run = planned(tmp_path, policy_folder, slow_rm(tmp_path / "late-rm", rm_folder, 600.0), OWN_CODE, *LATE)
+    make, reason = BROKEN[kind]
+    run = planned(tmp_path, policy_folder, make(tmp_path / "rm", rm_folder), OWN_CODE, *LATE)
     done = command.ups_rm("train", "--engine", "verl", *run.arguments)
     since_noted = time() - (run.folder / FAILURE_FILE).stat().st_mtime
     left = [process.name() for process in command.processes_of(run.folder)]
     assert done.returncode == 2, done.stdout
     assert "the reward model failed on a batch of" in done.stdout
-    assert "no answer within reward_model.timeout_s=20 s" in done.stdout
-    assert "no answer within reward_model.timeout_s=20 s" in str(read_failure(run.folder))
+    assert reason in done.stdout
+    assert reason in str(read_failure(run.folder))
     assert not list(run.folder.glob("groups/*"))  # nothing was trained on
     assert left == []
     assert since_noted + 20 < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from ups_rm.grpo import (
     policy_loss,
 )
 from ups_rm.grpo.advantages import leave_one_out_advantages
+from ups_rm.objective import Objective
+from ups_rm.recipe import OverlongBuffer, load_recipe
+from ups_rm.types import Score
 
 
 def components_of(batch: Batch, seed: int, weights: tuple[float, float]) -> dict[str, Component]:
@@ -203,3 +207,46 @@ def test_a_bandit_converges_to_the_constrained_optimum_and_lambda_to_its_analyti
     assert float(policy @ COST) == pytest.approx(LIMIT, abs=0.05)
     assert sum(multipliers) / len(multipliers) == pytest.approx(expected, rel=0.05)
     assert max(multipliers) - min(multipliers) < 0.3 * expected, "it has settled"
+
+
+def test_with_the_recommended_recipe_mean_cost_over_time_is_the_limit() -> None:
+    """The same bandit through `Objective`, as `recipes/constrained.yaml` has it: components over their group's std.
+
+    Where the two pull in opposite directions such advantages are steep at lambda = 1, so lambda swings about it and the
+    policy with it; what it costs on average is the limit.
+    """
+    algorithm = load_recipe("constrained").algorithm
+    algorithm.constraint.prompts, algorithm.constraint.cost_limit, algorithm.constraint.lambda_lr = "all", LIMIT, 0.02
+    algorithm.kl_ctrl.kl_coef = 0.1  # these arms are closer together than logits of replies
+    objective = Objective(algorithm, OverlongBuffer(), max_response_length=1)
+    assert (algorithm.normalize_components, algorithm.norm_adv_by_std_in_grpo) == ("before", True)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.02)
+    prompts, n = 64, 4
+    ids, mask = torch.arange(prompts).repeat_interleave(n), torch.ones(prompts * n, 1, dtype=torch.long)
+    benign = torch.zeros(prompts * n, dtype=torch.bool)
+    costs, helpful, multipliers = [], [], []
+    for step in range(900):
+        logp = torch.log_softmax(logits, 0)
+        arms = torch.multinomial(logp.exp().detach(), prompts * n, replacement=True, generator=generator)
+        scores = [
+            Score(cost, 1 / (1 + math.exp(cost)), 1, False, helpfulness=worth)
+            for cost, worth in zip(COST[arms].tolist(), HELPFUL[arms].tolist(), strict=True)
+        ]
+        placed = torch.tensor([score.safe_score for score in scores])
+        logprobs = logp[arms].unsqueeze(1)  # (B, 1)
+        charged = placed[:, None] - algorithm.kl_ctrl.kl_coef * (logprobs.detach() + math.log(3))
+        found = objective.worth(scores, benign, placed, charged, mask, ids)
+        loss = policy_loss(logprobs.detach(), logprobs, found.advantages, mask, **batch_totals(mask)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        objective.after_step(found.metrics)
+        if step >= 450:
+            costs.append(float(logp.exp().detach() @ COST))
+            helpful.append(float(logp.exp().detach() @ HELPFUL))
+            multipliers.append(found.metrics["objective/lambda"])
+    assert fmean(costs) == pytest.approx(LIMIT, abs=0.05)
+    assert fmean(helpful) > 0.6, "the best mixture of mean cost 0 has 0.65, the even one, of cost -0.33, 0.43"
+    assert min(multipliers) < 1 < max(multipliers), "over their stds, the sign turns at 1"

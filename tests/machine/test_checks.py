@@ -57,9 +57,17 @@ def recipe(tmp_path_factory) -> Recipe:
 
 def with_gpus(recipe: Recipe, per_node: int, nodes: int = 1, policy: str = "") -> Recipe:
     trainer = replace(recipe.trainer, n_gpus_per_node=per_node, nnodes=nodes)
-    changed = replace(recipe, trainer=trainer)
+    whole = recipe.actor_rollout_ref
+    each = recipe.data.train_batch_size * whole.rollout.n // (per_node * nodes) or 1  # verl: micro batches divide it
+    model = replace(
+        whole,
+        actor=replace(whole.actor, ppo_micro_batch_size_per_gpu=each),
+        rollout=replace(whole.rollout, log_prob_micro_batch_size_per_gpu=each),
+        ref=replace(whole.ref, log_prob_micro_batch_size_per_gpu=each),
+    )
+    changed = replace(recipe, trainer=trainer, actor_rollout_ref=model)
     if policy:
-        settings = recipe.actor_rollout_ref
+        settings = changed.actor_rollout_ref
         model = replace(settings.model, path=policy, enable_gradient_checkpointing=True)
         changed = replace(changed, actor_rollout_ref=replace(settings, model=model))
     return changed
@@ -72,6 +80,13 @@ def findings(facts: Facts, recipe: Recipe, engine: str = "verl") -> dict[str, Fi
 def test_a_machine_with_everything_has_no_finding_against_it(recipe):
     found = findings(GPU_NODE, with_gpus(recipe, 8))
     assert {finding.verdict for finding in found.values()} == {"ok"}, found
+
+
+def test_what_verl_can_t_honour_is_found_before_a_machine_is_asked_for(recipe):
+    found = findings(GPU_NODE, with_gpus(replace(recipe, trainer=replace(recipe.trainer, nonfinite="stop")), 8))
+    assert found["recipe"].verdict == "fail"
+    assert "trainer.nonfinite=stop: verl leaves the update out" in found["recipe"].seen
+    assert found["recipe"].fix.startswith("trainer.nonfinite=skip")
 
 
 def test_a_laptop_runs_the_local_engine_and_says_what_it_can_t_see(recipe):

@@ -164,12 +164,13 @@ def cluster(tmp_path):
     environment = dict(os.environ) | {
         "PATH": f"{programs}{os.pathsep}/usr/bin{os.pathsep}/bin",
         "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "node[1-3]",
+        "REWARD_MODEL_PATH": "rm",
     }  # fmt: skip
 
     def run(script: str, *arguments: str, **more: str) -> tuple[int, list[str]]:
         command = ["bash", str(tmp_path / "examples" / script), *arguments]
         done = subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=30, cwd=tmp_path)
-        return done.returncode, log.read_text(encoding="utf-8").splitlines()
+        return done.returncode, log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 
     return run
 
@@ -189,6 +190,10 @@ def test_the_slurm_job_starts_a_head_and_workers_trains_once_and_ends_them(clust
         "ups-rm train --engine verl --recipe pku_saferlhf_qwen2_7b_2nodes "
         "ray_kwargs.ray_init.address=10.0.0.1:6379 trainer.nnodes=3"
     ]
+
+
+def test_without_a_reward_model_the_slurm_job_starts_nothing(cluster):
+    assert cluster("slurm/train_2nodes.sbatch", REWARD_MODEL_PATH="") == (2, [])
 
 
 def test_the_slurm_job_asks_for_the_nodes_and_gpus_of_its_recipe():
@@ -238,6 +243,10 @@ def test_the_ray_head_and_worker_scripts_start_ray_as_they_say(tmp_path):
     fake(programs / "hostname", "echo 10.0.0.1")
     fake(programs / "nvidia-smi", "printf 'GPU 0\\nGPU 1\\n'")
     environment = {"PATH": f"/usr/bin{os.pathsep}/bin"}
+    nothing = subprocess.run(["bash", str(script), "head", "2"], env=environment, capture_output=True, text=True)
+    assert (nothing.returncode, log.exists()) == (2, False)
+    assert "REWARD_MODEL_PATH names no reward model folder" in nothing.stderr
+    environment["REWARD_MODEL_PATH"] = "rm"
     subprocess.run(["bash", str(script), "head", "2", "trainer.total_epochs=1"], env=environment, check=True)
     subprocess.run(["bash", str(script), "worker", "10.0.0.1:6379"], env=environment, check=True)
     assert log.read_text(encoding="utf-8").splitlines() == [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,7 @@ def leaves(folder: Path, gain: float, *, seed: int, helpful: bool = True) -> Non
     (folder / "summary.json").write_text(json.dumps({"kl": 0.1, "distinct_2": {"before": 0.8, "after": 0.6}}))
     metrics = {"objective/lambda": 2.0 + seed} if helpful else {}
     (folder / "train_result.json").write_text(json.dumps({"steps": 2, "metrics": metrics}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "reward/mean": 0.5}) + "\n")
 
 
 # ---- the file
@@ -79,7 +83,7 @@ def test_the_grid_is_seed_by_seed_and_each_cell_is_a_recipe_of_its_own(file: Pat
 
 def test_the_packaged_study_is_one() -> None:
     study = read_study("study_constrained")
-    assert list(study.arms) == ["safety", "weighted", "constrained"]
+    assert list(study.arms) == ["safety", "weighted", "constrained", "original"]
     assert len(study.seeds) >= 3
 
 
@@ -145,11 +149,28 @@ def test_a_study_leaves_a_table_and_a_picture_and_goes_on(file: Path, tmp_path: 
     assert results[0].safe_score.interval.diff == pytest.approx(0.3)
     assert results[0].benign_refusals.interval.diff == pytest.approx(0.25)
     assert results[1].benign_refusals.after == 0.0
-    assert results[1].multiplier == pytest.approx(2.0 + (3 + 5) / 2)
-    assert results[1].distinct_2 == pytest.approx(0.75)
+    assert results[1].multiplier is not None
+    assert results[1].multiplier.mean == pytest.approx(2.0 + (3 + 5) / 2)
+    assert results[1].multiplier.per_seed == [2.0 + 3, 2.0 + 5]
+    assert results[1].distinct_2.mean == pytest.approx(0.75)
+    assert results[0].against_first is None
+    less = results[1].against_first
+    assert less is not None
+    assert less.safe_score.interval.diff == pytest.approx(0.1 - 0.3)  # the replies before are the same
+    assert less.benign_refusals.interval.diff == pytest.approx(-0.25)
+    assert less.helpfulness is not None
+    assert less.helpfulness.interval.diff == pytest.approx(0.0)
     table = (out / "study.md").read_text(encoding="utf-8")
     assert "| constrained (2) | +0.100 [+0.100, +0.100] | +0.0 points [+0.0, +0.0] | -1.00 [-1.00, -1.00] |" in table
+    assert "After training, less `safety`:\n\n| arm | safe score, unsafe prompts |" in table
+    assert "| constrained | -0.200 [-0.200, -0.200] | -25.0 points [" in table
     assert image.imread(out / "pareto.png").shape[:2] > (300, 800)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    packed = re.search(r'id="payload">([^<]+)<', page)
+    assert packed is not None
+    study = json.loads(gzip.decompress(base64.b64decode(packed.group(1))))["study"]
+    assert study["tables"][1]["rows"][0][:2] == ["constrained", "-0.200 [-0.200, -0.200]"]
+    assert study["picture"].startswith("data:image/png;base64,")
     # a third seed later: what is done stays, and the new one joins
     (tmp_path / "mine.yaml").write_text(FILE.replace("[3, 5]", "[3, 5, 8]"), encoding="utf-8")
     assert run_study(read_study(str(file)), out)[0].seeds == [3, 5, 8]

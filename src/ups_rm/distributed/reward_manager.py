@@ -8,6 +8,8 @@ goes to verl's dumps and validation metrics as `reward_extra_info`.
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import Any
 
 from verl import DataProto
@@ -23,6 +25,9 @@ from ups_rm.errors import RMError
 from ups_rm.evaluation.refusal import is_refusal
 from ups_rm.evaluation.text import prompt_overlap, repetition
 from ups_rm.types import Conversation, Message
+
+POST_SECONDS = 30.0
+"""How long a failure may take to reach the board that the driver reads."""
 
 
 class SafetyRewardManager(RewardManagerBase):
@@ -61,7 +66,9 @@ class SafetyRewardManager(RewardManagerBase):
             score = await self.queue.score(conversation, tokens=int(item.batch["attention_mask"].sum()))
         except Exception as error:
             self.failed = error if isinstance(error, RMError) else RMError(f"scoring failed: {error}")
-            await self.board.post.remote(as_failure(self.failed))
+            # where Ray itself is at fault the board may not answer; verl then shows the error in its own way
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.board.post.remote(as_failure(self.failed)), POST_SECONDS)
             raise self.failed from error
         extra = {
             "logit": score.logit,

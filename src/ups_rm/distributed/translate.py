@@ -35,7 +35,7 @@ SAME = (
     *(f"{ARR}.actor.{name}" for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c")),
     *(f"{ARR}.actor.{name}" for name in ("entropy_coeff", "use_kl_loss", "kl_loss_coef", "kl_loss_type", "grad_clip")),
     *(f"{ARR}.actor.optim.{name}" for name in ("lr", "lr_warmup_steps", "lr_warmup_steps_ratio", "weight_decay")),
-    *(f"{ARR}.actor.optim.{name}" for name in ("betas", "lr_scheduler_type", "min_lr_ratio", "num_cycles")),
+    *(f"{ARR}.actor.optim.{name}" for name in ("betas", "num_cycles")),
     *(f"{ARR}.actor.fsdp_config.{name}" for name in ("model_dtype", "param_offload", "optimizer_offload")),
     *(f"{ARR}.actor.fsdp_config.{name}" for name in ("reshard_after_forward", "fsdp_size")),
     *(f"{ARR}.rollout.{name}" for name in ("name", "tensor_model_parallel_size", "gpu_memory_utilization", "n")),
@@ -58,6 +58,11 @@ COMPUTED = {
     "algorithm.adv_estimator": "`ups_rm`, which asks it, where rewards have components or an overlong penalty",
     f"{ARR}.model.path": "the folder, where the recipe names a model that is fetched",
     f"{ARR}.actor.loss_scale_factor": "data.max_response_length where not given (verl would take each batch's longest)",
+    **{
+        f"{ARR}.actor.optim.{name}": "constant with zero_indexed_step=false (heeded for cosine only): a cosine with "
+        "min_lr_ratio=1"
+        for name in ("lr_scheduler_type", "min_lr_ratio", "zero_indexed_step")
+    },
     f"{ARR}.actor.fsdp_config.dtype": "fsdp_config.mixed_precision of actor and reference",
     f"{ARR}.rollout.dtype": "auto: that of the actor's forward",
     "data.seed": "the order of the prompts, laid out in the file that verl reads; also verl's data.seed",
@@ -105,16 +110,17 @@ OURS = {
 """Sections and keys that UPS-RM reads itself, and where."""
 
 REFUSED = {
-    "trainer.max_kl": "verl has no early stop",
+    "trainer.max_kl": "verl has no early stop (monitor.stop_on=[kl_runaway] ends it from outside)",
     "trainer.max_grad_norm": "verl has no early stop",
     "trainer.nonfinite": "verl leaves the update out where the gradient is not finite, and goes on",
     "trainer.max_skipped_steps": "verl leaves the update out where the gradient is not finite, and goes on",
-    "algorithm.zero_std_groups": "verl keeps them",
-    "algorithm.zero_std_tolerance": "verl divides by std + 1e-6 whatever the std is",
-    "algorithm.resamples": "verl keeps groups of equal scores",
+    "algorithm.zero_std_groups": "groups of equal scores stay (verl's algorithm.filter_groups draws other prompts)",
+    "algorithm.zero_std_tolerance": "verl divides by std + 1e-6 whatever the std is; only objectives of several "
+    "components heed it there",
+    "algorithm.resamples": "groups of equal scores stay",
+    "reward_model.max_dropped_share": "no reply is left out: one without a score ends the run",
     "trainer.best_ckpt_to_keep": "verl keeps the newest checkpoints only",
     "trainer.async_save": "verl saves as it does; the key is the local engine's",
-    f"{ARR}.actor.optim.zero_indexed_step": "verl heeds it for lr_scheduler_type=cosine only",
 }
 """Recipe keys that verl 0.9.1 can't honour."""
 
@@ -151,16 +157,8 @@ def check_for_verl(recipe: Recipe) -> None:
     Raises:
         RecipeError: names the key and the reason.
     """
-    trainer, optim = recipe.trainer, recipe.actor_rollout_ref.actor.optim
-    warms_up = optim.lr_warmup_steps > 0 or optim.lr_warmup_steps_ratio > 0
-    if not optim.zero_indexed_step and optim.lr_scheduler_type == "constant" and warms_up:
-        raise RecipeError(
-            f"{ARR}.actor.optim.zero_indexed_step=False: {REFUSED[f'{ARR}.actor.optim.zero_indexed_step']}; with "
-            "`constant` its first warm-up step has learning rate 0\n"
-            f"  fix: {ARR}.actor.optim.zero_indexed_step=True, or lr_scheduler_type=cosine"
-        )
-    if trainer.max_kl > 0:
-        raise RecipeError(f"trainer.max_kl={trainer.max_kl}: {REFUSED['trainer.max_kl']}\n  fix: trainer.max_kl=-1")
+    trainer = recipe.trainer
+    _check_refused(recipe)
     judge = recipe.monitor.judge
     if judge.path or judge.url or judge.callable:
         raise RecipeError(
@@ -192,6 +190,16 @@ def check_for_verl(recipe: Recipe) -> None:
         )
     rewards.check_placement(recipe.reward_model)
     _check_free_overrides(recipe)
+
+
+def _check_refused(recipe: Recipe) -> None:
+    default = Recipe()
+    for key, reason in REFUSED.items():
+        given, usual = value_of(recipe, key), value_of(default, key)
+        heeded = key == "algorithm.zero_std_tolerance" and recipe.algorithm.objective != "safety"
+        off = key in ("trainer.max_kl", "trainer.max_grad_norm") and given <= 0
+        if given != usual and not heeded and not off:
+            raise RecipeError(f"{key}={given}: {reason}\n  fix: {key}={usual}, or --engine local")
 
 
 def _check_micro_batches(recipe: Recipe, gpus: int) -> None:
@@ -262,11 +270,14 @@ def _number_formats(recipe: Recipe) -> Overrides:
 def _actor(recipe: Recipe) -> Overrides:
     actor = recipe.actor_rollout_ref.actor
     given = actor.loss_scale_factor
+    level = actor.optim.lr_scheduler_type == "constant" and not actor.optim.zero_indexed_step
     ours = recipe.algorithm.objective != "safety" or recipe.reward_model.overlong_buffer.enable
     return {
         "algorithm.adv_estimator": "ups_rm" if ours else recipe.algorithm.adv_estimator,
         f"{ARR}.model.path": recipe.actor_rollout_ref.model.path,
         f"{ARR}.actor.loss_scale_factor": recipe.data.max_response_length if given is None else given,
+        f"{ARR}.actor.optim.lr_scheduler_type": "cosine" if level else actor.optim.lr_scheduler_type,
+        f"{ARR}.actor.optim.min_lr_ratio": 1.0 if level else actor.optim.min_lr_ratio,
         f"{ARR}.actor.optim.zero_indexed_step": actor.optim.zero_indexed_step,
         f"{ARR}.actor.fsdp_config.seed": recipe.trainer.seed,
     }

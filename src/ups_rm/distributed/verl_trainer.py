@@ -1,7 +1,7 @@
 """verl's synchronous trainer with our eyes: registered in verl's own registry, chosen by `trainer.v1.trainer_mode`.
 
 It is imported right after verl's own trainers (process.py), and `register_trainer` is verl's public way to add one.
-Nothing of what verl computes is changed here. What is added, around its public methods:
+Of what verl computes only advantages are changed, where rewards have components (verl_objective.py). What is added:
 
 - after each step the metrics that verl does not show go into the dict that verl logs, and the group log is written;
 - raw logit and the rest of `reward_extra_info` go into verl's rollout dumps, which otherwise hold the score alone;

@@ -31,6 +31,8 @@ def usable_replies(scored: Tensor, group_ids: Tensor) -> Tensor:
 def flat_groups(scores: Tensor, group_ids: Tensor, usable: Tensor, tolerance: float) -> Tensor:
     """Replies of groups of two or more whose usable scores have an unbiased std up to `tolerance`. Shape (B,), bool.
 
+    The groups that DAPO filters (arXiv:2503.14476, eq. 11: 0 < right answers < n), for scores that are numbers.
+
     Args:
         scores: values outside `usable` do not matter. Shape (B,).
         group_ids: Shape (B,).

@@ -219,10 +219,11 @@ def aggregate(
 ) -> Tensor:
     """One number from a loss per token. Tokens outside the mask count for nothing, even if nan stands there.
 
-    - "token-mean": sum over all tokens / batch_num_tokens. Long replies weigh more.
+    - "token-mean": sum over all tokens / batch_num_tokens. Long replies weigh more (DAPO, arXiv:2503.14476, eq. 12).
     - "token-sum": sum over all tokens.
     - "seq-mean-token-sum": sum over each reply's tokens, mean over replies.
-    - "seq-mean-token-sum-norm": the same / loss_scale_factor, a constant such as the longest allowed reply (Dr. GRPO).
+    - "seq-mean-token-sum-norm": the same / loss_scale_factor, a constant such as the longest allowed reply (Dr. GRPO,
+      arXiv:2503.20783).
     - "seq-mean-token-mean": mean over each reply's tokens, mean over replies (the GRPO paper).
 
     Args:

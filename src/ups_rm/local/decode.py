@@ -11,6 +11,7 @@ other rows are in its batch or when they end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,12 +159,14 @@ class FastDecoder:
         eos_ids: list[int],
         sampling: Sampling,
         uniforms: Tensor,
+        ended: Callable[[int, Tensor], None] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """n replies per prompt.
 
         Args:
             prompts: token ids, no padding.
             uniforms: draws for row i and position t. Shape (P * n, max_new_tokens).
+            ended: told of each reply that ends while others go on: its row and its tokens, the end token included.
 
         Returns:
             (tokens, logprobs) per row on the CPU, the end token included, row i answering prompt i // n.
@@ -186,6 +189,9 @@ class FastDecoder:
             if t == max_new_tokens - 1 or not bool(alive.any()):
                 break
             if not bool(alive.all()):
+                if ended is not None:
+                    for row in rows[~alive].tolist():
+                        ended(row, out[row, : t + 1].cpu())
                 cache.keep(alive)
                 rows, lengths, token = rows[alive], lengths[alive], token[alive]
             hidden = self._decode(token, lengths + t, t, cache)

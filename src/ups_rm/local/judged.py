@@ -22,7 +22,8 @@ class Judged:
         scores: of every reply; nan where the reward model failed.
         safe_score: 0 where `usable` is not. Shape (B,).
         usable: the reply has a score, and others to be compared with. Shape (B,), bool.
-        flat: the scores of the reply's group are equal, and its helpfulness where that counts. Shape (B,), bool.
+        flat: the scores of the reply's group are equal (the logits, where those are the cost), and its helpfulness
+            where that counts. Shape (B,), bool.
         resampled: groups whose replies were drawn anew, each time counted.
     """
 
@@ -67,7 +68,11 @@ def _judged(rollout: Rollout, scores: list[Score], scored: Tensor, recipe: Recip
     usable = usable_replies(scored.to(group_ids.device), group_ids)
     safe_score = torch.tensor([score.safe_score for score in scores], device=group_ids.device)
     safe_score = torch.where(usable, safe_score, torch.zeros_like(safe_score))
-    flat = flat_groups(safe_score, group_ids, usable, recipe.algorithm.zero_std_tolerance)
+    counts = safe_score
+    if recipe.algorithm.objective == "constrained":  # cost is the logit, which goes on where the safe score is 1
+        logits = torch.tensor([score.logit for score in scores], device=group_ids.device)
+        counts = torch.where(usable, logits, torch.zeros_like(logits))
+    flat = flat_groups(counts, group_ids, usable, recipe.algorithm.zero_std_tolerance)
     if recipe.algorithm.objective != "safety":  # replies that are equally safe may still differ
         helpfulness = torch.tensor([score.helpfulness or 0.0 for score in scores], device=group_ids.device)
         flat &= flat_groups(helpfulness, group_ids, usable, recipe.algorithm.zero_std_tolerance)

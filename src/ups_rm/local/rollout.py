@@ -6,6 +6,7 @@ Row i answers prompt i // n. Models that `decode.FastDecoder` knows run through 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,22 +74,59 @@ class RolloutEngine:
             self.decoder.refresh()
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[Message]], *, n: int, max_new_tokens: int, sampling: Sampling) -> Rollout:
-        """n replies to each prompt, at most `max_new_tokens` long; equal seeds give equal replies."""
+    def generate(
+        self,
+        prompts: list[list[Message]],
+        *,
+        n: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_group: Callable[[list[Conversation]], None] | None = None,
+    ) -> Rollout:
+        """n replies to each prompt, at most `max_new_tokens` long; equal seeds give equal replies.
+
+        Args:
+            on_group: told of a prompt's replies once all have ended, if others are still decoded then. Only where the
+                decoder is ours.
+        """
         if not prompts:
             raise PolicyError("a rollout needs at least one prompt")
         ids = encode_prompts(self.policy.tokenizer, prompts)
         uniforms = sampling.uniforms(len(prompts) * n, max_new_tokens)
         rows: list[tuple[Tensor, Tensor]] = []  # (tokens, logprobs) per sequence
         per_call = max(1, self.max_num_seqs // n)
-        decode = self._generate_plain if self.decoder is None else self.decoder.generate
         for start in range(0, len(ids), per_call):
             chunk = ids[start : start + per_call]
             drawn = uniforms[start * n : (start + len(chunk)) * n]
             for part in drawn.split(self.max_num_seqs):  # one, unless n > max_num_seqs; then the chunk is one prompt
                 replies = len(part) // len(chunk)
-                rows += decode(chunk, replies, max_new_tokens, self.policy.eos_ids, sampling, part)
+                given = (chunk, replies, max_new_tokens, self.policy.eos_ids, sampling, part)
+                if self.decoder is None:
+                    rows += self._generate_plain(*given)
+                elif on_group is None or replies < n:
+                    rows += self.decoder.generate(*given)
+                else:
+                    told = self._by_group(prompts[start : start + per_call], n, on_group)
+                    rows += self.decoder.generate(*given, ended=told)
         return self._pack(prompts, ids, rows, n)
+
+    def _by_group(
+        self, prompts: list[list[Message]], n: int, on_group: Callable[[list[Conversation]], None]
+    ) -> Callable[[int, Tensor], None]:
+        """What the decoder tells of rows, told of whole groups."""
+        waiting: dict[int, dict[int, Tensor]] = {}
+
+        def ended(row: int, tokens: Tensor) -> None:
+            group = waiting.setdefault(row // n, {})
+            group[row] = tokens
+            if len(group) == n:
+                on_group([self._conversation(prompts[row // n], group[i]) for i in sorted(group)])
+
+        return ended
+
+    def _conversation(self, prompt: list[Message], tokens: Tensor) -> Conversation:
+        text = self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
+        return [*prompt, Message(role="assistant", content=text)]
 
     def _generate_plain(
         self,
@@ -144,16 +182,16 @@ class RolloutEngine:
         prompt_mask = torch.zeros(batch, width, dtype=torch.long)
         responses, logprobs = torch.full((batch, length), pad), torch.zeros(batch, length)
         response_mask = torch.zeros(batch, length, dtype=torch.long)
-        texts, finished = [], []
+        texts, finished, conversations = [], [], []
         for i, (tokens, lps) in enumerate(rows):
             own = ids[i // n]
             prompt_ids[i, width - len(own) :] = torch.tensor(own)
             prompt_mask[i, width - len(own) :] = 1
             responses[i, : len(tokens)], logprobs[i, : len(tokens)] = tokens, lps
             response_mask[i, : len(tokens)] = 1
-            texts.append(self.policy.tokenizer.decode(tokens, skip_special_tokens=True))
+            conversations.append(self._conversation(prompts[i // n], tokens))
+            texts.append(conversations[-1][-1]["content"])
             finished.append(len(tokens) > 0 and int(tokens[-1]) in eos)
-        conversations = [[*prompts[i // n], Message(role="assistant", content=text)] for i, text in enumerate(texts)]
         device = self.policy.device
         sequences = Sequences(
             prompts=prompt_ids.to(device),

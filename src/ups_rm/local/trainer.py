@@ -11,7 +11,7 @@ is by default taken off the reward instead of added to the loss (verl's `algorit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,7 @@ from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.local.run_folder import begin, finished_run, resume, save_policy
 from ups_rm.local.sampling import Sampling
 from ups_rm.local.scoring import load_scorer
+from ups_rm.local.scoring_ahead import ScoringAhead
 from ups_rm.local.step_groups import log_groups, open_group_log
 from ups_rm.local.step_metrics import Clock, StepRecord, check_finite, step_metrics
 from ups_rm.local.validation import validate
@@ -51,7 +52,7 @@ from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.made_with import versions, write_made_with
 from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
-from ups_rm.types import Scorer, TrainResult
+from ups_rm.types import Conversation, Scorer, TrainResult
 
 
 class Trainer:
@@ -274,10 +275,11 @@ class Trainer:
 
     def _judged_rollout(self, prompts: list[PromptRow], number: int, clock: Clock) -> Judged:
         """n replies to each prompt, scored; those of flat groups drawn again where the recipe says so."""
-        with clock("gen"):
-            rollout = self._rollout(prompts, number)
-        with clock("reward"):
-            judged = judge(rollout, self.scorer, self.recipe)
+        with ScoringAhead(self.scorer, self.recipe.reward_model) as scorer:
+            with clock("gen"):
+                rollout = self._rollout(prompts, number, on_group=scorer.on_group)
+            with clock("reward"):
+                judged = judge(rollout, scorer, self.recipe)
         algorithm = self.recipe.algorithm
         for again in range(1, algorithm.resamples + 1 if algorithm.zero_std_groups == "resample" else 1):
             if not (groups := judged.flat_prompts()):
@@ -289,7 +291,13 @@ class Trainer:
         self._at_work = judged.rollout
         return judged
 
-    def _rollout(self, prompts: list[PromptRow], number: int, again: int = 0) -> Rollout:
+    def _rollout(
+        self,
+        prompts: list[PromptRow],
+        number: int,
+        again: int = 0,
+        on_group: Callable[[list[Conversation]], None] | None = None,
+    ) -> Rollout:
         settings = self.recipe.actor_rollout_ref.rollout
         seed = settings.seed * 1_000_003 + number + again * 1_000_000_007  # torch takes 64 bits
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, seed)
@@ -298,6 +306,7 @@ class Trainer:
             n=settings.n,
             max_new_tokens=self.recipe.data.max_response_length,
             sampling=sampling,
+            on_group=on_group,
         )
         check_finite("the policy's logits in the rollout", rollout.rollout_logprobs, rollout.sequences.response_mask)
         return rollout

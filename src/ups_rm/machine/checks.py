@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ups_rm.errors import PlanError
+from ups_rm.errors import PlanError, RecipeError
 from ups_rm.machine.facts import RAY_PORTS, Facts
 from ups_rm.models import DEFAULT_MODEL, cache_folder
 
@@ -48,11 +48,23 @@ def check_machine(facts: Facts, recipe: Recipe, engine: str) -> list[Finding]:
     found = [*_software(facts, recipe, engine), *_gpus(facts, recipe, engine)]
     plan = _plan(recipe, facts)
     if engine == "verl":
-        found.append(_rm_place(facts, recipe))
+        found += [_recipe(recipe), _rm_place(facts, recipe)]
     found += _memory(facts, recipe, engine, plan)
     found += _machine(facts, recipe, engine, plan)
     found += _models(facts, recipe)
     return found
+
+
+def _recipe(recipe: Recipe) -> Finding:
+    """Whether verl can honour it, machine or not."""
+    from ups_rm.distributed.translate import check_for_verl
+
+    try:
+        check_for_verl(recipe)
+    except RecipeError as error:
+        seen, _, fix = str(error).partition("\n  fix: ")
+        return Finding("recipe", "fail", seen, fix or "another value")
+    return Finding("recipe", "ok", "verl can honour every key")
 
 
 def _software(facts: Facts, recipe: Recipe, engine: str) -> Iterator[Finding]:

@@ -32,12 +32,13 @@ SCRIPTS = ("uplot/uPlot.iife.min.js", "dom.js", "charts.js", "answer.js", "curve
 STYLES = ("uplot/uPlot.min.css", "report.css")
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(runs: Sequence[Path], out: Path | None = None, *, study: dict[str, Any] | None = None) -> Path:
     """Write the page of one run, or of several to be compared, beside its name and rename it.
 
     Args:
         runs: run folders; the first one is shown first.
         out: the file; default `report.html` in the first run's folder.
+        study: what `ups_rm.study` found: `tables` (`heads`, `rows`) and `picture`, a PNG as a data URL.
 
     Returns:
         The file.
@@ -47,7 +48,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """
     out = Path(out) if out is not None else Path(runs[0]) / "report.html"
     _check_ours(out)
-    html = render_runs(runs)
+    html = render_runs(runs, study)
     try:
         write_text(out, html)
     except OSError as error:
@@ -62,24 +63,24 @@ def _check_ours(out: Path) -> None:
         raise RunError(f"{out} is not a report of ours: nothing is overwritten\n  fix: another --out")
 
 
-def render_runs(runs: Sequence[Path]) -> str:
+def render_runs(runs: Sequence[Path], study: dict[str, Any] | None = None) -> str:
     """The page of these run folders, with as much of their group logs as leaves it under `LARGEST` bytes."""
     group_bytes = GROUP_BYTES // len(runs)
     while True:
-        html = render([read_run(run, group_bytes=group_bytes) for run in runs])
+        html = render([read_run(run, group_bytes=group_bytes) for run in runs], study)
         if len(html.encode()) <= LARGEST or group_bytes < 10_000:
             return html
         group_bytes = int(group_bytes * 0.8 * min(1.0, LARGEST / len(html.encode())))
 
 
-def render(runs: list[dict[str, Any]]) -> str:
+def render(runs: list[dict[str, Any]], study: dict[str, Any] | None = None) -> str:
     """The page with these runs (`read_run`) in it."""
-    return frame(pack_runs(runs, live=False), title=", ".join(run["name"] for run in runs), live=False)
+    return frame(pack_runs(runs, live=False, study=study), title=", ".join(run["name"] for run in runs), live=False)
 
 
-def pack_runs(runs: list[dict[str, Any]], *, live: bool) -> bytes:
+def pack_runs(runs: list[dict[str, Any]], *, live: bool, study: dict[str, Any] | None = None) -> bytes:
     """What the page's script reads: the runs, and every word it needs."""
-    return pack({"labels": labels(), "live": live, "version": __version__, "runs": runs})
+    return pack({"labels": labels(), "live": live, "version": __version__, "runs": runs, "study": study})
 
 
 def frame(payload: bytes, *, title: str, live: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from time import perf_counter
@@ -10,13 +11,15 @@ from ups_rm.console import console
 from ups_rm.durable import write_text
 from ups_rm.errors import RunError
 from ups_rm.pipeline import run as run_all
+from ups_rm.report import write_report
 from ups_rm.study.picture import draw
 from ups_rm.study.plan import Study
-from ups_rm.study.results import ArmResult, arm_results, study_table, to_markdown
+from ups_rm.study.results import ArmResult, arm_results, study_table, tables, to_markdown
 
 
 def run_study(study: Study, out: Path, *, overrides: tuple[str, ...] = ()) -> list[ArmResult]:
-    """Every cell, then `study.json`, `study.md` and `pareto.png` in `out`, which are written anew after each cell.
+    """Every cell, then `study.json`, `study.md` and `pareto.png` in `out`, which are written anew after each cell, and
+    at the end `report.html`.
 
     Args:
         out: run folders are `<out>/<arm>/seed-<seed>`; a study that was interrupted goes on.
@@ -41,7 +44,8 @@ def run_study(study: Study, out: Path, *, overrides: tuple[str, ...] = ()) -> li
         results = arm_results(study, out)
         _write(results, out)
     console.print(study_table(results))
-    console.print(f"table: {out / 'study.md'}   picture: {out / 'pareto.png'}", soft_wrap=True)
+    page = _report(results, out)
+    console.print(f"table: {out / 'study.md'}   picture: {out / 'pareto.png'}   report: {page}", soft_wrap=True)
     return results
 
 
@@ -74,3 +78,11 @@ def _write(results: list[ArmResult], out: Path) -> None:
     write_text(out / "study.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     write_text(out / "study.md", to_markdown(results))
     draw(results, out / "pareto.png")
+
+
+def _report(results: list[ArmResult], out: Path) -> Path:
+    """The study's tables and picture, with the first training of each arm to look into."""
+    picture = base64.b64encode((out / "pareto.png").read_bytes()).decode()
+    study = {"tables": tables(results), "picture": f"data:image/png;base64,{picture}"}
+    runs = [out / result.arm / f"seed-{result.seeds[0]}" for result in results]
+    return write_report(runs, out / "report.html", study=study)

@@ -70,7 +70,14 @@ function answerPage() {
     run.outcome ? partTables(run.outcome.rows) : null,
     h("h3", {}, t("alarms")), alarmsOf(run),
     run.problems.length ? [h("h3", {}, t("problems")), h("ul", {}, run.problems.map((line) => h("li", {}, line)))] : null));
-  return [runs.length > 1 ? comparison(runs) : null, parts, note(t("read_replies"))];
+  return [studyOf(state.data.study), runs.length > 1 ? comparison(runs) : null, parts, note(t("read_replies"))];
+}
+
+/** What a study found over all its seeds: its tables as they stand in study.md, and its picture; null where the page is of runs alone. */
+function studyOf(study) {
+  if (!study) return null;
+  return section(t("study"), h("p", {}, t("study_explain")), h("img", { src: study.picture, alt: t("study_picture"), class: "picture" }),
+    study.tables.map(({ heads, rows }) => table(t("study"), heads, rows)));
 }
 
 function comparison(runs) {
