@@ -240,6 +240,27 @@ def test_groups_and_pairs_of_one_harm_category(browser: Any, first: Path) -> Non
     look.done()
 
 
+def test_a_study_shows_its_tables_picture_and_the_constraint_s_curves(
+    browser: Any, first: Path, second: Path, tmp_path: Path
+) -> None:
+    steered = shutil.copytree(second, tmp_path / "steered")
+    lines = [json.loads(line) for line in (steered / "metrics.jsonl").read_text().splitlines()]
+    more = {"objective/lambda": 1.5, "objective/cost_mean": -1.0, "objective/cost_limit": -2.0}
+    write_text(steered / "metrics.jsonl", "".join(json.dumps(line | more) + "\n" for line in lines))
+    dot = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
+    dot += "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    tables = [{"heads": ["arm (seeds)", "KL"], "rows": [["safety (3)", "0.2"]]}]
+    page = write_report([first, steered], tmp_path / "study.html", study={"tables": tables, "picture": dot})
+    look = Looked(browser, page.as_uri())
+    assert look.texts("h2")[0] == "The study"
+    assert "safety (3)" in look.texts("table th")
+    look.until("document.querySelector('img.picture').naturalWidth === 1")
+    look.go("curves")
+    look.page.wait_for_selector("canvas")
+    assert {"Cost and its limit", "Multiplier λ"} <= set(look.texts("figure h3"))
+    look.done()
+
+
 def test_two_runs_in_one_chart_and_zoom_by_keyboard(browser: Any, two: str) -> None:
     look = Looked(browser, two)
     assert len(look.texts(".sentence")) == 2
