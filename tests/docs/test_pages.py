@@ -73,6 +73,17 @@ def _results(name: str) -> str:
     return (REPO / name).read_text(encoding="utf-8").split("<!-- results -->")[1].split("<!-- /results -->")[0]
 
 
+def test_the_study_s_table_is_the_same_everywhere():
+    """In both READMEs and, with more beside it, on the page of objectives."""
+    numbers = [re.findall(r"[+-]?\d+\.\d+", _study(name)) for name in (*READMES, "docs/objectives.md")]
+    assert len(numbers[0]) > 20
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def _study(name: str) -> str:
+    return (REPO / name).read_text(encoding="utf-8").split("<!-- study -->")[1].split("<!-- /study -->")[0]
+
+
 def test_chinese_readme_is_in_chinese():
     paragraphs = [
         part
