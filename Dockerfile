@@ -1,7 +1,7 @@
 # The environment for ENGINE=verl on NVIDIA GPUs (driver 580 or newer on the host). Never built where this was written.
 #   docker build -t ups-rm .
 #   docker run --rm -it --gpus all --ipc host --ulimit nofile=1048576 -v "$PWD/runs:/ups-rm/runs" -v "$PWD/merge:/ups-rm/merge" \
-#     -v "$PWD/Data:/ups-rm/Data" -v "$HOME/.cache/ups-rm:/root/.cache/ups-rm" ups-rm
+#     -v "$PWD/Data:/ups-rm/Data" -v "$HOME/.cache/ups-rm:/cache" -e UPS_RM_CACHE=/cache ups-rm
 # Inside: ups-rm doctor --engine verl
 FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
 

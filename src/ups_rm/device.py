@@ -65,7 +65,6 @@ def torch_device(name: str | torch.device) -> torch.device:
     return device
 
 
-@lru_cache(maxsize=1)
 def rest_idle_threads() -> None:
     """Idle OpenMP threads wait for a moment and then sleep; called before torch is imported, which reads it then.
 
@@ -78,6 +77,7 @@ def rest_idle_threads() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # some 0.1 ms; GNU's OpenMP, which torch's wheels carry
 
 
+@lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
     """Have glibc's malloc keep what tensors free for the next ones; False where the C library has no `mallopt`.
 
