@@ -68,8 +68,8 @@ def torch_device(name: str | torch.device) -> torch.device:
 def rest_idle_threads() -> None:
     """Idle OpenMP threads wait for a moment and then sleep; called before torch is imported, which reads it then.
 
-    Threads that spin for long stall whatever else runs on these cores. Threads that sleep at once are woken some
-    thousand times per reply token while decoding, which costs more than the products between: a GRPO step takes a
+    Threads that spin for long stall whatever else runs on these cores. Threads that sleep at once are woken
+    hundreds of times per reply token while decoding, which costs more than the products between: a GRPO step takes a
     quarter longer. What the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
