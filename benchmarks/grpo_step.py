@@ -18,13 +18,12 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from benchmarks.machine import step_floor
 from benchmarks.result import Result, versions
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import load_recipe
 from ups_rm.types import Conversation, Score
 
-FLOOR = 3.9
-"""Seconds of the base case on 2 Zen 5 cores: bf16 GEMM 800 GFLOP/s, 40 GB/s, each prompt computed once."""
 SUBJECTS = ("bread", "a small garden", "old bicycles", "the night sky", "a school trip", "cold coffee", "paper boats",
             "winter coats", "piano lessons", "house plants", "a mountain hike", "lost keys")  # fmt: skip
 QUESTIONS = (
@@ -37,7 +36,7 @@ FILLER = "For context, here is what I have tried so far and what came of it on e
 
 @dataclass(frozen=True)
 class Case:
-    """One size of the step. `words`: least and most words that a prompt is filled up with."""
+    """One size of the step. `words`: least and most words that a prompt is filled up with; `model`: another policy."""
 
     name: str
     prompts: int = 8
@@ -47,18 +46,18 @@ class Case:
     lora_rank: int = 0
     peer_dtype: str = "float32"
     with_rm: bool = False
-    floor: float | None = None
+    model: str = ""
 
 
-BASE = Case("8 prompts x 4 replies x 64 tokens", floor=FLOOR)
+BASE = Case("8 prompts x 4 replies x 64 tokens")
 CASES = (
     BASE,
     replace(BASE, name="the same, TRL with bf16 weights", peer_dtype="bfloat16"),
-    replace(BASE, name="256 new tokens, early ends", new_tokens=256, floor=None),
-    replace(BASE, name="prompts of 20-600 tokens", words=(0, 420), floor=None),
-    replace(BASE, name="n = 8", n=8, floor=None),
-    replace(BASE, name="LoRA of rank 16", lora_rank=16, floor=None),
-    replace(BASE, name="with RM scoring", with_rm=True, floor=None),
+    replace(BASE, name="256 new tokens, early ends", new_tokens=256),
+    replace(BASE, name="prompts of 20-600 tokens", words=(0, 420)),
+    replace(BASE, name="n = 8", n=8),
+    replace(BASE, name="LoRA of rank 16", lora_rank=16),
+    replace(BASE, name="with RM scoring", with_rm=True),
 )
 
 
@@ -122,6 +121,8 @@ def our_trainer(case: Case, folder: Path, scorer: Any) -> tuple[Trainer, Callabl
         "trainer.test_freq": -1,
         "trainer.default_local_dir": str(folder / "run"),
     }
+    if case.model:
+        overrides["actor_rollout_ref.model.path"] = case.model
     trainer = Trainer(load_recipe("quickstart", [f"{key}={value}" for key, value in overrides.items()]), scorer)
     draw, count = random.Random(1), 0
 
@@ -215,6 +216,8 @@ def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
         ours = ours[1:]
         if profile is not None:
             _trace(step, profile)
+    reply_tokens = statistics.median(cost.tokens for cost in ours)
+    floor = None if case.with_rm else _floor(case, reply_tokens)
     used, name = versions("torch", "transformers", "trl", "peft"), f"GRPO step, {case.name}"
     peer = "TRL GRPOTrainer, " + ("fp32 weights, bf16 autocast" if case.peer_dtype == "float32" else "bf16 weights")
 
@@ -222,11 +225,27 @@ def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
         return statistics.median(getattr(cost, what) for cost in costs)
 
     return [
-        Result(f"{name}, wall", middle(ours, "wall"), middle(theirs, "wall"), "s", peer, case.floor, used),
+        Result(f"{name}, wall", middle(ours, "wall"), middle(theirs, "wall"), "s", peer, floor, used),
         Result(f"{name}, CPU", middle(ours, "cpu"), middle(theirs, "cpu"), "CPU s", peer, None, used),
         Result(f"{name}, our reply tokens", middle(ours, "tokens"), None, "tokens", versions=used),
         Result(f"{name}, TRL's reply tokens", middle(theirs, "tokens"), None, "tokens", versions=used),
     ]
+
+
+def _floor(case: Case, reply_tokens: float) -> float:
+    """See `machine.step_floor`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ups_rm.data.prompts import encode_prompts
+    from ups_rm.models import fetch
+
+    lengths = [len(ids) for ids in encode_prompts(AutoTokenizer.from_pretrained(fetch()), chats(case))]
+    model = AutoModelForCausalLM.from_pretrained(fetch())
+    head = model.get_output_embeddings().weight.numel()
+    return step_floor(
+        case.prompts * statistics.mean(lengths), reply_tokens, case.new_tokens,
+        body=model.num_parameters() - head, head=head, lora=case.lora_rank > 0,
+    )  # fmt: skip
 
 
 def _reward_model(folder: Path) -> Any:

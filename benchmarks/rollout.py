@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from time import perf_counter, process_time
 
 from benchmarks.grpo_step import BASE, chats
+from benchmarks.machine import bandwidth, flops
 from benchmarks.result import Result, versions
 
-FLOPS = {"bfloat16": 8e11, "float32": 4e11}
-"""Floating point operations per second in matrix products, 2 Zen 5 cores."""
+DTYPES = ("bfloat16", "float32")
 ENDS = (".", ",")
 UNITS = {"tokens/s": perf_counter, "tokens/CPU s": process_time}
 
@@ -38,7 +38,7 @@ class Case:
         return f"rollout, {self.prompts * self.n} rows x {self.new_tokens} tokens, {self.dtype}, {ends}"
 
 
-CASES = tuple(Case(dtype, early) for dtype in FLOPS for early in (False, True))
+CASES = tuple(Case(dtype, early) for dtype in DTYPES for early in (False, True))
 Side = Callable[[int], int]  # from a seed to the reply tokens made
 
 
@@ -84,7 +84,10 @@ def sides(case: Case) -> tuple[Side, Side, float]:
 
     made, read = case.prompts * case.n * case.new_tokens, sum(map(len, prompts))
     parameters = sum(one.numel() for one in model.parameters())
-    return ours, plain, FLOPS[case.dtype] / (2 * parameters) * made / (made + read)
+    size = parameters * (2 if case.dtype == "bfloat16" else 4)
+    rate = flops(case.dtype)
+    decode = max(2 * parameters * made / rate, case.new_tokens * size / bandwidth())
+    return ours, plain, made / (decode + 2 * parameters * read / rate)
 
 
 def measure(case: Case, pairs: int) -> list[Result]:

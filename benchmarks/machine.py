@@ -1,0 +1,57 @@
+"""What this machine does at best, measured in the same run: matrix products and memory."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+ROWS, INNER, OUTER = 2048, 576, 1536
+"""A product of SmolLM2-135M's forward."""
+
+
+def flops(dtype: str = "bfloat16") -> float:
+    """FLOP/s of the faster of torch's plain and packed product, best of ten rounds."""
+    import torch
+
+    from ups_rm.local.projection import Projection
+
+    x, weight = torch.randn(ROWS, INNER).to(getattr(torch, dtype)), torch.randn(OUTER, INNER).to(getattr(torch, dtype))
+    packed = Projection(weight)
+    times = []
+    for _ in range(10):
+        for product in (lambda: packed(x), lambda: torch.nn.functional.linear(x, weight)):
+            begun = perf_counter()
+            for _ in range(10):
+                product()
+            times.append((perf_counter() - begun) / 10)
+    return 2.0 * ROWS * INNER * OUTER / min(times)
+
+
+def bandwidth() -> float:
+    """Bytes/s that are read and written while 1 GB is copied, best of five."""
+    import torch
+
+    source = torch.ones(2**27)
+    target, times = torch.empty_like(source), []
+    for _ in range(5):
+        begun = perf_counter()
+        target.copy_(source)
+        times.append(perf_counter() - begun)
+    return 2.0 * source.numel() * source.element_size() / min(times)
+
+
+def step_floor(
+    prompt_tokens: float, reply_tokens: float, new_tokens: int, *, body: int, head: int, lora: bool = False
+) -> float:
+    """Seconds that a GRPO step takes if all its products run at `flops` and weights are read at `bandwidth`.
+
+    Each prompt is computed once: for decoding, by the policy, by the reference and backward (two products a layer, one
+    where the weights are frozen). Decoding reads the weights once per token position.
+
+    Args:
+        body: parameters of the layers. head: of the output embedding.
+    """
+    rate, tokens = flops(), prompt_tokens + reply_tokens
+    passes = 3 if lora else 4
+    compute = 2 * passes * (body * tokens + head * reply_tokens) + 2 * body * prompt_tokens
+    decode = max(2 * (body + head) * reply_tokens / rate, new_tokens * 2 * (body + head) / bandwidth())
+    return compute / rate + decode
