@@ -1,9 +1,10 @@
 """One GRPO step of the local engine and one of TRL's GRPOTrainer, in turn, in one process, on the same work.
 
 SmolLM2-135M, 8 prompts x 4 replies, KL to the frozen reference in the loss with coefficient 0.001, AdamW. TRL runs in
-its best sound setting (fp32 weights, bf16 autocast, all 32 replies in one micro batch) and, as a case of its own, with
-bf16 weights, where updates of 1e-6 round away. A step is everything from prompts to changed weights; both sides count
-the reply tokens that they made.
+its best sound setting (fp32 weights, bf16 autocast, all replies in one micro batch) and, as a case of its own, with
+bf16 weights, where updates of 1e-6 round away; of LoRA the frozen base is bf16 on both sides, the adapters fp32. A step
+is everything from prompts to changed weights. Both sides take the same prompts in the same steps, and count the reply
+tokens that they made.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
+from unittest import mock
 
 from benchmarks.machine import step_floor
 from benchmarks.result import Result, versions
+from ups_rm.local.native import kernels
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import load_recipe
 from ups_rm.types import Conversation, Score
@@ -36,7 +39,8 @@ FILLER = "For context, here is what I have tried so far and what came of it on e
 
 @dataclass(frozen=True)
 class Case:
-    """One size of the step. `words`: least and most words that a prompt is filled up with; `model`: another policy."""
+    """One size of the step. `words`: least and most words that a prompt is filled up with; `model`: another policy;
+    `native`: with our C++ kernels where they can be built."""
 
     name: str
     prompts: int = 8
@@ -47,16 +51,18 @@ class Case:
     peer_dtype: str = "float32"
     with_rm: bool = False
     model: str = ""
+    native: bool = True
 
 
 BASE = Case("8 prompts x 4 replies x 64 tokens")
 CASES = (
     BASE,
+    replace(BASE, name="the same, none of our C++", native=False),
     replace(BASE, name="the same, TRL with bf16 weights", peer_dtype="bfloat16"),
     replace(BASE, name="256 new tokens, early ends", new_tokens=256),
-    replace(BASE, name="prompts of 20-600 tokens", words=(0, 420)),
+    replace(BASE, name="prompts of 50-600 tokens", words=(0, 500)),
     replace(BASE, name="n = 8", n=8),
-    replace(BASE, name="LoRA of rank 16", lora_rank=16),
+    replace(BASE, name="LoRA of rank 16", lora_rank=16, peer_dtype="bfloat16"),
     replace(BASE, name="with RM scoring", with_rm=True),
 )
 
@@ -80,6 +86,11 @@ def chats(case: Case) -> list[Conversation]:
         [{"role": "user", "content": f"{more} {question}".strip()}]
         for more, question in zip(extra, questions, strict=True)
     ]
+
+
+def picked(case: Case, step: int) -> list[int]:
+    """Which of the `chats` a step takes; steps count from 1."""
+    return random.Random(step).sample(range(len(SUBJECTS) * len(QUESTIONS)), case.prompts)
 
 
 @dataclass(frozen=True)
@@ -123,15 +134,17 @@ def our_trainer(case: Case, folder: Path, scorer: Any) -> tuple[Trainer, Callabl
     }
     if case.model:
         overrides["actor_rollout_ref.model.path"] = case.model
-    trainer = Trainer(load_recipe("quickstart", [f"{key}={value}" for key, value in overrides.items()]), scorer)
-    draw, count = random.Random(1), 0
+    with used(case.native):
+        trainer = Trainer(load_recipe("quickstart", [f"{key}={value}" for key, value in overrides.items()]), scorer)
+    count = 0
 
     def step() -> Cost:
         nonlocal count
         count += 1
-        prompts = draw.sample(rows, case.prompts)
+        prompts = [rows[i] for i in picked(case, count)]
         wall, cpu = perf_counter(), process_time()
-        record = trainer.step(prompts, count)
+        with used(case.native):
+            record = trainer.step(prompts, count)
         cost = Cost(perf_counter() - wall, process_time() - cpu, int(record.rollout.sequences.response_mask.sum()))
         print("  ours", {name: round(value, 2) for name, value in record.seconds.items()}, flush=True)
         return cost
@@ -185,15 +198,18 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
             print("  TRL", costs[-1], flush=True)
             between()
 
+    adapters = case.lora_rank > 0
     settings = GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=case.prompts * case.n, num_generations=case.n,
-        max_completion_length=case.new_tokens, beta=0.001, learning_rate=1e-6, bf16=case.peer_dtype == "float32",
+        max_completion_length=case.new_tokens, beta=0.001, learning_rate=1e-6,
+        bf16=case.peer_dtype == "float32" or adapters,
         gradient_checkpointing=False, max_steps=pairs + 1, save_strategy="no", report_to=[], disable_tqdm=True,
-        use_cpu=True, seed=0, temperature=1.0,
+        use_cpu=True, seed=0, temperature=1.0, shuffle_dataset=False,
         model_init_kwargs={"dtype": case.peer_dtype, "attn_implementation": "sdpa"},
     )  # fmt: skip
-    lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if case.lora_rank else None
-    data = Dataset.from_list([{"prompt": messages} for messages in chats(case)] * (pairs + 1))
+    lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
+    talks = chats(case)
+    data = Dataset.from_list([{"prompt": talks[i]} for step in range(pairs + 1) for i in picked(case, step + 1)])
     trainer = GRPOTrainer(
         model=str(fetch()),
         reward_funcs=reward,
@@ -215,21 +231,32 @@ def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
         theirs = trl_steps(case, folder, scorer, pairs, lambda: ours.append(step()))
         ours = ours[1:]
         if profile is not None:
-            _trace(step, profile)
+            _trace(step, profile.with_name(f"{profile.stem}-{CASES.index(case)}{profile.suffix}"))
     reply_tokens = statistics.median(cost.tokens for cost in ours)
     floor = None if case.with_rm else _floor(case, reply_tokens)
-    used, name = versions("torch", "transformers", "trl", "peft"), f"GRPO step, {case.name}"
+    with_kernels = "built" if case.native and kernels() is not None else "none"
+    programs = versions("torch", "transformers", "trl", "peft") | {"our C++ kernels": with_kernels}
+    name = f"GRPO step, {case.name}"
     peer = "TRL GRPOTrainer, " + ("fp32 weights, bf16 autocast" if case.peer_dtype == "float32" else "bf16 weights")
+    if case.lora_rank:
+        peer = "TRL GRPOTrainer, bf16 base, bf16 autocast"
 
     def middle(costs: list[Cost], what: str) -> float:
         return statistics.median(getattr(cost, what) for cost in costs)
 
     return [
-        Result(f"{name}, wall", middle(ours, "wall"), middle(theirs, "wall"), "s", peer, floor, used),
-        Result(f"{name}, CPU", middle(ours, "cpu"), middle(theirs, "cpu"), "CPU s", peer, None, used),
-        Result(f"{name}, our reply tokens", middle(ours, "tokens"), None, "tokens", versions=used),
-        Result(f"{name}, TRL's reply tokens", middle(theirs, "tokens"), None, "tokens", versions=used),
+        Result(f"{name}, wall", middle(ours, "wall"), middle(theirs, "wall"), "s", peer, floor, programs),
+        Result(f"{name}, CPU", middle(ours, "cpu"), middle(theirs, "cpu"), "CPU s", peer, None, programs),
+        Result(f"{name}, our reply tokens", middle(ours, "tokens"), None, "tokens", versions=programs),
+        Result(f"{name}, TRL's reply tokens", middle(theirs, "tokens"), None, "tokens", versions=programs),
     ]
+
+
+def used(native: bool) -> Any:
+    """Within: our kernels as they are, or none."""
+    from ups_rm.local import native as module
+
+    return mock.patch.object(module, "kernels", module.kernels if native else lambda: None)
 
 
 def _floor(case: Case, reply_tokens: float) -> float:

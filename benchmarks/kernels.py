@@ -7,10 +7,8 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-from benchmarks.grpo_step import BASE, Cost, LengthScorer, our_step
+from benchmarks.grpo_step import BASE, Cost, LengthScorer, our_step, used
 from benchmarks.result import Result, versions
 
 
@@ -40,10 +38,3 @@ def run(pairs: int = 5) -> list[Result]:
                versions=versions("torch", "transformers"), required=1.15)
         for title, what, unit in (("wall", "wall", "s"), ("CPU", "cpu", "CPU s"))
     ]  # fmt: skip
-
-
-def used(native: bool) -> Any:
-    """Within: the kernels as they are, or none."""
-    from ups_rm.local import native as module
-
-    return mock.patch.object(module, "kernels", module.kernels if native else lambda: None)

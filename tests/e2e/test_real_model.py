@@ -12,10 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_training import command
+from ups_rm.data.prompts import encode_prompts
 from ups_rm.data.sample import sample_root
+from ups_rm.local.policy import Policy
+from ups_rm.local.rollout import RolloutEngine
+from ups_rm.local.sampling import Sampling
 from ups_rm.models import fetch
+from ups_rm.recipe import load_recipe
 from ups_rm.tracking.group_log import read_group_log
 from ups_rm.tracking.jsonl import read_metrics
+from ups_rm.types import Message
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 RUN = Path("runs/ups-rm/quickstart")
@@ -106,3 +112,26 @@ def test_two_steps_of_the_whole_way(first: Path) -> None:
             old, new = (policy(input_ids=ids).logits[0, -1].log_softmax(-1) for policy in (before, after))
         kl = (old.exp() * (old - new)).sum()  # of the first token, nats; two steps of a sound run: 0.05 to 0.08
         assert kl < 0.2, "two small steps leave the policy what it was"
+
+
+def test_the_fast_path_is_transformers_on_the_real_model_in_fp32() -> None:
+    """Log-probabilities of replies of several lengths, and greedy tokens."""
+    override = "actor_rollout_ref.actor.fsdp_config.dtype=float32"
+    policy = Policy.load(load_recipe("quickstart", [override, "trainer.device=cpu"]), trainable=False)
+    texts = ("What is the capital of France?", "Explain in two sentences how bread is baked, and why it rises.", "Hi")
+    chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
+    rollout = RolloutEngine(policy).generate(chats, n=2, max_new_tokens=24, sampling=Sampling(seed=4))
+    with torch.no_grad():
+        fast, plain = (found(rollout.sequences, 1.0)[0] for found in (policy.response_logprobs, policy.plain_logprobs))
+    mask = rollout.sequences.response_mask.bool()
+    torch.testing.assert_close(fast[mask], plain[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(fast[mask], rollout.rollout_logprobs[mask], atol=1e-4, rtol=0)
+    greedy = RolloutEngine(policy).generate(chats, n=1, max_new_tokens=24, sampling=Sampling(temperature=0.0))
+    for row, ids in enumerate(encode_prompts(policy.tokenizer, chats)):
+        with torch.no_grad():
+            expected = policy.model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=24,
+                do_sample=False, eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id,
+            )[0, len(ids):]  # fmt: skip
+        length = int(greedy.sequences.response_mask[row].sum())
+        assert greedy.sequences.responses[row, :length].tolist() == expected.tolist()

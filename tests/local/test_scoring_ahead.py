@@ -70,7 +70,9 @@ def test_a_group_is_asked_for_once_and_before_the_last_one_has_ended(
         scores = ahead.score(rollout.conversations)
     assert torch.equal(rollout.sequences.responses, plain.sequences.responses)
     groups = [rollout.conversations[i : i + 3] for i in range(0, len(rollout.conversations), 3)]
-    assert 0 < len(told) < len(groups), "some groups end early, the longest reply's does not"
+    assert 0 < len(told) < len(groups), "some groups end early, the longest reply's of the last chunk does not"
+    if at_once == 7:  # two prompts at a time: when the last two are decoded, the first four are known
+        assert all(group in told for group in groups[:4])
     assert all(group in groups for group in told)
     assert scores == Asked().score(rollout.conversations)
     early = [talks for talks, thread in scorer.calls if thread.startswith("scoring-ahead")]

@@ -65,7 +65,8 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     length = recipe.data.max_prompt_length + recipe.data.max_response_length
     tokens = settings.actor.ppo_micro_batch_size_per_gpu * length
     rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
-    # a known architecture keeps a prompt's keys and values once, in fp32 on a CPU; `generate` keeps them for each reply
+    # a known architecture keeps a prompt's keys and values once, in fp32 on a CPU without our
+    # kernels (the larger is told); `generate` keeps them for each reply
     prompt_rows = rows if decoder is None else math.ceil(rows / rollout.n)
     cached = prompt_rows * recipe.data.max_prompt_length + rows * recipe.data.max_response_length
     cache_width = 4 if on_cpu and decoder is not None else width

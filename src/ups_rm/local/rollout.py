@@ -106,23 +106,39 @@ class RolloutEngine:
                 elif on_group is None or replies < n:
                     rows += self.decoder.generate(*given)
                 else:
-                    told = self._by_group(prompts[start : start + per_call], n, on_group)
-                    rows += self.decoder.generate(*given, ended=told)
+                    told: set[int] = set()
+                    ended = self._by_group(prompts[start : start + per_call], n, on_group, told)
+                    rows += self.decoder.generate(*given, ended=ended)
+                    if start + per_call < len(ids):  # others are still to be decoded
+                        self._tell_rest(prompts[start : start + per_call], rows[start * n :], n, on_group, told)
         return self._pack(prompts, ids, rows, n)
 
     def _by_group(
-        self, prompts: list[list[Message]], n: int, on_group: Callable[[list[Conversation]], None]
+        self, prompts: list[list[Message]], n: int, on_group: Callable[[list[Conversation]], None], told: set[int]
     ) -> Callable[[int, Tensor], None]:
-        """What the decoder tells of rows, told of whole groups."""
+        """What the decoder tells of rows, told of whole groups; their numbers are noted in `told`."""
         waiting: dict[int, dict[int, Tensor]] = {}
 
         def ended(row: int, tokens: Tensor) -> None:
             group = waiting.setdefault(row // n, {})
             group[row] = tokens
             if len(group) == n:
+                told.add(row // n)
                 on_group([self._conversation(prompts[row // n], group[i]) for i in sorted(group)])
 
         return ended
+
+    def _tell_rest(
+        self,
+        prompts: list[list[Message]],
+        rows: list[tuple[Tensor, Tensor]],
+        n: int,
+        on_group: Callable[[list[Conversation]], None],
+        told: set[int],
+    ) -> None:
+        """Groups of a chunk whose last reply ended with it."""
+        for group in {*range(len(prompts))} - told:
+            on_group([self._conversation(prompts[group], tokens) for tokens, _ in rows[group * n : (group + 1) * n]])
 
     def _conversation(self, prompt: list[Message], tokens: Tensor) -> Conversation:
         text = self.policy.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -88,6 +88,12 @@ class Trainer:
         self.actor = Actor(self.policy, recipe, self.total_steps)
         self.scorer: Scorer = scorer or load_scorer(recipe)
         self.engine = RolloutEngine(self.policy, max_num_seqs=recipe.actor_rollout_ref.rollout.max_num_seqs)
+        if self.engine.decoder is None:
+            console.print(
+                f"{self.policy.source} is not of a kind that the fast path knows (docs/guides/own-policy.md): "
+                "transformers' own generate and forward are used, slower",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
         self.judge = open_judge(recipe)
         self.reference = self._load_reference()
         self._at_work: Rollout | None = None  # of the step that is under way

@@ -52,7 +52,7 @@ def kernels() -> Any | None:
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()
         console.print(
-            f"kernels could not be built, decoding goes on without them, slower: {reason[0] if reason else error!r}",
+            f"kernels could not be built, everything goes on without them, slower: {reason[0] if reason else error!r}",
             markup=False,
         )
         return None

@@ -1,10 +1,10 @@
 // What torch makes of many small operators: attention of one token per row, a draw from the vocabulary, RMSNorm, rotary
-// embedding and the gated SiLU, the last three with their gradients.
+// embedding, the gated SiLU and the loss over the vocabulary, the last four with their gradients.
 //
 // Loops that a compiler vectorises for whatever CPU it is told (-march=native); all sums are fp32. What they compute is
-// written down in torch in sampling.py, group_cache.py and elementwise.py, which are the reference in the tests and serve
-// wherever this file cannot be built. Rows are independent; only the gradient of RMSNorm's weight, a sum over rows, is
-// added up in an order that depends on the number of threads.
+// written down in torch in sampling.py, group_cache.py, elementwise.py and selected_logprobs.py, which are the reference
+// in the tests and serve wherever this file cannot be built. Rows are independent; only the gradient of RMSNorm's weight,
+// a sum over rows, is added up in an order that depends on the number of threads.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
