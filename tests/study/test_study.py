@@ -168,7 +168,9 @@ def test_a_study_leaves_a_table_and_a_picture_and_goes_on(file: Path, tmp_path: 
     page = (out / "report.html").read_text(encoding="utf-8")
     packed = re.search(r'id="payload">([^<]+)<', page)
     assert packed is not None
-    study = json.loads(gzip.decompress(base64.b64decode(packed.group(1))))["study"]
+    content = json.loads(gzip.decompress(base64.b64decode(packed.group(1))))
+    assert [run["name"] for run in content["runs"]] == ["safety/seed-3", "constrained/seed-3"]
+    study = content["study"]
     assert study["tables"][1]["rows"][0][:2] == ["constrained", "-0.200 [-0.200, -0.200]"]
     assert study["picture"].startswith("data:image/png;base64,")
     # a third seed later: what is done stays, and the new one joins

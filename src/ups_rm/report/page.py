@@ -67,7 +67,11 @@ def render_runs(runs: Sequence[Path], study: dict[str, Any] | None = None) -> st
     """The page of these run folders, with as much of their group logs as leaves it under `LARGEST` bytes."""
     group_bytes = GROUP_BYTES // len(runs)
     while True:
-        html = render([read_run(run, group_bytes=group_bytes) for run in runs], study)
+        read = [read_run(run, group_bytes=group_bytes) for run in runs]
+        if len({run["name"] for run in read}) < len(read):  # as in a study: arm/seed-0 and so on
+            for one, run in zip(read, runs, strict=True):
+                one["name"] = "/".join(Path(run).resolve().parts[-2:])
+        html = render(read, study)
         if len(html.encode()) <= LARGEST or group_bytes < 10_000:
             return html
         group_bytes = int(group_bytes * 0.8 * min(1.0, LARGEST / len(html.encode())))
