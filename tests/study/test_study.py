@@ -81,10 +81,12 @@ def test_the_grid_is_seed_by_seed_and_each_cell_is_a_recipe_of_its_own(file: Pat
     assert len({recipe.trainer.default_local_dir for recipe in recipes}) == 4
 
 
-def test_the_packaged_study_is_one() -> None:
-    study = read_study("study_constrained")
-    assert list(study.arms) == ["safety", "weighted", "constrained", "original"]
-    assert len(study.seeds) >= 3
+def test_the_packaged_studies_are_some(tmp_path: Path) -> None:
+    for name, arms in (("study_constrained", ["original"]), ("study_own_rows", [])):
+        study = read_study(name)
+        assert list(study.arms) == ["safety", "weighted", "constrained", *arms]
+        assert len(study.seeds) >= 3
+        assert all(study.load(cell, tmp_path).reward_training.target == "both" for cell in study.cells())
 
 
 def test_the_recommended_recipe_is_what_the_study_measured(tmp_path: Path) -> None:
