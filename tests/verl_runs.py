@@ -146,7 +146,7 @@ class Replay:
             rows = [reply for row in ids for reply in replies[tuple(row)]]
             assert len(rows) == n * len(prompts)
             rollout = trainer.engine._pack(messages, ids, rows, n)
-            trainer._rollout = lambda prompts, number, rollout=rollout: rollout  # type: ignore[method-assign]
+            trainer._rollout = lambda *_, rollout=rollout, **__: rollout  # type: ignore[method-assign]
             records.append(trainer.step(prompts, step))
             metrics.append(trainer.metrics(records[-1], step))
             trainer.objective.after_step(metrics[-1])

@@ -82,7 +82,9 @@ def trainer_of(
     trainer = Trainer(tiny_recipe(folder, policy, *given, *overrides, prompts=False), scorer or likes_e)
     engine, step = trainer.engine, 0
 
-    def generate(prompts: list[list[Message]], *, n: int, max_new_tokens: int, sampling: Sampling) -> Rollout:
+    def generate(
+        prompts: list[list[Message]], *, n: int, max_new_tokens: int, sampling: Sampling, on_group: object = None
+    ) -> Rollout:
         nonlocal step
         if sampling.seed > 1_000_003:  # a training step's own seed; validation has trainer.seed
             step = sampling.seed - trainer.recipe.actor_rollout_ref.rollout.seed * 1_000_003
