@@ -399,7 +399,7 @@ def test_wrong_inputs_are_said_before_any_work(place: Place) -> None:
         ([], {"TRAIN_DATA": "train.parquet", "VAL_DATA": "val.parquet"}, "train.parquet: no such file"),
         ([], {"REWARD_MODEL_PATH": "nowhere"}, "nowhere is not an RM folder"),
         ([], {"POLICY_MODEL_PATH": "./nowhere"}, "no model at ./nowhere"),
-        ([], {"ENGINE": "verl"}, "torch sees 0 CUDA devices here"),
+        ([], {"ENGINE": "verl"}, "trainer.device=cpu: stock verl trains on GPUs"),
         ([], {"ENGINE": "ray"}, "ENGINE=ray is not known"),
         (["trainer.total_step=3"], {}, "did you mean trainer.total_"),
         (["--recipe", "slowstart"], {}, "packaged ones"),

@@ -203,7 +203,7 @@ class Actor:
             entropy_mean = aggregate(entropy, mask, settings.loss_agg_mode, **aggregation)
             loss = loss - settings.entropy_coeff * entropy_mean
             parts["actor/entropy"] = float(entropy_mean.detach())
-        if settings.use_kl_loss and settings.kl_loss_coef != 0:
+        if settings.use_kl_loss:
             assert ref is not None
             divergence = kl_penalty(logprobs, ref[rows, :length], settings.kl_loss_type)
             kl_loss = aggregate(divergence, mask, settings.loss_agg_mode, **aggregation)

@@ -235,8 +235,7 @@ def needs_reference(recipe: Recipe) -> bool:
     """Whether the recipe uses or watches the KL to the frozen policy."""
     algorithm = recipe.algorithm
     in_reward = algorithm.use_kl_in_reward and (algorithm.kl_ctrl.kl_coef > 0 or algorithm.kl_ctrl.type == "adaptive")
-    actor = recipe.actor_rollout_ref.actor
-    return in_reward or (actor.use_kl_loss and actor.kl_loss_coef != 0) or recipe.trainer.max_kl > 0
+    return in_reward or recipe.actor_rollout_ref.actor.use_kl_loss or recipe.trainer.max_kl > 0
 
 
 def with_lora(model: Any, settings: Model, seed: int) -> Any:
