@@ -107,6 +107,22 @@ def test_logprobs_and_every_gradient_equal_the_plain_forward(
     assert_gradients_close(gradients(model), gradients(plain), trained=len(list(plain.parameters())))
 
 
+def test_all_layers_share_one_mask_where_sdpa_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward keeps the mask: a copy for each layer would be gigabytes at 2048 tokens."""
+    monkeypatch.setattr(shared_prefix, "SCORES_AT_ONCE", 0)
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spied(*given: Tensor, attn_mask: Tensor) -> Tensor:
+        masks.append(attn_mask)
+        return attend(*given, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+    model = causal_lm("llama")
+    shared(policy_of(model), random_sequences(LENGTHS, GROUPS))
+    assert len(masks) == 2 * len(model.model.layers) > 2
+    assert len({mask.data_ptr() for mask in masks}) == 2
+
+
 def test_a_sampled_padding_token_gets_no_gradient_as_in_transformers() -> None:
     """A policy may say its padding token: it is read like any other, and nn.Embedding keeps its row as it is."""
     model = causal_lm("qwen2 untied")

@@ -92,7 +92,11 @@ class SharedPrefixForward:
         return out.masked_scatter(keep, flat)
 
     def _masks(self, prompt_mask: Tensor, length: int, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Additive masks: prompts (G, 1, T, T), and replies over [prompt | reply] (b, 1, R, T + R)."""
+        """Additive masks: prompts (G, 1, T, T), and replies over [prompt | reply] (b, 1, R, T + R).
+
+        For SDPA their rows stand there once per query head of a key head, made here: every layer shares them, and its
+        backward keeps no copy.
+        """
         width, device = prompt_mask.shape[1], prompt_mask.device
         hidden = torch.finfo(dtype).min
         seen = prompt_mask.bool()
@@ -105,7 +109,13 @@ class SharedPrefixForward:
             torch.zeros(part.shape, dtype=dtype, device=device).masked_fill_(~part, hidden)
             for part in (prompts, replies)
         ]
-        return full[0][:, None], full[1][:, None]
+        groups = self.heads // self.kv_heads
+        shaped = [mask[:, None] if self._by_products(mask) else mask[:, None].repeat(1, 1, groups, 1) for mask in full]
+        return shaped[0], shaped[1]
+
+    def _by_products(self, mask: Tensor) -> bool:
+        """Attention under this mask is computed by plain products."""
+        return mask.device.type == "cpu" and mask.numel() * self.heads <= SCORES_AT_ONCE
 
     def _layer(
         self,
@@ -149,16 +159,16 @@ class SharedPrefixForward:
         return torch.cat([part.transpose(1, 2).reshape(-1, self.heads * self.head_dim) for part in both])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """q (B, S, L, D) over k and v (B, K, M, D) with an additive mask (B, 1, L, M) -> (B, S, L, D).
+        """q (B, S, L, D) over k and v (B, K, M, D) with a mask of `_masks` -> (B, S, L, D).
 
         The heads that share a key head stand as further query rows: keys are not copied per head.
         """
         rows, length, groups = len(q), q.shape[2], self.heads // self.kv_heads
         grouped = q.reshape(rows, self.kv_heads, groups * length, self.head_dim)
-        if q.device.type == "cpu" and mask.numel() * self.heads <= SCORES_AT_ONCE:
+        if self._by_products(mask):
             scores = torch.matmul(grouped, k.transpose(-1, -2)) * self.head_dim**-0.5
             scores = scores.unflatten(2, (groups, length)) + mask[:, :, None]  # (B, K, groups, L, M)
             out = scores.softmax(dim=-1).flatten(2, 3) @ v
         else:
-            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, groups, 1))
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         return out.view(rows, self.heads, length, self.head_dim)
