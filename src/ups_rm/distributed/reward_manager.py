@@ -67,7 +67,7 @@ class SafetyRewardManager(RewardManagerBase):
         except Exception as error:
             self.failed = error if isinstance(error, RMError) else RMError(f"scoring failed: {error}")
             # where Ray itself is at fault the board may not answer; verl then shows the error in its own way
-            with suppress(TimeoutError):
+            with suppress(asyncio.TimeoutError):  # not the builtin one before Python 3.11
                 await asyncio.wait_for(self.board.post.remote(as_failure(self.failed)), POST_SECONDS)
             raise self.failed from error
         extra = {
