@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from ups_rm.device import compute_dtype, torch_device
+
 ROWS, INNER, OUTER = 2048, 576, 1536
 """A product of SmolLM2-135M's forward."""
 
@@ -50,8 +52,9 @@ def step_floor(
     Args:
         body: parameters of the layers. head: of the output embedding.
     """
-    rate, tokens = flops(), prompt_tokens + reply_tokens
+    dtype = str(compute_dtype("auto", torch_device("cpu"))).removeprefix("torch.")
+    rate, size, tokens = flops(dtype), 2 if dtype == "bfloat16" else 4, prompt_tokens + reply_tokens
     passes = 3 if lora else 4
     compute = 2 * passes * (body * tokens + head * reply_tokens) + 2 * body * prompt_tokens
-    decode = max(2 * (body + head) * reply_tokens / rate, new_tokens * 2 * (body + head) / bandwidth())
+    decode = max(2 * (body + head) * reply_tokens / rate, new_tokens * size * (body + head) / bandwidth())
     return compute / rate + decode

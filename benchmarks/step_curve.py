@@ -49,13 +49,10 @@ def random_model(folder: Path, changes: dict[str, Any]) -> int:
 
     from ups_rm.models import fetch
 
-    config = AutoConfig.from_pretrained(fetch())
-    for name, value in changes.items():
-        setattr(config, name, value)
-    if "hidden_size" in changes:
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    if hasattr(config, "layer_types"):
-        config.layer_types = None
+    known = AutoConfig.from_pretrained(fetch())
+    derived = ("head_dim", "layer_types")  # follow from the others
+    given = {name: value for name, value in known.to_dict().items() if name not in derived}
+    config = type(known)(**(given | changes))
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(fetch()).save_pretrained(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from benchmarks.grpo_step import CASES, Case, LengthScorer, chats, measure, our_step
 
+from benchmarks import machine, step_curve
 from tiny import tiny_policy
 
 
@@ -40,3 +41,25 @@ def test_prompts_are_distinct_and_enough_for_every_case() -> None:
     for case in CASES:
         texts = [messages[0]["content"] for messages in chats(case)]
         assert len(set(texts)) == len(texts) >= case.prompts
+
+
+def test_the_curves_of_a_step_have_every_axis_and_a_picture(
+    tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_curve, "BASE", Case("tiny", prompts=2, n=2, new_tokens=4))
+    for name, points in (("PROMPTS", (1, 2)), ("REPLIES", (2, 3)), ("TOKENS", (3, 4))):
+        monkeypatch.setattr(step_curve, name, points)
+    sizes = {"one": {"num_hidden_layers": 1}, "wide": {"hidden_size": 128, "num_attention_heads": 8}}
+    monkeypatch.setattr(step_curve, "SIZES", sizes)
+    found = step_curve.run(1, picture=tmp_path / "step.png")
+    assert [result.name.rsplit(" ", 1)[0] for result in found[:2]] == ["GRPO step, 1", "GRPO step, 2"]
+    assert len(found) == 8
+    assert min(result.ours for result in found) > 0
+    assert (tmp_path / "step.png").stat().st_size > 5_000
+
+
+def test_the_floor_grows_with_the_work_and_falls_with_frozen_weights() -> None:
+    sizes = {"body": 10**6, "head": 10**5}
+    one, twice = (machine.step_floor(400 * k, 2000 * k, 64 * k, **sizes) for k in (1, 4))
+    assert 0 < one < twice
+    assert machine.step_floor(4e5, 2e6, 64, lora=True, **sizes) < machine.step_floor(4e5, 2e6, 64, **sizes)

@@ -160,6 +160,23 @@ def test_a_group_that_is_equally_safe_is_not_flat_while_helpfulness_differs(
     assert fit(tiny_recipe(tmp_path / "both", policy_folder, *more), scorer)[0]["group/masked_share"] < 0.5
 
 
+def test_a_group_whose_scores_are_saturated_is_not_flat_while_its_cost_differs(
+    tmp_path: Path, policy_folder: Path
+) -> None:
+    """The cost is the logit: -30 and -31 are two costs and one safe score. Helpfulness is the same for all."""
+
+    class Saturated(SyntheticScorer):
+        def score(self, conversations: list[Conversation]) -> list[Score]:
+            return [replace(score, helpfulness=1.0) for score in super().score(conversations)]
+
+    scorer = Saturated(lambda text: -30.0 - letter_share(text))
+    more = [*LEARN, f"{ALGORITHM}zero_std_groups=mask", f"{ALGORITHM}use_kl_in_reward=false"]
+    more += ["trainer.total_training_steps=1"]
+    for objective, flat in (("weighted", True), ("constrained", False)):
+        recipe = tiny_recipe(tmp_path / objective, policy_folder, *more, f"{ALGORITHM}objective={objective}")
+        assert (fit(recipe, scorer)[0]["group/masked_share"] == 1.0) is flat
+
+
 @pytest.mark.parametrize("loss", ["gspo", "cispo"])
 def test_the_other_losses_learn_and_start_with_vanillas_gradient(
     tmp_path: Path, policy_folder: Path, loss: str
