@@ -22,7 +22,7 @@ from unittest import mock
 
 from benchmarks.machine import step_floor
 from benchmarks.result import Result, versions
-from ups_rm.local.native import kernels
+from ups_rm.layers.native import kernels
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import load_recipe
 from ups_rm.types import Conversation, Score
@@ -254,7 +254,7 @@ def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
 
 def used(native: bool) -> Any:
     """Within: our kernels as they are, or none."""
-    from ups_rm.local import native as module
+    from ups_rm.layers import native as module
 
     return mock.patch.object(module, "kernels", module.kernels if native else lambda: None)
 

@@ -14,7 +14,7 @@ from benchmarks.result import Result, versions
 
 def run(pairs: int = 5) -> list[Result]:
     """Medians over the pairs after one step of warm-up each; `peer` is our own step without the kernels."""
-    from ups_rm.local.native import kernels
+    from ups_rm.layers.native import kernels
 
     if kernels() is None:
         raise SystemExit(f"no kernels: UPS_RM_NATIVE={os.environ.get('UPS_RM_NATIVE', '')}, or no compiler")

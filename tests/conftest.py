@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tiny import tiny_backbone, tiny_policy, tiny_rm
-from ups_rm.local.native import kernels
+from ups_rm.layers.native import kernels
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -84,10 +84,10 @@ def keep_freed_memory() -> bool:
     By default it hands each large block back to the kernel and takes new pages, filled with zeros, a moment later,
     which costs a good part of a step's CPU time. The price: the process's memory stays at its peak.
     """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # 32 MiB is the largest block that glibc takes from the heap
-    return mallopt is not None and bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, 2**31 - 1))
+    # no block goes past the heap: one that does (by default each over 32 MiB) is new pages every time
+    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def _has_fast_bf16(kind: str) -> bool:

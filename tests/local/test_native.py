@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ups_rm.local import native
-from ups_rm.local.elementwise import rms_norm, rotate, silu_mul
+from ups_rm.layers import native
+from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul
 from ups_rm.local.group_cache import GroupCache, NativeCache
 from ups_rm.local.sampling import Sampling, draw
 from ups_rm.local.selected_logprobs import SelectedLogprobs

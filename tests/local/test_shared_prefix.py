@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_training import FAST, UNKNOWN, VOCAB, causal_lm, policy_of, random_sequences, slow_logprobs
-from ups_rm.local import shared_prefix
+from ups_rm.layers import decoder
+from ups_rm.layers.elementwise import RMSNorm
 from ups_rm.local.actor import response_logprobs
-from ups_rm.local.elementwise import RMSNorm
 from ups_rm.local.policy import Policy
 from ups_rm.local.selected_logprobs import SelectedLogprobs
 from ups_rm.local.sequences import Sequences
@@ -84,13 +84,13 @@ def counted(module: torch.nn.Module) -> Iterator[list[int]]:
     handle.remove()
 
 
-@pytest.mark.parametrize("scores", [0, shared_prefix.SCORES_AT_ONCE], ids=["sdpa", "products"])
+@pytest.mark.parametrize("scores", [0, decoder.SCORES_AT_ONCE], ids=["sdpa", "products"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
 @pytest.mark.parametrize("architecture", FAST)
 def test_logprobs_and_every_gradient_equal_the_plain_forward(
     architecture: str, checkpointing: bool, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_prefix, "SCORES_AT_ONCE", scores)
+    monkeypatch.setattr(decoder, "SCORES_AT_ONCE", scores)
     sequences = random_sequences(LENGTHS, GROUPS)
     plain = causal_lm(architecture)
     expected = by_row(plain, sequences)
@@ -109,7 +109,7 @@ def test_logprobs_and_every_gradient_equal_the_plain_forward(
 
 def test_all_layers_share_one_mask_where_sdpa_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its backward keeps the mask: a copy for each layer would be gigabytes at 2048 tokens."""
-    monkeypatch.setattr(shared_prefix, "SCORES_AT_ONCE", 0)
+    monkeypatch.setattr(decoder, "SCORES_AT_ONCE", 0)
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def spied(*given: Tensor, attn_mask: Tensor) -> Tensor:
@@ -309,14 +309,14 @@ def test_bf16_logprobs_stay_near_fp32() -> None:
 
 
 def test_prompts_are_computed_once_per_group() -> None:
-    """What the module is for: 12 replies to one prompt send one prompt through the layers."""
-    sequences = random_sequences([3] * 12, [0] * 12, prompt_padding=0, response_padding=0)
+    """What the module is for: 12 replies to one prompt send one prompt through the layers, no padding, and of each
+    reply all but its last token, which predicts nothing."""
+    sequences = random_sequences([3] * 11 + [1], [0] * 12, prompt_padding=2, response_padding=4)
     model = causal_lm()
     tokens: list[int] = []
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, args, __: tokens.append(args[0].shape[1]))
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, args, __: tokens.append(len(args[0])))
     shared(policy_of(model), sequences)
-    width = sequences.prompts.shape[1]
-    assert tokens == [width + 12 * 3]
+    assert tokens == [int(sequences.prompt_mask[0].sum()) + 11 * 2]
     assert isinstance(SharedPrefixForward.of(model), SharedPrefixForward)
     assert model.config.vocab_size == VOCAB
 

@@ -13,7 +13,7 @@ import torch
 
 from tiny_training import prefers, tiny_recipe
 from ups_rm.errors import CheckpointError, RecipeError, RunError
-from ups_rm.local.native import kernels
+from ups_rm.layers.native import kernels
 from ups_rm.local.trainer import Trainer
 from ups_rm.tracking.jsonl import read_metrics
 from ups_rm.types import TrainResult
@@ -95,7 +95,7 @@ def test_going_on_without_the_kernels_is_told(
     """They round otherwise than torch does."""
     if kernels() is None:
         pytest.skip("the kernels can't be built here")
-    for module in ("ups_rm.local.native", "ups_rm.local.provenance"):
+    for module in ("ups_rm.layers.native", "ups_rm.local.provenance"):
         monkeypatch.setattr(f"{module}.kernels", lambda: None)
     capsys.readouterr()
     assert fit(tmp_path, policy_folder, *SIX).steps == 6

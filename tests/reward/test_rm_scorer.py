@@ -161,7 +161,8 @@ def test_the_folders_own_code_answers_as_ours(tmp_path, monkeypatch):
     ours = RewardScorer.load(rm, dtype="float32").score(list(GOLDEN_CONVERSATIONS))
     theirs = RewardScorer.load(rm, dtype="float32", trust_remote_code=True)
     assert type(theirs.model).__module__.startswith("transformers_modules.")
-    assert [s.logit for s in theirs.score(list(GOLDEN_CONVERSATIONS))] == [s.logit for s in ours]
+    found = [score.logit for score in theirs.score(list(GOLDEN_CONVERSATIONS))]
+    assert found == pytest.approx([score.logit for score in ours], abs=1e-5)  # transformers' layers, and ours
 
 
 def test_dtype_names():

@@ -47,18 +47,14 @@ def test_side_by_side_as_alone(scorer, groups):
 
 
 def test_the_prompt_is_computed_once(scorer, monkeypatch):
-    seen = []
-    real = scorer.model.model.forward
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["input_ids"].numel())
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(scorer.model.model, "forward", counting)
+    seen: list[int] = []
+    layer = scorer.model.model.layers[0].mlp.up_proj
+    hook = layer.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
     monkeypatch.setattr(type(scorer), "enough_tokens", 1)  # no row waits for another
     talks = conversations([("a long question " * 8, ["yes", "no", "perhaps", "never"])])
     rows = render(scorer.tokenizer, talks, scorer.policy)
     scorer.score(talks)
+    hook.remove()
     each = [len(row.input_ids) for row in rows]
     (row,) = shared_rows([row.input_ids for row in rows], ["same"] * 4, 10**6, 10**4)
     assert sum(seen) == row.length < sum(each) / 2

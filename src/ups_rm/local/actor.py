@@ -57,9 +57,25 @@ class Actor:
             betas=(optim.betas[0], optim.betas[1]),
             weight_decay=optim.weight_decay,
         )
+        self._hold_moments()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, optim, total_steps)
         )
+
+    def _hold_moments(self) -> None:
+        """Take the memory of AdamW's moments now. At the first step it would come out of the middle of what the first
+        forward has just freed, and the second would no longer fit there: a fifth more at the peak."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        masters = [master for _, master in self.policy.masters]
+        state = {
+            i: {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+            }
+            for i, master in enumerate(masters)
+        }
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def on_policy(self, batch_prompts: int) -> bool:
         """The rollout serves exactly one optimizer step, so its old log-probabilities are the training forward's."""

@@ -19,27 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.local.elementwise import rms_norm
+from ups_rm.layers.decoder import is_known
+from ups_rm.layers.elementwise import rms_norm
+from ups_rm.layers.native import usable
 from ups_rm.local.group_cache import GroupCache, NativeCache, rotated
-from ups_rm.local.native import usable
 from ups_rm.local.projection import Projection
 from ups_rm.local.sampling import Sampling, draw
-
-KNOWN = ("llama", "qwen2", "qwen3")
-
-
-def is_known(model: Any) -> bool:
-    """The model is of a kind whose layers this module and `shared_prefix` compute themselves."""
-    config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    return (
-        config.model_type in KNOWN
-        and not getattr(config, "sliding_window", None)
-        and config.hidden_act == "silu"
-        and not getattr(config, "mlp_bias", False)
-        and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-        and not hasattr(model.get_input_embeddings(), "lora_embedding_A")  # its weight alone would miss the adapter
-    )
 
 
 @dataclass
@@ -65,6 +50,8 @@ class FastDecoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
         self.kernels = usable(self.causal.model.embed_tokens.weight)
+        self.layers: list[_Layer] = []
+        self.head: Projection | None = None
         self.refresh()
 
     @classmethod
@@ -75,10 +62,10 @@ class FastDecoder:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the model's present weights."""
+        self.release()
         base = self.causal.model
         self.embed, self.norm, self.rotary = base.embed_tokens.weight, base.norm.weight, base.rotary_emb
         self.head, self.dtype = Projection(_weight(self.causal.lm_head)), self.embed.dtype
-        self.layers: list[_Layer] = []
         for layer in base.layers:
             attention, mlp = layer.self_attn, layer.mlp
             qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -99,10 +86,15 @@ class FastDecoder:
                 )
             )
 
+    def release(self) -> None:
+        """Give back the weights that were laid out; the next `generate` takes over the model's present ones."""
+        self.layers, self.head = [], None
+
     def copies(self, *, packed: bool) -> list[Tensor]:
         """Weights that the decoder holds beside the model's own: all projections where they are packed, else fused."""
         layers = [[layer.qkv, layer.out, layer.gate, layer.up, layer.down] for layer in self.layers]
         if packed:
+            assert self.head is not None
             return [part.weight for part in (self.head, *(part for layer in layers for part in layer))]
         return [layer[0].weight for layer in layers]
 
@@ -123,6 +115,7 @@ class FastDecoder:
         return layer.down.onto(layer.up.times(y, layer.gate.silu(y)), x)
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        assert self.head is not None
         return self.head(self._rms(hidden, self.norm))
 
     def _prefill(self, prompts: list[list[int]], n: int, reply_length: int) -> tuple[Tensor, Tensor, GroupCache]:
@@ -171,6 +164,8 @@ class FastDecoder:
         Returns:
             (tokens, logprobs) per row on the CPU, the end token included, row i answering prompt i // n.
         """
+        if not self.layers:
+            self.refresh()
         device, batch = self.embed.device, len(prompts) * n
         last, lengths, cache = self._prefill(prompts, n, max_new_tokens)
         hidden, lengths = last.repeat_interleave(n, 0), lengths.repeat_interleave(n)

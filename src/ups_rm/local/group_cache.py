@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.local.elementwise import rotate
-from ups_rm.local.native import BLOCK
+from ups_rm.layers.elementwise import rotate
+from ups_rm.layers.native import BLOCK
 
 SHRINK_AT = 0.75
 """The grid is made anew when the new one has at most this share of its cells."""

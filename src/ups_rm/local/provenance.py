@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ups_rm.local.native import kernels
+from ups_rm.layers.native import kernels
 
 
 def git_commit() -> str | None:

@@ -62,16 +62,16 @@ class Rollout:
 
 
 class RolloutEngine:
-    """Generates with the policy's present weights; call `refresh()` after each update."""
+    """Generates with the policy's weights as they are at the first rollout after `refresh()`."""
 
     def __init__(self, policy: Policy, *, max_num_seqs: int = 256) -> None:
         self.policy, self.max_num_seqs = policy, max_num_seqs
         self.decoder = FastDecoder.of(policy.model)
 
     def refresh(self) -> None:
-        """The policy has changed: take over its weights."""
+        """The policy has changed or is about to: give back what was laid out for decoding, a copy of all weights."""
         if self.decoder is not None:
-            self.decoder.refresh()
+            self.decoder.release()
 
     @torch.no_grad()
     def generate(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.local.native import usable
+from ups_rm.layers.native import usable
 
 CHUNK = 256
 """Tokens whose probabilities are summed before the one chunk that holds the draw is searched."""

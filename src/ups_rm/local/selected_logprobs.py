@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.local.native import usable
+from ups_rm.layers.native import usable
 
-LOGITS_AT_ONCE = 2**24 - 2**16
-"""Numbers in one chunk of logits: in bf16 just under 32 MiB, the largest block that malloc reuses."""
+LOGITS_AT_ONCE = 2**24
+"""Numbers in one chunk of logits, 32 MiB in bf16: larger ones gain nothing."""
 ROWS_IN_FP32 = 32
 """Rows of it that are widened to fp32 at a time: they stay in the CPU's cache and in memory that malloc reuses."""
 WEIGHT_ROWS_AT_ONCE = 1024

@@ -314,6 +314,7 @@ class Trainer:
             sampling=sampling,
             on_group=on_group,
         )
+        self.engine.refresh()  # or the copy that decodes would stand beside the activations
         check_finite("the policy's logits in the rollout", rollout.rollout_logprobs, rollout.sequences.response_mask)
         return rollout
 

@@ -301,7 +301,7 @@ def hidden_states(
 
     texts = [i for row in rows for i in row.texts]
     with compute_context(dtype, device):
-        if len(texts) > len(rows):
+        if can_share(model):
             hidden = pooled_rows(model, rows, ids, pooling, device)
         else:
             hidden, _ = pooled_hidden(model, *pad_batch([ids[i] for i in texts], device), pooling=pooling)

@@ -148,6 +148,8 @@ def load_model(
     check_manifest(path, RMError)
     import torch
 
+    from ups_rm.reward.myrm.modeling_myrm import HEAD_MODULES, MyRMForTokenClassification
+
     # the native bf16 way starts from the stored weights: norms and embeddings are not rounded
     stored = dtype == torch.bfloat16 and not trust_remote_code
     options: dict[str, Any] = {"dtype": "auto" if stored else dtype, "output_loading_info": True}
@@ -160,7 +162,6 @@ def load_model(
                 model, info = _load_remote(path, options)
             else:
                 from ups_rm.reward.folder_size import check_size
-                from ups_rm.reward.myrm.modeling_myrm import MyRMForTokenClassification
 
                 config = myrm_config(path)
                 check_size(path, config)
@@ -175,6 +176,9 @@ def load_model(
     check_weights(path, info)
     if stored:
         lower_to_bf16(model.model)
+        for name in config.head_names:  # copies, as the backbone's
+            for parameter in getattr(model, HEAD_MODULES[name]).parameters():
+                parameter.data = parameter.data.clone()
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -183,15 +187,17 @@ def lower_to_bf16(backbone: Any) -> None:
 
     As fast as a backbone wholly in bfloat16, with half its error (SmolLM2-135M: logits 0.07 instead of 0.15 off on
     average). An embedding keeps the number format it is stored in, and its output is made float32.
+    All become copies: one tensor that is still the file's own, mapped into memory, keeps the whole file resident.
     """
     import torch
 
     for module in backbone.modules():
-        if isinstance(module, torch.nn.Embedding):
+        embedding = isinstance(module, torch.nn.Embedding)
+        if embedding:
             module.register_forward_hook(lambda _module, _inputs, output: output.float())
-            continue
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(torch.bfloat16 if parameter.dim() > 1 else torch.float32)
+            lowered = torch.bfloat16 if parameter.dim() > 1 else torch.float32
+            parameter.data = parameter.data.to(parameter.dtype if embedding else lowered, copy=True)
 
 
 def compute_context(dtype: torch.dtype, device: str | torch.device) -> AbstractContextManager[Any]:

@@ -206,7 +206,8 @@ class RewardScorer:
         from ups_rm.reward.shared_prompt import Row, can_share, shared_rows
 
         ids = [row.input_ids for row in rendered]
-        if prompts is not None and self.native and hasattr(self.model, "head_logits") and can_share(self.model.model):
+        fast = self.native and hasattr(self.model, "head_logits") and can_share(self.model.model)
+        if fast and prompts is not None:
             rows = shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
         else:
             rows = [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
@@ -216,8 +217,7 @@ class RewardScorer:
             for batch in batches:
                 some = [rows[i] for i in batch]
                 texts = [i for row in some for i in row.texts]
-                shared = len(texts) > len(some)
-                found = self.row_answers(some, ids) if shared else self.batch_answers([ids[i] for i in texts])
+                found = self.row_answers(some, ids) if fast else self.batch_answers([ids[i] for i in texts])
                 for i, answer in zip(texts, found, strict=True):
                     answers[i] = answer
                 advance(len(texts))

@@ -1,9 +1,10 @@
 """The replies to one prompt in one row of the batch: the prompt's tokens once, after them each reply's own.
 
 A reply's tokens attend to the prompt and to those before them in the same reply, by a mask over the row, and are
-counted on from the prompt's end, so states are those of the conversation alone. Decoders that place tokens by rotation
-only, with full attention, can be run like this; `can_share` names them, all others get plain batches. Shared is what
-the token ids have in common, so a tokenizer may merge across the prompt's end and texts may be cut anywhere.
+counted on from the prompt's end, so states are those of the conversation alone. The rows of a batch stand side by side
+in the layers (`layers.decoder`), which see no padding. Decoders that place tokens by rotation only, with full
+attention, can be run like this; `can_share` names them, all others get plain batches. Shared is what the token ids have
+in common, so a tokenizer may merge across the prompt's end and texts may be cut anywhere.
 
 Letters: B rows, W tokens of the longest row, N texts, H hidden size.
 """
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ups_rm.layers.decoder import DecoderLayers, is_known
+from ups_rm.layers.grid import Grid
+
 Ids = Sequence[int] | Tensor
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
-"""Rope types whose rotation of a token depends on its position alone, not on how long the longest text is."""
 LEAST_SHARED = 16
 """Tokens in common below which a row of its own is as good."""
 
@@ -36,14 +37,8 @@ class Row:
 
 
 def can_share(backbone: Any) -> bool:
-    """Whether the backbone takes a boolean mask over [prompt | reply | reply ...] and positions that repeat."""
-    config = backbone.config
-    return (
-        config.model_type in ARCHITECTURES
-        and not getattr(config, "sliding_window", None)
-        and config.rope_parameters["rope_type"] in FIXED_ROTATIONS
-        and config._attn_implementation == "sdpa"  # eager attention would add the mask as 0 and 1
-    )
+    """Whether `pooled_rows` takes the backbone; it attends as transformers' sdpa does."""
+    return is_known(backbone) and backbone.config._attn_implementation == "sdpa"
 
 
 def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int, hidden_size: int) -> list[Row]:
@@ -120,15 +115,22 @@ def pooled_rows(
     part = part.to(device)
     own_part = part[:, :, None] == part[:, None, :]  # padding sees padding, so that no query sees nothing
     order = torch.arange(width, device=device)
-    mask = (own_part | (part == 0)[:, None, :]) & (order[:, None] >= order)  # (B, W, W)
-    hidden = backbone(
-        input_ids=input_ids.to(device), attention_mask=mask[:, None], position_ids=positions.to(device), use_cache=False
-    ).last_hidden_state.float()  # (B, W, H)
+    seen = (own_part | (part == 0)[:, None, :]) & (order[:, None] >= order)  # (B, W, W)
+    grid, layers = Grid(part >= 0), DecoderLayers(backbone)
+    mask = layers.additive(seen, backbone.layers[0].mlp.gate_proj.weight.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (grid.pad(y).view(len(rows), width, *y.shape[1:]) for y in (q, k, v))
+        return grid.pack(layers.attention(q, k, v, mask).flatten(0, 1))
+
+    hidden = layers(input_ids.to(device).flatten()[grid.cells], positions.to(device).flatten()[grid.cells], attend)
+    token = grid.tokens.view(len(rows), width)
     if pooling == "last":
-        return torch.stack([hidden[b, last] for b, _, _, last in spans])
+        return layers.norm(hidden[torch.stack([token[b, last] for b, _, _, last in spans])]).float()
+    hidden = layers.norm(hidden).float()  # (N, H)
     return torch.stack(
         [
-            (hidden[b, :shared].sum(0) + hidden[b, first : last + 1].sum(0)) / (shared + last + 1 - first)
+            (hidden[token[b, :shared]].sum(0) + hidden[token[b, first : last + 1]].sum(0)) / (shared + last + 1 - first)
             for b, shared, first, last in spans
         ]
     )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.local.native import usable
+from ups_rm.layers.native import usable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,7 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding as Llama applies it: halves of the head, not pairs. x (N, heads, D), cos and sin (N, 1, D)."""
+    """Rotary embedding as Llama applies it: halves of the head, not pairs. x (N, heads, D), cos and sin (N, 1, D)
+    in x's dtype or fp32 -> (N, heads, D) in x's dtype."""
     out: Tensor = Rotate.apply(x, cos, sin)
     return out
 
@@ -30,6 +31,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape."""
     out: Tensor = SiluMul.apply(gate, up)
+    return out
+
+
+def silu_mul_linear(gate: Tensor, up: Tensor, linear: torch.nn.Module) -> Tensor:
+    """linear(silu(gate) * up), gate and up (N, I)."""
+    if type(linear) is not torch.nn.Linear or linear.bias is not None:  # adapters: they read the product themselves
+        out: Tensor = linear(silu_mul(gate, up))
+    else:
+        out = SiluMulLinear.apply(gate, up, linear.weight)
     return out
 
 
@@ -79,33 +89,57 @@ class Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    kernels = usable(x, cos, sin)
+    kernels = usable(x) if {cos.dtype, sin.dtype} <= {x.dtype, torch.float32} else None
     if kernels is not None:
         out: Tensor = kernels.rotate(x.contiguous(), cos.contiguous(), sin.contiguous(), sign)
         return out
     half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * (sign * sin)
+    return (x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * (sign * sin)).to(x.dtype)
 
 
 class SiluMul(torch.autograd.Function):
-    """With s = sigmoid(gate): d_up = g gate s, d_gate = g up s (1 + gate (1 - s))."""
+    """See `_gated` and `_gated_backward`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        kernels = usable(gate, up)
-        if kernels is not None:
-            out: Tensor = kernels.silu_mul(gate.contiguous(), up.contiguous())
-            return out
-        return F.silu(gate) * up
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        kernels = usable(grad, gate, up)
-        if kernels is not None:
-            d_gate, d_up = kernels.silu_mul_backward(grad.contiguous(), gate.contiguous(), up.contiguous())
-            return d_gate, d_up
-        s = torch.sigmoid(gate)
-        silu = gate * s
-        return grad * up * (s + silu * (1 - s)), grad * silu
+        return _gated_backward(grad, gate, up)
+
+
+class SiluMulLinear(torch.autograd.Function):
+    """(silu(gate) * up) W^T. The product of the two, a fifth of what a layer would keep, is made again for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(_gated(gate, up), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        d_weight = grad.t() @ _gated(gate, up) if ctx.needs_input_grad[2] else None
+        return *_gated_backward(grad @ weight, gate, up), d_weight
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    kernels = usable(gate, up)
+    if kernels is not None:
+        out: Tensor = kernels.silu_mul(gate.contiguous(), up.contiguous())
+        return out
+    return F.silu(gate) * up
+
+
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """With s = sigmoid(gate): d_gate = g up s (1 + gate (1 - s)), d_up = g gate s."""
+    kernels = usable(grad, gate, up)
+    if kernels is not None:
+        d_gate, d_up = kernels.silu_mul_backward(grad.contiguous(), gate.contiguous(), up.contiguous())
+        return d_gate, d_up
+    s = torch.sigmoid(gate)
+    silu = gate * s
+    return grad * up * (s + silu * (1 - s)), grad * silu

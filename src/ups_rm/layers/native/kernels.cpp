@@ -271,8 +271,8 @@ void logits_to_gradient_rows(scalar* logits, const int64_t* targets, const float
 }
 
 // Rotary embedding as Llama applies it, halves of the head; `sign` -1 turns the other way.
-template <typename scalar, typename result>
-void rotate(const scalar* x, const scalar* cos, const scalar* sin, result* out, int64_t size, float sign = 1.0f) {
+template <typename scalar, typename angle, typename result>
+void rotate(const scalar* x, const angle* cos, const angle* sin, result* out, int64_t size, float sign = 1.0f) {
   const int64_t half = size / 2;
   for (int64_t i = 0; i < half; i++) {
     const float a = widen(x[i]), b = widen(x[half + i]);
@@ -492,21 +492,27 @@ std::tuple<at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& grad, con
   return {d_gate, d_up};
 }
 
-// x (N, heads, D), cos and sin (N, D) -> x rotated; with `sign` -1 rotated back, which is the gradient.
+// x (N, heads, D), cos and sin (N, D) in x's dtype or fp32 -> x rotated; with `sign` -1 rotated back, the gradient.
 at::Tensor rotate_heads(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, double sign) {
-  for (const auto& tensor : {x, cos, sin}) check(tensor, x.scalar_type(), "a tensor");
+  check(x, x.scalar_type(), "x");
+  for (const auto& tensor : {cos, sin}) check(tensor, cos.scalar_type(), "cos and sin");
   const int64_t rows = x.size(0), heads = x.size(1), size = x.size(2);
   TORCH_CHECK(cos.numel() == rows * size && sin.numel() == rows * size && size % 2 == 0, "sizes do not fit");
+  TORCH_CHECK(cos.scalar_type() == x.scalar_type() || cos.scalar_type() == at::kFloat, "cos and sin are not x's or fp32");
   at::Tensor out = at::empty_like(x);
   dispatch(x.scalar_type(), [&](auto zero) {
     using scalar = decltype(zero);
-    const scalar *from = in<scalar>(x), *c = in<scalar>(cos), *d = in<scalar>(sin);
+    const scalar* from = in<scalar>(x);
     scalar* into = to<scalar>(out);
-    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; row++)
-        for (int64_t h = row * heads; h < (row + 1) * heads; h++)
-          rotate(from + h * size, c + row * size, d + row * size, into + h * size, size, float(sign));
-    });
+    const auto turn = [&](const auto* c, const auto* d) {
+      at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++)
+          for (int64_t h = row * heads; h < (row + 1) * heads; h++)
+            rotate(from + h * size, c + row * size, d + row * size, into + h * size, size, float(sign));
+      });
+    };
+    if (cos.scalar_type() == x.scalar_type()) turn(in<scalar>(cos), in<scalar>(sin));
+    else turn(in<float>(cos), in<float>(sin));
   });
   return out;
 }

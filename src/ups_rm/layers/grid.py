@@ -1,0 +1,65 @@
+"""Real tokens side by side, and the padded rows that attention sees them in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Grid:
+    """C cells of padded rows, N of which hold a token: linear layers run over the N, attention over the C.
+
+    Args:
+        real: which cells hold a token, in any shape of C cells.
+    """
+
+    def __init__(self, real: Tensor) -> None:
+        flat = real.flatten()
+        self.full = bool(flat.all())
+        self.cells = flat.nonzero().squeeze(1)  # (N,)
+        self.tokens = (flat.long().cumsum(0) - 1).clamp_(min=0)  # (C,), at padding any token: attention masks it
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (C, ...). What stands at padding is some token's: finite, to be masked, without a gradient."""
+        if self.full:
+            return x
+        out: Tensor = Pad.apply(x, self.cells, self.tokens)
+        return out
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(C, ...) -> (N, ...)"""
+        if self.full:
+            return x
+        out: Tensor = Pack.apply(x, self.cells)
+        return out
+
+
+class Pad(torch.autograd.Function):
+    """A copy of rows and back: autograd's own gradient of an index adds up one row after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(cells)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (cells,) = ctx.saved_tensors
+        return grad.index_select(0, cells), None, None
+
+
+class Pack(torch.autograd.Function):
+    """The way back; the gradient at padding is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cells: Tensor) -> Tensor:
+        ctx.save_for_backward(cells)
+        ctx.count = len(x)
+        return x.index_select(0, cells)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (cells,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, cells, grad), None
