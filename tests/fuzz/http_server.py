@@ -50,7 +50,7 @@ class Server:
             device="cpu",
             max_batch_tokens=4096,
             enough_tokens=4096,
-            batch_answers=lambda rows: [(len(row) / 100,) for row in rows],
+            unshared_answers=lambda rows: [(len(row) / 100,) for row in rows],
         )
         self.server = RewardServer([model], name="fuzzed", limits=LIMITS)
         self.server.__enter__()

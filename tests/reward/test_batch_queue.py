@@ -27,7 +27,7 @@ class Recorder:
         self.batches: list[list[list[int]]] = []
         self.fails_on: int | None = None
 
-    def batch_answers(self, rows: Sequence[list[int]]) -> list[tuple[float, ...]]:
+    def unshared_answers(self, rows: Sequence[list[int]]) -> list[tuple[float, ...]]:
         self.batches.append(list(rows))
         self.started.set()
         assert self.gate.wait(30)

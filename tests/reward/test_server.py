@@ -49,10 +49,10 @@ class Gated:
     def __getattr__(self, name):
         return getattr(self.scorer, name)
 
-    def batch_answers(self, rows):
+    def unshared_answers(self, rows):
         self.started.set()
         assert self.gate.wait(60)
-        return self.scorer.batch_answers(rows)
+        return self.scorer.unshared_answers(rows)
 
 
 def test_http_gives_the_scores_of_the_process_to_the_last_bit(scorer, server):
@@ -289,7 +289,7 @@ def test_what_is_accepted_is_answered_while_the_server_ends(scorer):
 
 def test_a_failing_model_is_a_500_without_its_insides(scorer):
     broken = Gated(scorer)
-    broken.batch_answers = lambda rows: (_ for _ in ()).throw(MemoryError("secret of the model"))
+    broken.unshared_answers = lambda rows: (_ for _ in ()).throw(MemoryError("secret of the model"))
     with RewardServer([broken], name="rm") as running:
         answer = httpx.post(f"{running.url}/score", json={"conversations": talks(1)}, trust_env=False)
         assert (answer.status_code, answer.json()) == (500, {"error": "the model failed: MemoryError"})

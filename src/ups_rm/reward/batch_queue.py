@@ -150,7 +150,7 @@ class BatchQueue:
             started = perf_counter()
             rows = [job.rows[i].input_ids for job, i in batch]
             try:
-                answers = scorer.batch_answers(rows)
+                answers = scorer.unshared_answers(rows)
             except Exception as error:  # whatever it is: it answers these requests and does not end the server
                 log.exception("a batch of %d conversations failed on %s", len(rows), scorer.device)
                 with self._changed:

@@ -203,11 +203,11 @@ class RewardScorer:
         Raises:
             RMError: a logit that is not finite.
         """
-        from ups_rm.reward.shared_prompt import Row, can_share, shared_rows
+        from ups_rm.reward.shared_prompt import Row, shared_rows
 
         ids = [row.input_ids for row in rendered]
-        fast = self.native and hasattr(self.model, "head_logits") and can_share(self.model.model)
-        if fast and prompts is not None:
+        packs = self.packs
+        if packs and prompts is not None:
             rows = shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
         else:
             rows = [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
@@ -217,7 +217,7 @@ class RewardScorer:
             for batch in batches:
                 some = [rows[i] for i in batch]
                 texts = [i for row in some for i in row.texts]
-                found = self.row_answers(some, ids) if fast else self.batch_answers([ids[i] for i in texts])
+                found = self.row_answers(some, ids) if packs else self.batch_answers([ids[i] for i in texts])
                 for i, answer in zip(texts, found, strict=True):
                     answers[i] = answer
                 advance(len(texts))
@@ -233,6 +233,13 @@ class RewardScorer:
             )
         return answers
 
+    @property
+    def packs(self) -> bool:
+        """Whether texts go through the layers side by side (`shared_prompt`), not as padded rows."""
+        from ups_rm.reward.shared_prompt import can_share
+
+        return self.native and hasattr(self.model, "head_logits") and can_share(self.model.model)
+
     def batch_logits(self, rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "right") -> list[float]:
         """The first head's logits of one batch of token ids, see `batch_answers`."""
         return [answer[0] for answer in self.batch_answers(rows, side=side)]
@@ -244,6 +251,14 @@ class RewardScorer:
             RMError: logits of another shape than (batch, heads).
         """
         return self.tensor_answers(*pad_batch(rows, side=side, pad_id=self.pad_id))
+
+    def unshared_answers(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
+        """Every head's logits of one batch of token ids, to the last bit what `answers` gives for such a batch."""
+        from ups_rm.reward.shared_prompt import Row
+
+        if not self.packs:
+            return self.batch_answers(rows)
+        return self.row_answers([Row((i,), 0, len(row)) for i, row in enumerate(rows)], rows)
 
     def row_answers(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Answer]:
         """Every head's logits of the texts of some rows, in the order they stand there (`shared_prompt`)."""
