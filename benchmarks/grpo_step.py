@@ -1,20 +1,23 @@
-"""One GRPO step of the local engine and one of TRL's GRPOTrainer, in turn, in one process, on the same work.
+"""One GRPO step of the local engine and one of TRL's GRPOTrainer, in turn, on the same work.
 
 SmolLM2-135M, 8 prompts x 4 replies, KL to the frozen reference in the loss with coefficient 0.001, AdamW. TRL runs in
 its best sound setting (fp32 weights, bf16 autocast, all replies in one micro batch) and, as a case of its own, with
 bf16 weights, where updates of 1e-6 round away; of LoRA the frozen base is bf16 on both sides, the adapters fp32. A step
 is everything from prompts to changed weights. Both sides take the same prompts in the same steps, and count the reply
-tokens that they made.
+tokens that they made. TRL runs in a process of its own, with the same threads and waiting as ours: what we ask of
+malloc holds for a whole process, and would make its steps faster than its users see them.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -34,6 +37,7 @@ QUESTIONS = (
     "Write a short and polite letter to my neighbour in which I ask for some advice about {} please.",
     "Explain {} to a child of ten years in a few simple sentences, with one example from daily life.",
 )
+STEP = "TRL's step:"
 FILLER = "For context, here is what I have tried so far and what came of it on each of the last days. "
 
 
@@ -195,7 +199,7 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
         def on_step_end(self, *_: Any, **__: Any) -> None:
             wall, cpu = self.started
             costs.append(Cost(perf_counter() - wall, process_time() - cpu, tokens))
-            print("  TRL", costs[-1], flush=True)
+            print(STEP, json.dumps(asdict(costs[-1])), flush=True)
             between()
 
     adapters = case.lora_rank > 0
@@ -211,7 +215,7 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
     talks = chats(case)
     data = Dataset.from_list([{"prompt": talks[i]} for step in range(pairs + 1) for i in picked(case, step + 1)])
     trainer = GRPOTrainer(
-        model=str(fetch()),
+        model=case.model or str(fetch()),
         reward_funcs=reward,
         args=settings,
         train_dataset=data,
@@ -222,13 +226,41 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
     return costs[1:]
 
 
+def main(arguments: Sequence[str]) -> None:
+    """What `trl_in_turn` starts: a step of TRL, its cost on a line, and the next when a line is read."""
+    case, pairs = json.loads(arguments[0]), int(arguments[1])
+    case["words"] = tuple(case["words"])
+    with tempfile.TemporaryDirectory() as name:
+        scorer = _reward_model(Path(name)) if case["with_rm"] else LengthScorer()
+        trl_steps(Case(**case), Path(name), scorer, pairs, lambda: print(input(), flush=True))
+
+
+def trl_in_turn(case: Case, pairs: int, between: Callable[[], None]) -> list[Cost]:
+    """TRL's steps after one of warm-up, in a process that waits while `between` runs after each of them."""
+    command = [sys.executable, "-m", "benchmarks.grpo_step", json.dumps(asdict(case)), str(pairs)]
+    costs: list[Cost] = []
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(STEP):
+                costs.append(Cost(**json.loads(line.removeprefix(STEP))))
+                print("  TRL", costs[-1], flush=True)
+                between()
+                print("next", file=process.stdin, flush=True)
+    if process.returncode:
+        raise RuntimeError(f"TRL's process ended with exit code {process.returncode}")
+    return costs[1:]
+
+
 def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
     """Medians over the pairs: wall and CPU seconds of a step, and reply tokens made in it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scorer = _reward_model(folder) if case.with_rm else LengthScorer()
         step, ours = our_step(case, folder, scorer), []
-        theirs = trl_steps(case, folder, scorer, pairs, lambda: ours.append(step()))
+        theirs = trl_in_turn(case, pairs, lambda: ours.append(step()))
         ours = ours[1:]
         if profile is not None:
             _trace(step, profile.with_name(f"{profile.stem}-{CASES.index(case)}{profile.suffix}"))
@@ -300,3 +332,7 @@ def _trace(step: Callable[[], Cost], file: Path) -> None:
 def run(pairs: int = 5, only: str = "", profile: Path | None = None) -> list[Result]:
     """Every case whose name contains `only`."""
     return [one for case in CASES if only in case.name for one in measure(case, pairs, profile)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -29,7 +29,7 @@ def test_our_half_makes_the_replies_of_the_case(tmp_path: Path, policy: Path, lo
 
 def test_trl_and_we_take_turns_on_the_same_work(policy: Path) -> None:
     pytest.importorskip("trl", reason="needs the extra trl")
-    case = Case("tiny", prompts=2, n=3, new_tokens=5)
+    case = Case("tiny", prompts=2, n=3, new_tokens=5, model=str(policy))  # its process sees no monkeypatch
     wall, cpu, ours, theirs = measure(case, 1, None)
     assert wall.ratio == pytest.approx(wall.peer / wall.ours)
     assert cpu.peer is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 from ups_rm.layers.decoder import is_known
 from ups_rm.layers.elementwise import rms_norm
 from ups_rm.layers.native import usable
-from ups_rm.local.group_cache import GroupCache, NativeCache, rotated
+from ups_rm.local.graphed import GraphedSteps, recorder
+from ups_rm.local.group_cache import GroupCache, NativeCache, StaticCache, rotated
 from ups_rm.local.projection import Projection
 from ups_rm.local.sampling import Sampling, draw
 
@@ -50,6 +52,7 @@ class FastDecoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
         self.kernels = usable(self.causal.model.embed_tokens.weight)
+        self.record = recorder(self.causal.model.embed_tokens.weight.device)
         self.layers: list[_Layer] = []
         self.head: Projection | None = None
         self.refresh()
@@ -139,6 +142,8 @@ class FastDecoder:
             x = self._mlp(x, layer)
         last = x.view(count, width, -1)[torch.arange(count, device=device), lengths - 1]
         sizes = {"columns": n, "reply_length": reply_length, "heads": self.heads}
+        if self.record is not None:
+            return last, lengths, StaticCache(keys, values, lengths, **sizes)
         if self.kernels is None:
             return last, lengths, GroupCache(keys, values, lengths, **sizes)
         return last, lengths, NativeCache(keys, values, lengths, kernels=self.kernels, **sizes)
@@ -169,6 +174,9 @@ class FastDecoder:
         device, batch = self.embed.device, len(prompts) * n
         last, lengths, cache = self._prefill(prompts, n, max_new_tokens)
         hidden, lengths = last.repeat_interleave(n, 0), lengths.repeat_interleave(n)
+        step: Callable[[Tensor, Tensor, int], Tensor] = partial(self._decode, cache)
+        if self.record is not None:
+            step = GraphedSteps(partial(self._decode, cache), cache, self.record)
         end = torch.tensor(eos_ids, device=device)
         uniforms = uniforms.to(device)
         out = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
@@ -189,11 +197,11 @@ class FastDecoder:
                         ended(row, out[row, : t + 1].cpu())
                 cache.keep(alive)
                 rows, lengths, token = rows[alive], lengths[alive], token[alive]
-            hidden = self._decode(token, lengths + t, t, cache)
+            hidden = step(token, lengths + t, t)
         out, logprobs = out.cpu(), logprobs.cpu()
         return [(out[i, :k], logprobs[i, :k]) for i, k in enumerate(count.tolist())]
 
-    def _decode(self, token: Tensor, position: Tensor, t: int, cache: GroupCache) -> Tensor:
+    def _decode(self, cache: GroupCache, token: Tensor, position: Tensor, t: int | Tensor) -> Tensor:
         """Reply token t of every live row, at these positions; returns the last hidden state (b, H)."""
         x = F.embedding(token, self.embed)  # (b, H)
         cos, sin = self._rope(position)

@@ -55,7 +55,7 @@ class GroupCache:
     def groups(self) -> int:
         return self.keys.shape[1]
 
-    def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor) -> Tensor:
         """Write the rows' keys and values at reply position `position` and attend to all up to it.
 
         Args:
@@ -66,21 +66,21 @@ class GroupCache:
             Shape (b, K * g * D), in qkv's dtype.
         """
         groups, columns, size = self.groups, self.columns, qkv.shape[-1]
-        kv_heads, seen = self.keys.shape[2], position + 1
+        kv_heads = self.keys.shape[2]
         qkv = rotated(qkv, cos, sin, self.heads + kv_heads)
         if len(qkv) < groups * columns:
             grid = qkv.new_zeros(groups * columns, *qkv.shape[1:]).index_copy_(0, self.cells, qkv)
         else:
             grid = qkv
         q, k, v = grid.view(groups, columns, -1, size).transpose(1, 2).split([self.heads, kv_heads, kv_heads], dim=1)
-        self.keys[layer, :, :, :, position], self.values[layer, :, :, :, position] = k, v
+        self._write(layer, k, v, position)
         # (P, K, m, g, D): a group's queries side by side for the prompt, a row's for its own reply
         q = packed(q.unflatten(1, (kv_heads, -1)).transpose(2, 3), self.dtype)
         as_group, as_row = q.view(groups * kv_heads, -1, size), q.view(groups * kv_heads * columns, -1, size)
         keys, values = (part[layer].flatten(0, 1) for part in (self.prompt_keys, self.prompt_values))  # (P K, T, D)
-        own_keys, own_values = (part[layer].flatten(0, 2)[:, :seen] for part in (self.keys, self.values))
+        own_keys, own_values = (part.flatten(0, 2) for part in self._own(layer, position))  # (P K m, seen, D)
         prompt = torch.baddbmm(self._padding(), as_group, keys.transpose(1, 2), alpha=self.scale)  # (P K, m g, T)
-        own = torch.bmm(as_row, own_keys.transpose(1, 2)).mul_(self.scale)  # (P K m, g, seen)
+        own = self._hide(torch.bmm(as_row, own_keys.transpose(1, 2)).mul_(self.scale), position)  # (P K m, g, seen)
         probs = torch.cat([prompt, own.view(*prompt.shape[:2], -1)], dim=-1).softmax(dim=-1)
         width = prompt.shape[-1]
         out = torch.bmm(probs[..., :width], values)  # (P K, m g, D)
@@ -88,6 +88,18 @@ class GroupCache:
         out = out.view(groups, kv_heads, columns, -1, size).transpose(1, 2)
         out = packed(out, qkv.dtype).view(groups * columns, -1)
         return out if grid is qkv else out[self.cells]
+
+    def _write(self, layer: int, k: Tensor, v: Tensor, position: int | Tensor) -> None:
+        """k, v (P, K, m, D)"""
+        self.keys[layer, :, :, :, position], self.values[layer, :, :, :, position] = k, v
+
+    def _own(self, layer: int, position: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the replies, each (P, K, m, seen, D)."""
+        return self.keys[layer, :, :, :, : position + 1], self.values[layer, :, :, :, : position + 1]
+
+    def _hide(self, scores: Tensor, position: int | Tensor) -> Tensor:
+        """Scores (..., seen) of what `_own` gave, without those of positions that are not written yet."""
+        return scores
 
     def _padding(self) -> Tensor:
         """0 at prompt tokens, the least number at their padding. Shape (P K, 1, T)."""
@@ -123,6 +135,24 @@ class GroupCache:
         self.cells = new_group * columns + rank
 
 
+class StaticCache(GroupCache):
+    """The same with shapes that do not change from step to step, as a CUDA graph needs it.
+
+    `position` is a tensor (1,) on the device; every row of the grid is given, live or not.
+    """
+
+    def _write(self, layer: int, k: Tensor, v: Tensor, position: int | Tensor) -> None:
+        for kept, new in ((self.keys, k), (self.values, v)):
+            kept[layer].index_copy_(3, torch.as_tensor(position, device=k.device), new.unsqueeze(3))
+
+    def _own(self, layer: int, position: int | Tensor) -> tuple[Tensor, Tensor]:
+        return self.keys[layer], self.values[layer]
+
+    def _hide(self, scores: Tensor, position: int | Tensor) -> Tensor:
+        later = torch.arange(scores.shape[-1], device=scores.device) > position
+        return scores.masked_fill_(later, torch.finfo(scores.dtype).min)
+
+
 class NativeCache(GroupCache):
     """The same in the model's dtype, for the kernel in C++: keys stand there with a position as a column.
 
@@ -150,7 +180,7 @@ class NativeCache(GroupCache):
         self.values = keys.new_zeros(*shape, reply_length, size)
         self.cells = torch.arange(groups * columns)
 
-    def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor) -> Tensor:
         held = (part[layer] for part in (self.prompt_keys, self.prompt_values, self.keys, self.values))
         out: Tensor = self.kernels.attend(qkv, cos, sin, *held, self.cells, self.lengths, position)
         return out
