@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks.result import Result
 from ups_rm.device import rest_idle_threads
 
-BENCHMARKS = ("grpo_step", "kernels", "rollout", "rm_scoring", "prepare", "prepare_curve", "step_curve", "memory",
-              "rm_serve", "checkpoint")  # fmt: skip
+BENCHMARKS = ("grpo_step", "kernels", "rollout", "rm_scoring", "rm_features", "prepare", "prepare_curve",
+              "step_curve", "trl_settings", "memory", "rm_serve", "checkpoint")  # fmt: skip
 COMMANDS = ("rm_quality",)
 """Modules with `main(arguments) -> int` instead: other questions than how fast we are."""
 

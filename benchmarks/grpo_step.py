@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -44,7 +44,7 @@ FILLER = "For context, here is what I have tried so far and what came of it on e
 @dataclass(frozen=True)
 class Case:
     """One size of the step. `words`: least and most words that a prompt is filled up with; `model`: another policy;
-    `native`: with our C++ kernels where they can be built."""
+    `native`: with our C++ kernels where they can be built; `peer_settings`: other values of TRL's GRPOConfig."""
 
     name: str
     prompts: int = 8
@@ -56,15 +56,18 @@ class Case:
     with_rm: bool = False
     model: str = ""
     native: bool = True
+    peer_settings: dict[str, Any] = field(default_factory=dict)
 
 
+QUARTERS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+"""Of TRL's 32 rows, where all at once take more than 17 GB."""
 BASE = Case("8 prompts x 4 replies x 64 tokens")
 CASES = (
     BASE,
     replace(BASE, name="the same, none of our C++", native=False),
     replace(BASE, name="the same, TRL with bf16 weights", peer_dtype="bfloat16"),
-    replace(BASE, name="256 new tokens, early ends", new_tokens=256),
-    replace(BASE, name="prompts of 50-600 tokens", words=(0, 500)),
+    replace(BASE, name="256 new tokens, early ends", new_tokens=256, peer_settings=QUARTERS),
+    replace(BASE, name="prompts of 50-600 tokens", words=(0, 500), peer_settings=QUARTERS),
     replace(BASE, name="n = 8", n=8),
     replace(BASE, name="LoRA of rank 16", lora_rank=16, peer_dtype="bfloat16"),
     replace(BASE, name="with RM scoring", with_rm=True),
@@ -203,13 +206,15 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
             between()
 
     adapters = case.lora_rank > 0
+    given: dict[str, Any] = {
+        "per_device_train_batch_size": case.prompts * case.n, "bf16": case.peer_dtype == "float32" or adapters,
+        "gradient_checkpointing": False,
+        "model_init_kwargs": {"dtype": case.peer_dtype, "attn_implementation": "sdpa"},
+    }  # fmt: skip
     settings = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=case.prompts * case.n, num_generations=case.n,
-        max_completion_length=case.new_tokens, beta=0.001, learning_rate=1e-6,
-        bf16=case.peer_dtype == "float32" or adapters,
-        gradient_checkpointing=False, max_steps=pairs + 1, save_strategy="no", report_to=[], disable_tqdm=True,
-        use_cpu=True, seed=0, temperature=1.0, shuffle_dataset=False,
-        model_init_kwargs={"dtype": case.peer_dtype, "attn_implementation": "sdpa"},
+        output_dir=str(folder / "trl"), num_generations=case.n, max_completion_length=case.new_tokens, beta=0.001,
+        learning_rate=1e-6, max_steps=pairs + 1, save_strategy="no", report_to=[], disable_tqdm=True,
+        use_cpu=True, seed=0, temperature=1.0, shuffle_dataset=False, **(given | case.peer_settings),
     )  # fmt: skip
     lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
     talks = chats(case)

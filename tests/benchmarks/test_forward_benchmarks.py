@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import rm_scoring, rollout
+from benchmarks import rm_features, rm_scoring, rollout
 from tiny import tiny_policy, tiny_rm
 
 
@@ -41,3 +41,18 @@ def test_all_scorers_score_the_same_conversations_alike(tmp_path: Path) -> None:
     differences = [one.ours for one in found if one.unit == "logit"]
     assert len(differences) == 2
     assert max(differences) < 0.3  # bf16 against fp32 on weights this wide
+
+
+def test_features_are_those_of_plain_transformers(policy: Path, monkeypatch: Any) -> None:
+    found = rm_features.run(1, rows=3)
+    assert [one.peer_name for one in found] == [peer.name for peer in rm_scoring.PEERS]
+    assert all(one.ratio is not None and one.ratio > 0 for one in found)
+    other = rm_features.plain_states
+
+    def wrong(*given: Any) -> Any:
+        states = other(*given)
+        return lambda: states().flip(0)
+
+    monkeypatch.setattr(rm_features, "plain_states", wrong)
+    with pytest.raises(RuntimeError, match="other work"):
+        rm_features.run(1, rows=3)

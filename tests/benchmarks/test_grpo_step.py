@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from benchmarks.grpo_step import CASES, Case, LengthScorer, chats, measure, our_step
 
-from benchmarks import machine, step_curve
+from benchmarks import machine, step_curve, trl_settings
 from tiny import tiny_policy
 
 
@@ -63,3 +63,14 @@ def test_the_floor_grows_with_the_work_and_falls_with_frozen_weights() -> None:
     one, twice = (machine.step_floor(400 * k, 2000 * k, 64 * k, **sizes) for k in (1, 4))
     assert 0 < one < twice
     assert machine.step_floor(4e5, 2e6, 64, lora=True, **sizes) < machine.step_floor(4e5, 2e6, 64, **sizes)
+
+
+def test_trls_settings_are_taken_by_trl(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="needs the extra trl")
+    case = Case("tiny", prompts=2, n=2, new_tokens=3, model=str(policy))
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
+    monkeypatch.setattr(trl_settings, "BASE", case)
+    monkeypatch.setattr(trl_settings, "SETTINGS", {"halves": halves})
+    (found,) = trl_settings.run(1)
+    assert (found.name, found.ratio) == ("TRL's GRPO step, halves", None)
+    assert found.ours > 0

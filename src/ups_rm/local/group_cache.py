@@ -178,7 +178,7 @@ class NativeCache(GroupCache):
         shape = (layers, groups, kv_heads, columns)
         self.keys = keys.new_zeros(*shape, size, reply_length + -reply_length % BLOCK)
         self.values = keys.new_zeros(*shape, reply_length, size)
-        self.cells = torch.arange(groups * columns)
+        self.cells = torch.arange(groups * columns, device=keys.device)
 
     def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor) -> Tensor:
         held = (part[layer] for part in (self.prompt_keys, self.prompt_values, self.keys, self.values))

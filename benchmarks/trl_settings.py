@@ -1,0 +1,35 @@
+"""Which settings suit TRL best: seconds of its step alone, on the base case of `grpo_step`, under each in turn.
+
+What `grpo_step` compares with is the fastest that is sound. fp32 throughout is sound too; bf16 weights are not, since
+updates of 1e-6 round away in them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.grpo_step import BASE, trl_in_turn
+from benchmarks.result import Result, versions
+
+EAGER = {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "eager"}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bf16 autocast, one micro batch of 32": {},
+    "two micro batches of 16": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2},
+    "four micro batches of 8": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+    "eager attention": EAGER,
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "fp32 throughout": {"bf16": False},
+}
+"""Each differs from the first in what its name says."""
+
+
+def run(pairs: int) -> list[Result]:
+    """`pairs` steps under each, at most 3, after one of warm-up."""
+    results, used = [], versions("torch", "transformers", "trl")
+    for name, settings in SETTINGS.items():
+        costs = trl_in_turn(replace(BASE, peer_settings=settings), min(pairs, 3), lambda: None)
+        middle = statistics.median(cost.wall for cost in costs)
+        results.append(Result(f"TRL's GRPO step, {name}", middle, None, "s", versions=used))
+    return results
