@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_training import FAST, causal_lm, policy_of, random_prompts, random_sequences
+from tiny_training import FAST, VOCAB, causal_lm, policy_of, random_prompts, random_sequences
 from ups_rm.errors import RunError
 from ups_rm.layers.decoder import DecoderLayers
 from ups_rm.local import graphed
@@ -19,7 +19,7 @@ from ups_rm.local.graphed import Replay, recorder
 from ups_rm.local.group_cache import StaticCache
 from ups_rm.local.sampling import Sampling
 
-EOS = [1, 3, 5]
+EOS = [*range(1, VOCAB // 8)]
 
 
 def decoder_of(model: Any, record: Callable[[Replay], Replay] | None = None) -> FastDecoder:
