@@ -100,7 +100,7 @@ def test_logits_equal_those_of_one_process(fresh: None, rm_folder: Path) -> None
         answers = await asyncio.gather(*(pools[i % 2].score(batch) for i, batch in enumerate(batches)))
         return [score.logit for answer in answers for score in answer]
 
-    assert asyncio.run(score()) == pytest.approx([score.logit for score in expected], abs=1e-6)
+    assert asyncio.run(score()) == pytest.approx([score.logit for score in expected], abs=1e-5)
     assert spent / 20 < first.take_seconds() < 20 * spent  # mean of two workers that did half of it each
     assert second.take_seconds() == 0  # taken
 
@@ -205,10 +205,10 @@ def test_a_served_rm_gives_client_and_manager_the_logits_of_one_process(
             answers = asyncio.run(managed(url))
         finally:
             server.kill()
-    assert served == pytest.approx(expected, abs=1e-6)
-    assert [answer["reward_extra_info"]["logit"] for answer in answers] == pytest.approx(expected, abs=1e-6)
+    assert served == pytest.approx(expected, abs=1e-5)
+    assert [answer["reward_extra_info"]["logit"] for answer in answers] == pytest.approx(expected, abs=1e-5)
     safe = [1 / (1 + math.exp(logit)) for logit in expected]
-    assert [answer["reward_score"] for answer in answers] == pytest.approx(safe, abs=1e-6)
+    assert [answer["reward_score"] for answer in answers] == pytest.approx(safe, abs=1e-5)
 
 
 class PoolHere:
@@ -244,8 +244,8 @@ def test_the_manager_gives_the_helpfulness_of_one_process(
 
     extras = asyncio.run(score(rm_folder if second else folder, *more))
     expected = RewardScorer.load(folder, dtype="float32", safety=False).helpfulness(conversations)
-    assert [extra["helpfulness"] for extra in extras] == pytest.approx(expected, abs=1e-6)
-    assert [score_of(extra).helpfulness for extra in extras] == pytest.approx(expected, abs=1e-6)
+    assert [extra["helpfulness"] for extra in extras] == pytest.approx(expected, abs=1e-5)
+    assert [score_of(extra).helpfulness for extra in extras] == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.1
     assert not any("helpfulness" in extra for extra in asyncio.run(score(rm_folder)))
 
@@ -280,8 +280,8 @@ def test_workers_killed_in_mid_call_come_back(fresh: None, rm_folder: Path, tmp_
         return [[score.logit for score in await task] for task in running]
 
     here = RewardScorer.load(rm_folder, dtype="float32")
-    for batch, logits in zip(batches, asyncio.run(run()), strict=True):
-        assert logits == pytest.approx([score.logit for score in here.score(batch)], abs=1e-6)
+    for batch, logits in zip(batches, asyncio.run(run()), strict=True):  # transformers' layers there, ours here
+        assert logits == pytest.approx([score.logit for score in here.score(batch)], abs=1e-5)
 
 
 def test_nan_ends_in_an_error_that_stays(

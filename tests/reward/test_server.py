@@ -197,7 +197,7 @@ def test_verls_own_client_gets_minus_the_logit(scorer, server):
         reward=SimpleNamespace(reward_model=SimpleNamespace(rollout=rollout, model_path="rm", enable=True))
     )
     found = asyncio.run(worker.compute_score_disrm(data))
-    assert found["reward_score"] == pytest.approx(-scorer.score([conversation])[0].logit, abs=1e-6)
+    assert found["reward_score"] == pytest.approx(-scorer.score([conversation])[0].logit, abs=1e-5)
 
 
 def test_a_full_queue_says_429_and_when_to_come_again(scorer):
