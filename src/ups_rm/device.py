@@ -86,8 +86,8 @@ def keep_freed_memory() -> bool:
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # no block goes past the heap: one that does (by default each over 32 MiB) is new pages every time
-    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    # all blocks from the heap: those beside it (by default each over 32 MiB) are new pages every time; -1: never trimmed
+    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
 
 def _has_fast_bf16(kind: str) -> bool:

@@ -25,6 +25,7 @@ from tiny_training import SyntheticScorer, letter_share, prefers, tiny_recipe
 from ups_rm.durable import write_manifest
 from ups_rm.errors import CheckpointError, RunError
 from ups_rm.local.checkpoint import Provenance, TrainingState
+from ups_rm.local.run_folder import resume
 from ups_rm.local.trainer import Trainer, TrainResult
 from ups_rm.recipe import Recipe
 from ups_rm.tracking.jsonl import read_metrics
@@ -370,6 +371,18 @@ def test_a_full_disk_at_the_end_leaves_no_half_policy(tmp_path: Path, policy_fol
         trainer.fit()
     assert not (tmp_path / "run/policy").exists()
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_moments_are_read_into_the_memory_that_holds_them(saved: Path, tmp_path: Path, policy_folder: Path) -> None:
+    """`load_state_dict` would hold both for a while: 8 bytes a parameter more than training takes."""
+    trainer = Trainer(tiny_recipe(tmp_path, policy_folder, *SIX), prefers("e"))
+    held = {id(p): s["exp_avg"].data_ptr() for p, s in trainer.actor.optimizer.state.items()}
+    assert not any(bool(s["exp_avg"].any()) for s in trainer.actor.optimizer.state.values())
+    state = resume(trainer.recipe, trainer.actor, trainer.provenance)
+    assert state.step > 0
+    assert {id(p): s["exp_avg"].data_ptr() for p, s in trainer.actor.optimizer.state.items()} == held
+    assert all(float(s["step"]) == state.step for s in trainer.actor.optimizer.state.values())
+    assert any(bool(s["exp_avg"].any()) for s in trainer.actor.optimizer.state.values())
 
 
 def test_state_is_readable_json(saved: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tiny_training import FAST, VOCAB, causal_lm, policy_of, random_prompts, random_sequences
 from ups_rm.errors import RunError
 from ups_rm.layers.decoder import DecoderLayers
+from ups_rm.layers.grid import Grid
 from ups_rm.local import graphed
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.graphed import Replay, recorder
@@ -152,3 +153,30 @@ def test_a_step_that_can_not_be_recorded_names_the_way_out() -> None:
     decoder = decoder_of(causal_lm(), record)
     with pytest.raises(RunError, match="stream is capturing\n  fix: UPS_RM_CUDA_GRAPHS=0"):
         generate(decoder, Sampling(seed=1))
+
+
+def test_attention_takes_what_sdpa_lays_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs SDPA's result has the strides of (B, L, heads, D)."""
+    model, attend = causal_lm(), torch.nn.functional.scaled_dot_product_attention
+    layers = DecoderLayers(model.model)
+    q, k, v = (torch.randn(2, 5, heads, layers.head_dim) for heads in (layers.heads, layers.kv_heads, layers.kv_heads))
+    assert layers.heads > layers.kv_heads > 1
+    seen = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 5, 5)
+    by_products = layers.attention(q, k, v, layers.additive(seen, q.dtype))
+    monkeypatch.setattr("ups_rm.layers.decoder.SCORES_AT_ONCE", 0)
+    mask = layers.additive(seen, q.dtype)
+    for lay_out in (lambda out: out, lambda out: out.transpose(1, 2).contiguous().transpose(1, 2)):
+        other = lambda *given, lay_out=lay_out, **named: lay_out(attend(*given, **named))  # noqa: E731
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other)
+        torch.testing.assert_close(layers.attention(q, k, v, mask), by_products, atol=1e-5, rtol=0)
+
+
+def test_padding_is_zero_and_nan_stays_in_its_row() -> None:
+    grid = Grid(torch.tensor([[False, True, True], [True, False, False]]))
+    x = torch.tensor([[1.0], [float("nan")], [3.0]], requires_grad=True)
+    padded = grid.pad(x)
+    assert padded[:, 0].nan_to_num(7).tolist() == [0, 1, 7, 3, 0, 0]
+    assert grid.pack(padded)[:, 0].nan_to_num(7).tolist() == [1, 7, 3]
+    (grid.pad(x)[:, 0].nan_to_num() * torch.arange(6)).sum().backward()
+    assert x.grad is not None
+    assert x.grad[:, 0].tolist() == [1, 0, 3]

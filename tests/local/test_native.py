@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ups_rm.layers import native
-from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul
+from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul, silu_mul_linear
 from ups_rm.local.group_cache import GroupCache, NativeCache
 from ups_rm.local.sampling import Sampling, draw
 from ups_rm.local.selected_logprobs import SelectedLogprobs
@@ -76,9 +76,24 @@ def test_elementwise_functions_and_their_gradients(
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     heads = torch.randn(rows, 3, size).to(dtype)
     close(*both(module_patch, lambda x: rotate(x, cos, sin), heads))
+    close(*both(module_patch, lambda x: rotate(x, angle.cos(), angle.sin()), heads))  # angles wider than states
     torch.testing.assert_close(  # a rotation keeps lengths
         rotate(heads, cos, sin).float().norm(dim=-1), heads.float().norm(dim=-1), rtol=3e-2, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gated_product_made_again_gives_the_gradients_of_one_that_was_kept(bias: bool) -> None:
+    torch.manual_seed(0)
+    gate, up, linear = torch.randn(7, 32), torch.randn(7, 32), torch.nn.Linear(32, 5, bias=bias)
+    found = []
+    for compute in (silu_mul_linear, lambda gate, up, linear: linear(torch.nn.functional.silu(gate) * up)):
+        leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+        linear.zero_grad()
+        out = compute(*leaves, linear)
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        found.append([out.detach(), *(one.grad for one in (*leaves, *linear.parameters()))])
+    close(found[0], found[1])
 
 
 @settings(max_examples=30, deadline=None)

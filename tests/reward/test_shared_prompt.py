@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import tiny_rm
+from ups_rm.layers import decoder
 from ups_rm.reward import shared_prompt
 from ups_rm.reward.render import render
 from ups_rm.reward.scorer import RewardScorer
@@ -44,6 +45,25 @@ def test_side_by_side_as_alone(scorer, groups):
         together = [score.logit for score in scorer.score(talks)]
         alone = [scorer.batch_logits([row.input_ids])[0] for row in render(scorer.tokenizer, talks, scorer.policy)]
     assert together == pytest.approx(alone, abs=FP32)
+
+
+@pytest.mark.parametrize("scores", [0, shared_prompt.SCORES_AT_ONCE], ids=["sdpa", "products"])
+def test_long_texts_of_their_own_and_shared_ones_score_as_alone(scorer, monkeypatch, scores):
+    """Without room for masks, texts of their own go through transformers' forward and shared ones through SDPA."""
+    for module in (shared_prompt, decoder):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", scores)
+    packed = []
+    monkeypatch.setattr(
+        scorer, "row_answers", lambda *given: packed.append(1) or type(scorer).row_answers(scorer, *given)
+    )
+    talks = conversations([("a long question " * 8, ["yes", "no", "perhaps"])])
+    apart = conversations([("one", ["1"]), ("two", ["22"])])
+    for some, goes in ((talks, True), (apart, scores > 0)):
+        packed.clear()
+        found = [score.logit for score in scorer.score(some)]
+        assert bool(packed) == goes
+        rows = render(scorer.tokenizer, some, scorer.policy)
+        assert found == pytest.approx([scorer.batch_logits([row.input_ids])[0] for row in rows], abs=FP32)
 
 
 def test_the_prompt_is_computed_once(scorer, monkeypatch):

@@ -105,7 +105,8 @@ class DecoderLayers:
             out = scores.softmax(dim=-1).flatten(2, 3) @ v
         else:
             out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-        return out.view(rows, self.heads, length, self.head_dim).transpose(1, 2).flatten(2)
+        # unflatten, not view: SDPA's kernels on GPUs give other strides
+        return out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).flatten(2)
 
     def additive(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
         """A mask as `attention` takes it: seen (B, L, M) bool -> 0 where a query sees a key, else the least number.

@@ -19,13 +19,13 @@ class Grid:
         flat = real.flatten()
         self.full = bool(flat.all())
         self.cells = flat.nonzero().squeeze(1)  # (N,)
-        self.tokens = (flat.long().cumsum(0) - 1).clamp_(min=0)  # (C,), at padding any token: attention masks it
+        self.tokens = (flat.long().cumsum(0) - 1).clamp_(min=0)  # (C,): the token of each cell, at padding any
 
     def pad(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (C, ...). What stands at padding is some token's: finite, to be masked, without a gradient."""
+        """(N, ...) -> (C, ...), 0 at padding: not a neighbour's token, which may be NaN and would get through masks."""
         if self.full:
             return x
-        out: Tensor = Pad.apply(x, self.cells, self.tokens)
+        out: Tensor = Pad.apply(x, self.cells, len(self.tokens))
         return out
 
     def pack(self, x: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ class Pad(torch.autograd.Function):
     """A copy of rows and back: autograd's own gradient of an index adds up one row after the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cells: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(cells)
-        return x.index_select(0, tokens)
+        return x.new_zeros(count, *x.shape[1:]).index_copy_(0, cells, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -273,7 +273,7 @@ def load_checkpoint(
         told = json.loads((path / "state.json").read_text(encoding="utf-8"))
         state = TrainingState(**{one.name: told[one.name] for one in fields(TrainingState)})
         made_with, machine = MadeWith(**told["made_with"]), dict(told["machine"])
-        tensors: dict[str, Any] = torch.load(path / "training.pt", map_location=actor.policy.device, weights_only=True)
+        tensors: dict[str, Any] = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
         saved, optimizer, scheduler = tensors["masters"], tensors["optimizer"], int(tensors["scheduler"])
         random = tensors["random"]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -293,7 +293,7 @@ def load_checkpoint(
                 parameter.copy_(master)
     # learning rate, betas and decay are the recipe's of now; only the moments come from the checkpoint
     options = [{name: v for name, v in group.items() if name != "params"} for group in actor.optimizer.param_groups]
-    actor.optimizer.load_state_dict(optimizer)
+    _load_moments(actor.optimizer, optimizer)
     actor.scheduler.last_epoch = scheduler
     for group, own, factor in zip(actor.optimizer.param_groups, options, actor.scheduler.lr_lambdas, strict=True):
         group.update(own)
@@ -301,6 +301,19 @@ def load_checkpoint(
     actor.scheduler._last_lr = [group["lr"] for group in actor.optimizer.param_groups]
     set_random_states(random)
     return state, differences(machine, now.machine)
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """The saved state into the tensors that the optimizer holds already, which `load_state_dict` would hold beside."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, torch.Tensor]] = saved["state"]
+    own = [optimizer.state[parameter] for parameter in parameters]
+    if any(one.keys() != states.get(i, {}).keys() for i, one in enumerate(own)):
+        optimizer.load_state_dict(saved)  # of no step yet, in older checkpoints
+        return
+    for i, one in enumerate(own):
+        for name, value in one.items():
+            value.copy_(states[i][name])
 
 
 def _unusable(path: Path, wrong: str) -> str:

@@ -56,6 +56,7 @@ def validate(
         max_new_tokens=recipe.data.max_response_length,
         sampling=sampling,
     )
+    engine.refresh()  # or the copy that decodes would stand beside the logits below
     rm = recipe.reward_model
     scored, usable = score_replies(
         scorer, rollout.conversations, retries=rm.retries, max_dropped_share=rm.max_dropped_share

@@ -36,7 +36,7 @@ from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer, render_p
 from ups_rm.reward.native import compute_context, lower_to_bf16
 from ups_rm.reward.render import RenderPolicy, render, template_sha256
 from ups_rm.reward.shared_prompt import Row as SharedRow
-from ups_rm.reward.shared_prompt import can_share, pooled_rows, shared_rows
+from ups_rm.reward.shared_prompt import can_share, pooled_rows, shared_rows, side_by_side
 from ups_rm.types import Message
 
 DEFAULT_BATCH_TOKENS = 4096
@@ -301,7 +301,7 @@ def hidden_states(
 
     texts = [i for row in rows for i in row.texts]
     with compute_context(dtype, device):
-        if can_share(model):
+        if can_share(model) and side_by_side(rows, model):
             hidden = pooled_rows(model, rows, ids, pooling, device)
         else:
             hidden, _ = pooled_hidden(model, *pad_batch([ids[i] for i in texts], device), pooling=pooling)

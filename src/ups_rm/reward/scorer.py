@@ -203,7 +203,7 @@ class RewardScorer:
         Raises:
             RMError: a logit that is not finite.
         """
-        from ups_rm.reward.shared_prompt import Row, shared_rows
+        from ups_rm.reward.shared_prompt import Row, shared_rows, side_by_side
 
         ids = [row.input_ids for row in rendered]
         packs = self.packs
@@ -217,7 +217,10 @@ class RewardScorer:
             for batch in batches:
                 some = [rows[i] for i in batch]
                 texts = [i for row in some for i in row.texts]
-                found = self.row_answers(some, ids) if packs else self.batch_answers([ids[i] for i in texts])
+                if packs and side_by_side(some, self.model.model):
+                    found = self.row_answers(some, ids)
+                else:
+                    found = self.batch_answers([ids[i] for i in texts])
                 for i, answer in zip(texts, found, strict=True):
                     answers[i] = answer
                 advance(len(texts))
@@ -254,11 +257,12 @@ class RewardScorer:
 
     def unshared_answers(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
         """Every head's logits of one batch of token ids, to the last bit what `answers` gives for such a batch."""
-        from ups_rm.reward.shared_prompt import Row
+        from ups_rm.reward.shared_prompt import Row, side_by_side
 
-        if not self.packs:
-            return self.batch_answers(rows)
-        return self.row_answers([Row((i,), 0, len(row)) for i, row in enumerate(rows)], rows)
+        alone = [Row((i,), 0, len(row)) for i, row in enumerate(rows)]
+        if self.packs and side_by_side(alone, self.model.model):
+            return self.row_answers(alone, rows)
+        return self.batch_answers(rows)
 
     def row_answers(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Answer]:
         """Every head's logits of the texts of some rows, in the order they stand there (`shared_prompt`)."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ups_rm.layers.decoder import DecoderLayers, is_known
+from ups_rm.layers.decoder import SCORES_AT_ONCE, DecoderLayers, is_known
 from ups_rm.layers.grid import Grid
 
 Ids = Sequence[int] | Tensor
@@ -39,6 +39,18 @@ class Row:
 def can_share(backbone: Any) -> bool:
     """Whether `pooled_rows` takes the backbone; it attends as transformers' sdpa does."""
     return is_known(backbone) and backbone.config._attn_implementation == "sdpa"
+
+
+def side_by_side(rows: Sequence[Row], backbone: Any) -> bool:
+    """Whether a batch goes through `pooled_rows`: it shares something, or its mask is small.
+
+    Texts of their own that are long, or on a GPU, are better off with the causal kernels of transformers' forward:
+    a mask over each row would grow with the square of its length.
+    """
+    if any(len(row.texts) > 1 for row in rows):
+        return True
+    scores = len(rows) * max(row.length for row in rows) ** 2 * backbone.config.num_attention_heads
+    return bool(backbone.device.type == "cpu" and scores <= SCORES_AT_ONCE)
 
 
 def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int, hidden_size: int) -> list[Row]:
