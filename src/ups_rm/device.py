@@ -86,7 +86,7 @@ def keep_freed_memory() -> bool:
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # all blocks from the heap: those beside it (by default each over 32 MiB) are new pages every time; -1: never trimmed
+    # all blocks from the heap: one beside it (by default each over 32 MiB) is new pages every time; -1: never trimmed
     return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
 
