@@ -297,6 +297,8 @@ def test_components_equal_verls_gdpo_before_its_whitening(
     }
     nothing = torch.zeros(len(batch.mask))
     ours = combine(components, nothing, batch.mask, batch.group_ids, order="before", scale_by_std=scale_by_std)
+    # whitening divides by the batch's deviation: where that is rounding alone, it is rounding that is compared
+    assume(float(ours.advantages[batch.mask.bool()].std()) > 1e-3)
     whitened = core_algos.verl_F.masked_whiten(ours.advantages * sum(weights), batch.mask) * batch.mask
     close(whitened, theirs, tolerance=1e-4)
 
