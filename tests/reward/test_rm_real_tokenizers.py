@@ -136,13 +136,15 @@ def test_the_policys_token_ids_are_never_reused(rm, qwen):
     """Text goes from the policy's tokenizer through messages into the RM's own ids."""
     scorer = RewardScorer.load(rm, dtype="float32")
     seen: list[list[int]] = []
-    forward = scorer.model.forward
+    read: list[int] = []  # by the embedding: texts stand side by side there
+    answers = scorer.row_answers
 
-    def spy(input_ids, attention_mask):
-        seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
-        return forward(input_ids=input_ids, attention_mask=attention_mask)
+    def spy(rows, ids):
+        seen.extend(list(ids[i]) for row in rows for i in row.texts)
+        return answers(rows, ids)
 
-    scorer.model.forward = spy
+    scorer.row_answers = spy
+    scorer.model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: read.extend(inputs[0].tolist()))
     written = []
     for question, answer in ANSWERS:
         response_ids = [*qwen(answer).input_ids, qwen.eos_token_id]  # as a rollout ends
@@ -151,6 +153,7 @@ def test_the_policys_token_ids_are_never_reused(rm, qwen):
     scores = scorer.score(written)
     expected = [by_hand(scorer.tokenizer, t[0]["content"], t[1]["content"]) for t in written]
     assert sorted(seen) == sorted(expected)
+    assert sorted(read) == sorted(token for ids in expected for token in ids)
     assert all(max(ids) < 128256 for ids in seen)
     policy_ids = [qwen.apply_chat_template(talk, return_dict=False) for talk in written]
     assert not any(ids in seen for ids in policy_ids)
