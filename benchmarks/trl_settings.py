@@ -1,7 +1,7 @@
 """Which settings suit TRL best: seconds of its step alone, on the base case of `grpo_step`, under each in turn.
 
-What `grpo_step` compares with is the fastest that is sound. fp32 throughout is sound too; bf16 weights are not, since
-updates of 1e-6 round away in them.
+The first is what `grpo_step` compares with. All are sound; bf16 weights, which are not here, are not: updates of 1e-6
+round away in them.
 """
 
 from __future__ import annotations

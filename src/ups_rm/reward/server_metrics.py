@@ -26,7 +26,7 @@ class ServerMetrics:
         self.conversations = Counter("ups_rm_conversations", "Conversations scored.", registry=on)
         self.truncated = Counter("ups_rm_truncated", "Of these, cut to the RM's limit.", registry=on)
         self.tokens = Counter("ups_rm_tokens", "RM tokens that models read, without padding.", ["device"], registry=on)
-        self.padding = Counter("ups_rm_padding_tokens", "Padding that models read.", ["device"], registry=on)
+        self.padding = Counter("ups_rm_padding_tokens", "Padding of batches.", ["device"], registry=on)
         self.model_seconds = Counter("ups_rm_model_seconds", "Time in models.", ["device"], registry=on)
         self.batch_rows = Histogram(
             "ups_rm_batch_rows", "Conversations per batch.", ["device"], buckets=ROWS, registry=on
