@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from ups_rm.device import compute_dtype, torch_device
+from ups_rm.device import compute_dtype
 
 ROWS, INNER, OUTER = 2048, 576, 1536
 """A product of SmolLM2-135M's forward."""
+
+
+def computes_in_bf16() -> bool:
+    """Whether this CPU does; if not, bf16 is some ten times slower here than fp32, and no side is asked for it."""
+    import torch
+
+    return compute_dtype("auto", "cpu") is torch.bfloat16
 
 
 def flops(dtype: str = "bfloat16") -> float:
@@ -52,8 +59,8 @@ def step_floor(
     Args:
         body: parameters of the layers. head: of the output embedding.
     """
-    dtype = str(compute_dtype("auto", torch_device("cpu"))).removeprefix("torch.")
-    rate, size, tokens = flops(dtype), 2 if dtype == "bfloat16" else 4, prompt_tokens + reply_tokens
+    dtype, size = ("bfloat16", 2) if computes_in_bf16() else ("float32", 4)
+    rate, tokens = flops(dtype), prompt_tokens + reply_tokens
     passes = 3 if lora else 4
     compute = 2 * passes * (body * tokens + head * reply_tokens) + 2 * body * prompt_tokens
     decode = max(2 * (body + head) * reply_tokens / rate, new_tokens * size * (body + head) / bandwidth())

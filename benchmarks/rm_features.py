@@ -1,8 +1,9 @@
 """Hidden states for head training (`ups-rm rm features`) against plain transformers, over the same texts.
 
 SmolLM2-135M, pairs of replies as in PKU-SafeRLHF. The peers run the same token ids through `AutoModel`: in bf16 sorted
-by length, and in fp32 as given, in batches of 16, and keep the last real token's state. Real tokens per second of the
-forward passes alone, loading and rendering left out; a prompt that we compute once for its replies counts for each.
+by length (in fp32 on a CPU that does not compute in bf16), and in fp32 as given, in batches of 16, and keep the last
+real token's state. Real tokens per second of the forward passes alone, loading and rendering left out; a prompt that we
+compute once for its replies counts for each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from time import perf_counter
 from torch import Tensor
 
 from benchmarks.result import Result, versions
-from benchmarks.rm_scoring import BATCH, PEERS, Peer, conversations
+from benchmarks.rm_scoring import BATCH, Peer, conversations, peers
 from ups_rm.data.rows import Row
 
 
@@ -63,8 +64,8 @@ def run(pairs: int = 5, rows: int = 48) -> list[Result]:
     tokenizer = load_backbone_tokenizer(backbone, None)
     ids, _ = render_texts(tokenizer, collect_texts(data), render_policy(tokenizer, {}, backbone_config(backbone)))
     tokens = sum(map(len, ids))
-    plain = {peer: plain_states(backbone, peer, ids) for peer in PEERS}
-    speeds: dict[Peer | None, list[float]] = {who: [] for who in (None, *PEERS)}
+    plain = {peer: plain_states(backbone, peer, ids) for peer in peers()}
+    speeds: dict[Peer | None, list[float]] = {who: [] for who in (None, *plain)}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(pairs + 1):
             report = extract_features(backbone, data, Path(folder) / f"{i}.safetensors", device="cpu", progress=False)
@@ -82,5 +83,5 @@ def run(pairs: int = 5, rows: int = 48) -> list[Result]:
     return [
         Result(f"RM features, {len(ids)} texts in pairs, {tokens} tokens", middle[None], middle[peer], "tokens/s",
                peer.name, versions=used, required=peer.required)
-        for peer in PEERS
+        for peer in plain
     ]  # fmt: skip

@@ -1,8 +1,9 @@
 """The scorer against plain transformers on the same conversations, with SmolLM2-135M and a random head.
 
-The peers load the same folder with its own code (`trust_remote_code`). The tuned one runs in bf16, sorted by length, in
-batches of 16; the default one in fp32, in the order given, padded to the longest of each batch of 16. Real tokens per
-second, and per CPU second: padding does not count, and a prompt that we compute once for its replies counts for each.
+The peers load the same folder with its own code (`trust_remote_code`). The tuned one runs in bf16 (in fp32 on a CPU
+that does not compute in bf16), sorted by length, in batches of 16; the default one in fp32, in the order given, padded
+to the longest of each batch of 16. Real tokens per second, and per CPU second: padding does not count, and a prompt
+that we compute once for its replies counts for each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from benchmarks.machine import computes_in_bf16
 from benchmarks.result import Result, versions
 from ups_rm.types import Conversation
 
@@ -36,10 +38,11 @@ class Peer:
     required: float
 
 
-PEERS = (
-    Peer("transformers, bf16, sorted by length", "bfloat16", True, 1.1),
-    Peer("transformers, fp32, padded", "float32", False, 3.0),
-)
+def peers() -> tuple[Peer, Peer]:
+    """The tuned one and the default one."""
+    short, dtype = ("bf16", "bfloat16") if computes_in_bf16() else ("fp32", "float32")
+    tuned = Peer(f"transformers, {short}, sorted by length", dtype, True, 1.1)
+    return tuned, Peer("transformers, fp32, padded", "float32", False, 3.0)
 
 
 def conversations(prompts: int, n: int, seed: int = 0) -> list[Conversation]:
@@ -90,7 +93,7 @@ def measure(name: str, folder: Path, talks: list[Conversation], pairs: int) -> l
     scorer = RewardScorer.load(folder)
     scores = scorer.score(talks)
     tokens = sum(score.tokens for score in scores)
-    plain = {peer: plain_scorer(folder, peer) for peer in PEERS}
+    plain = {peer: plain_scorer(folder, peer) for peer in peers()}
     worst = {
         peer: max(abs(a - b.logit) for a, b in zip(score(talks), scores, strict=True)) for peer, score in plain.items()
     }
@@ -108,10 +111,10 @@ def measure(name: str, folder: Path, talks: list[Conversation], pairs: int) -> l
     return [
         Result(f"{what}, ours in {str(scorer.dtype).removeprefix('torch.')}", middle[None, unit], middle[peer, unit],
                unit, peer.name, versions=used, required=peer.required)
-        for peer in PEERS for unit in UNITS
+        for peer in plain for unit in UNITS
     ] + [
         Result(f"{what}, largest difference of a logit from {peer.name}", worst[peer], None, "logit", versions=used)
-        for peer in PEERS
+        for peer in plain
     ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_all_scorers_score_the_same_conversations_alike(tmp_path: Path) -> None:
     talks = rm_scoring.conversations(3, 4)
     found = rm_scoring.measure("tiny", tiny_rm(tmp_path / "rm"), talks, 1)
     speeds = [one for one in found if one.unit in rm_scoring.UNITS]
-    assert [one.peer_name for one in speeds[::2]] == [peer.name for peer in rm_scoring.PEERS]
+    assert [one.peer_name for one in speeds[::2]] == [peer.name for peer in rm_scoring.peers()]
     assert all(one.ratio > 0 for one in speeds)
     differences = [one.ours for one in found if one.unit == "logit"]
     assert len(differences) == 2
@@ -45,7 +45,7 @@ def test_all_scorers_score_the_same_conversations_alike(tmp_path: Path) -> None:
 
 def test_features_are_those_of_plain_transformers(policy: Path, monkeypatch: Any) -> None:
     found = rm_features.run(1, rows=3)
-    assert [one.peer_name for one in found] == [peer.name for peer in rm_scoring.PEERS]
+    assert [one.peer_name for one in found] == [peer.name for peer in rm_scoring.peers()]
     assert all(one.ratio is not None and one.ratio > 0 for one in found)
     other = rm_features.plain_states
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul_linear
+from ups_rm.layers.linear import linear
 
 KNOWN = ("llama", "qwen2", "qwen3")
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -80,15 +81,15 @@ class DecoderLayers:
         attention, mlp = layer.self_attn, layer.mlp
         h = rms_norm(x, layer.input_layernorm.weight, self.eps).to(mlp.gate_proj.weight.dtype)
         heads = (len(x), -1, self.head_dim)
-        q, k, v = (part(h).view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (linear(h, part).view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         if hasattr(attention, "q_norm"):
             q, k = (
                 rms_norm(part.to(norm.weight.dtype), norm.weight, self.eps).to(v.dtype)
                 for part, norm in ((q, attention.q_norm), (k, attention.k_norm))
             )
-        x = x + attention.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
+        x = x + linear(attend(rotate(q, cos, sin), rotate(k, cos, sin), v), attention.o_proj)
         h = rms_norm(x, layer.post_attention_layernorm.weight, self.eps).to(mlp.gate_proj.weight.dtype)
-        return x + silu_mul_linear(mlp.gate_proj(h), mlp.up_proj(h), mlp.down_proj)
+        return x + silu_mul_linear(linear(h, mlp.gate_proj), linear(h, mlp.up_proj), mlp.down_proj)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q (B, L, S, D) over k and v (B, M, K, D) with a mask of `additive` -> (B, L, S * D).

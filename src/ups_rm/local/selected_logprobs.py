@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ups_rm.layers.linear import product
 from ups_rm.layers.native import usable
 
 LOGITS_AT_ONCE = 2**24
@@ -32,7 +32,7 @@ class SelectedLogprobs(torch.autograd.Function):
         logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logprobs[rows], norms[rows] = selected(F.linear(hidden[rows], weight), targets[rows], temperature)
+            logprobs[rows], norms[rows] = selected(product(hidden[rows], weight), targets[rows], temperature)
         ctx.save_for_backward(hidden, weight, targets, norms)
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs
@@ -42,17 +42,17 @@ class SelectedLogprobs(torch.autograd.Function):
         hidden, weight, targets, norms = ctx.saved_tensors
         d_hidden, wide = torch.empty_like(hidden), norms.dtype
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        product = torch.empty_like(weight) if d_weight is not None else None
+        increment = torch.empty_like(weight) if d_weight is not None else None
         slopes = grad.to(wide) / ctx.temperature  # (N,)
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits = F.linear(hidden[rows], weight)
+            logits = product(hidden[rows], weight)
             to_gradient(logits, targets[rows], norms[rows], slopes[rows], ctx.temperature)
             d_hidden[rows] = logits @ weight
-            if d_weight is not None and product is not None:
-                torch.mm(logits.t(), hidden[rows], out=product)
+            if d_weight is not None and increment is not None:
+                torch.mm(logits.t(), hidden[rows], out=increment)
                 for total, part in zip(
-                    d_weight.split(WEIGHT_ROWS_AT_ONCE), product.split(WEIGHT_ROWS_AT_ONCE), strict=True
+                    d_weight.split(WEIGHT_ROWS_AT_ONCE), increment.split(WEIGHT_ROWS_AT_ONCE), strict=True
                 ):
                     total += part
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None

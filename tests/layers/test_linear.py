@@ -1,0 +1,69 @@
+"""Products by oneDNN are torch's own, forward and backward, and taken only where they are meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ups_rm.layers.linear import by_onednn, linear, product
+
+
+def layer_of(inner: int, outer: int, bias: bool, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(inner + outer)
+    return nn.Linear(inner, outer, bias=bias).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 8, 3), (37, 16, 48), (300, 64, 24)])
+def test_values_and_all_gradients_are_torchs(rows: int, inner: int, outer: int, bias: bool) -> None:
+    layer = layer_of(inner, outer, bias)
+    x, slope = torch.randn(rows, inner, requires_grad=True), torch.randn(rows, outer)
+    assert by_onednn(x, layer.weight)
+    out = linear(x, layer)
+    assert out.grad_fn is not None
+    assert "Linear" in type(out.grad_fn).__name__  # ours: torch's own node is AddmmBackward or MmBackward
+    wanted = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    leaves = [x, *layer.parameters()]
+    ours, theirs = (torch.autograd.grad(y, leaves, slope) for y in (out, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_is_trained_gets_a_gradient() -> None:
+    layer = layer_of(8, 4, True).requires_grad_(False)
+    x = torch.randn(5, 8, requires_grad=True)
+    linear(x, layer).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is None
+    layer.requires_grad_(True)
+    linear(x.detach(), layer).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.detach().sum(0).expand(4, 8), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_slices_and_heads_that_are_tied_are_taken_as_they_lie() -> None:
+    whole, table = torch.randn(20, 32), torch.randn(11, 16)
+    for x in (whole[3:9, :16], whole.t()[:16, :7].t()):
+        torch.testing.assert_close(product(x, table), x @ table.t(), rtol=1e-5, atol=1e-5)
+
+
+class Doubled(nn.Linear):
+    """A layer of another class, as adapters are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_other_formats_other_classes_and_no_rows_go_to_torch() -> None:
+    doubled = Doubled(8, 4)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(linear(x, doubled), 2 * F.linear(x, doubled.weight, doubled.bias))
+    half = layer_of(8, 4, False, torch.bfloat16)
+    assert not by_onednn(x.bfloat16(), half.weight)
+    assert linear(x.bfloat16(), half).dtype == torch.bfloat16
+    wide = layer_of(8, 4, True, torch.float64)
+    assert linear(x.double(), wide).dtype == torch.float64
+    assert linear(x[:0], layer_of(8, 4, True)).shape == (0, 4)
+    assert linear(torch.empty(3, 8, device="meta"), layer_of(8, 4, False).to("meta")).shape == (3, 4)
