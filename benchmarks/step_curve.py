@@ -16,9 +16,9 @@ from typing import Any
 from benchmarks.grpo_step import BASE, Case, LengthScorer, our_step
 from benchmarks.result import Result, versions
 
-PROMPTS = (2, 4, 8, 16, 32)
-REPLIES = (2, 4, 8, 16)
-TOKENS = (16, 32, 64, 128, 256)
+PROMPTS = (2, 4, 8, 16)
+REPLIES = (2, 4, 8)
+TOKENS = (16, 32, 64, 128)
 SIZES = {
     "38M": {"num_hidden_layers": 3},
     "63M": {"num_hidden_layers": 10},

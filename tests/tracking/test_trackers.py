@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from accelerate import tracking as accelerate_tracking
 
 from ups_rm.errors import DataError, RunError
 from ups_rm.tracking import MetricsFile, Trackers, read_metrics
+from ups_rm.tracking import trackers as trackers_module
 from ups_rm.tracking.console_line import render_line
 from ups_rm.tracking.trackers import flatten, known_trackers
 
@@ -213,6 +215,35 @@ def test_any_tracker_that_accelerate_knows_works_by_name(tmp_path: Path, recordi
     assert recording.latest.closed == 1
 
 
+def test_a_step_does_not_wait_for_a_tracker_and_nothing_of_it_is_lost(
+    tmp_path: Path, recording: type[Recording], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its network hangs until all steps are taken: metrics.jsonl has them, and it gets them in their order."""
+    network, threads = threading.Event(), set()
+    log = recording.log
+
+    def slow(self: Recording, values: dict[str, float], step: int | None = None, **more: Any) -> None:
+        threads.add(threading.get_ident())
+        assert network.wait(60)
+        log(self, values, step, **more)
+
+    monkeypatch.setattr(recording, "log", slow)
+    monkeypatch.setattr(trackers_module, "PATIENCE", 0.2)
+    with start(["recording"], tmp_path) as trackers:
+        for step in range(1, 6):
+            trackers.log({"x": float(step)}, step)
+        trackers.sync()  # a checkpoint waits for a moment, not for ever
+        assert recording.latest is not None
+        assert recording.latest.lines == []
+        assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+        threading.Timer(0.5, network.set).start()
+    assert recording.latest.lines == [(step, {"x": float(step)}) for step in range(1, 6)]
+    assert recording.latest.closed == 1
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    assert "waiting for trackers" in capsys.readouterr().out
+
+
 def test_mlflow_gets_names_that_it_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen with mlflow 3.17: one "@" in a name makes it refuse the whole step."""
     monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Mlflow)
@@ -259,6 +290,7 @@ def test_a_failing_tracker_warns_once_and_never_stops_the_run(
     with start(["recording"], tmp_path) as trackers:
         for step in range(1, 9):
             trackers.log({"x": float(step)}, step)
+        trackers.sync()
         assert trackers.names == ["jsonl"]
     assert recording.latest is not None
     assert [step for step, _ in recording.latest.lines] == [1, 3]  # left alone after 4, 5, 6

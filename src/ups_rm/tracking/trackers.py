@@ -2,19 +2,21 @@
 
 `console` and `jsonl` are ours; `wandb`, `tensorboard` and the rest come from `accelerate.tracking`. `metrics.jsonl` is
 always written, whether or not `jsonl` is named. A tracker that is named but not installed stops the run before it
-starts; one that fails later only warns: a lost curve must not cost a training run.
+starts; one that fails later only warns: a lost curve must not cost a training run. Those of accelerate, which may wait
+for a network, live on a thread of their own, all calls in order: a step waits for none of them.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from ups_rm.console import warn
+from ups_rm.console import console, warn
 from ups_rm.errors import RunError
 from ups_rm.tracking.console_line import ConsoleLine
 from ups_rm.tracking.jsonl import MetricsFile, read_metrics
@@ -38,8 +40,15 @@ RUN_NAME_ARGUMENT = {
 BEFORE_ANY = -1
 """`resume_step` of a run that was killed before its first checkpoint: it writes every point anew, under its old id."""
 
+HERE = ("console", "jsonl")
+"""Written on the training thread: they take no time, and metrics.jsonl is there when a step is over."""
+
 MAX_FAILURES = 3
 """A tracker that fails this often in a row is left alone, so that time-outs don't slow every step down."""
+
+
+PATIENCE = 10.0
+"""Seconds that a checkpoint waits for trackers that are behind."""
 
 
 class Tracker(Protocol):
@@ -93,20 +102,26 @@ class Trackers:
         self.run_ids: dict[str, str] = {}
         if "console" in names:
             self._trackers["console"] = ConsoleLine(total_steps)
+        # one thread: mlflow's run belongs to the thread that began it
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trackers")
+        self._sent: list[Future[None]] = []
+
+        def begin(name: str) -> None:
+            known_id = (run_ids or {}).get(name)
+            try:
+                started = _start(name, project_name, experiment_name, self.folder, config, resume_step, known_id)
+            except Exception as error:
+                warn(f"tracker {name} did not start, training goes on without it: {error}")
+                return
+            self._trackers[name] = started
+            if isinstance(started, WandbRun):
+                self.run_ids[name] = started.run_id
+                if resume_step is not None:
+                    started.catch_up(read_metrics(self._metrics.file))
+
         for name in names:
-            if name not in ("console", "jsonl"):
-                try:
-                    started = _start(
-                        name, project_name, experiment_name, self.folder, config, resume_step, (run_ids or {}).get(name)
-                    )
-                except Exception as error:
-                    warn(f"tracker {name} did not start, training goes on without it: {error}")
-                    continue
-                self._trackers[name] = started
-                if isinstance(started, WandbRun):
-                    self.run_ids[name] = started.run_id
-                    if resume_step is not None:
-                        started.catch_up(read_metrics(self._metrics.file))
+            if name not in HERE:
+                self._thread.submit(begin, name).result()
 
     @property
     def names(self) -> list[str]:
@@ -114,20 +129,30 @@ class Trackers:
         return list(self._trackers)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log one step everywhere. Values may be Python, numpy or 0-dim torch numbers.
+        """Log one step everywhere, on accelerate's trackers in a moment. Values: Python, numpy or 0-dim torch numbers.
 
         A tracker that raises is reported once and dropped after `MAX_FAILURES` failures in a row.
         """
         numbers = {name: float(value) for name, value in metrics.items()}
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tracker.log(dict(numbers), step=step)
-                self._failures.pop(name, None)
-            except Exception as error:
-                self._report(name, error)
+        self._sent = [sent for sent in self._sent if not sent.done()]
+        for name in list(self._trackers):
+            if name in HERE:
+                self._log(name, numbers, step)
+            else:
+                self._sent.append(self._thread.submit(self._log, name, numbers, step))
+
+    def _log(self, name: str, numbers: Mapping[str, float], step: int) -> None:
+        tracker = self._trackers.get(name)
+        if tracker is None:  # left alone since
+            return
+        try:
+            tracker.log(dict(numbers), step=step)
+            self._failures.pop(name, None)
+        except Exception as error:
+            self._report(name, error)
 
     def sync(self) -> None:
-        """Have metrics.jsonl on the disk, before a checkpoint that has seen its steps is.
+        """Have metrics.jsonl on the disk, before a checkpoint that has seen its steps is; the others get `PATIENCE`.
 
         Raises:
             RunError: it can't be; a checkpoint now would go on with a hole in the metrics.
@@ -139,15 +164,24 @@ class Trackers:
                 f"{self._metrics.file} can't be written: {error.strerror}; no checkpoint is written after its steps\n"
                 "  fix: free space; the same command goes on from the checkpoint before"
             ) from error
+        wait(self._sent, timeout=PATIENCE)
 
     def finish(self) -> None:
-        """Close every tracker; safe to call twice."""
-        while self._trackers:
-            name, tracker = self._trackers.popitem()
-            try:
-                tracker.finish()
-            except Exception as error:
-                warn(f"tracker {name} did not close properly: {error}")
+        """Close every tracker, once it has what was logged; safe to call twice."""
+        if wait(self._sent, timeout=PATIENCE).not_done:
+            console.print("waiting for trackers to take what was logged")
+        for name in list(self._trackers):
+            if name in HERE:
+                self._finish(name)
+            else:
+                self._thread.submit(self._finish, name).result()
+        self._thread.shutdown()
+
+    def _finish(self, name: str) -> None:
+        try:
+            self._trackers.pop(name).finish()
+        except Exception as error:
+            warn(f"tracker {name} did not close properly: {error}")
 
     def __enter__(self) -> Trackers:
         return self
@@ -183,7 +217,7 @@ def known_trackers() -> list[str]:
     """Every name that `trainer.logger` may hold."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    return ["console", "jsonl", *sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)]
+    return [*HERE, *sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
@@ -198,7 +232,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int 
 
 
 def _check_available(name: str) -> None:
-    if name in ("console", "jsonl"):
+    if name in HERE:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
