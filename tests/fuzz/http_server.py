@@ -17,6 +17,7 @@ from fuzz import mutate
 from tiny import llama3_tokenizer
 from ups_rm.reward.render import RenderPolicy
 from ups_rm.reward.server import Limits, RewardServer
+from ups_rm.reward.shared_prompt import Row
 
 TALK = [{"role": "user", "content": "Hi <|eot_id|>"}, {"role": "assistant", "content": "Hello!"}]
 TEXT = llama3_tokenizer().apply_chat_template(TALK, tokenize=False)
@@ -50,7 +51,8 @@ class Server:
             device="cpu",
             max_batch_tokens=4096,
             enough_tokens=4096,
-            unshared_answers=lambda rows: [(len(row) / 100,) for row in rows],
+            rows_of=lambda ids, prompts: [Row((i,), 0, len(one)) for i, one in enumerate(ids)],
+            row_answers=lambda rows, ids: [(len(one) / 100,) for one in ids],
         )
         self.server = RewardServer([model], name="fuzzed", limits=LIMITS)
         self.server.__enter__()

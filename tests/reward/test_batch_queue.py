@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import pytest
 
@@ -13,6 +13,7 @@ from ups_rm.errors import RMError
 from ups_rm.reward.batch_queue import BatchQueue, BatchReport, QueueFullError
 from ups_rm.reward.batching import token_batches
 from ups_rm.reward.render import Rendered
+from ups_rm.reward.shared_prompt import Row, shared_rows
 
 
 class Recorder:
@@ -25,10 +26,18 @@ class Recorder:
         self.gate = threading.Event()
         self.started = threading.Event()
         self.batches: list[list[list[int]]] = []
+        self.packed: list[list[Row]] = []
         self.fails_on: int | None = None
 
-    def unshared_answers(self, rows: Sequence[list[int]]) -> list[tuple[float, ...]]:
-        self.batches.append(list(rows))
+    def rows_of(self, ids: Sequence[list[int]], prompts: Sequence[Hashable] | None = None) -> list[Row]:
+        if prompts is None:
+            return [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
+        return shared_rows(ids, prompts, self.max_batch_tokens, hidden_size=64)
+
+    def row_answers(self, packed: Sequence[Row], ids: Sequence[list[int]]) -> list[tuple[float, ...]]:
+        rows = [ids[i] for row in packed for i in row.texts]
+        self.batches.append(rows)
+        self.packed.append(list(packed))
         self.started.set()
         assert self.gate.wait(30)
         if self.fails_on is not None and any(row[0] == self.fails_on for row in rows):
@@ -75,7 +84,7 @@ def test_every_conversation_is_answered_once_and_in_place(models):
     seen = [tuple(row) for recorder in recorders for batch in recorder.batches for row in batch]
     assert sorted(seen) == sorted(tuple(row.input_ids) for request in requests for row in request)
     assert sum(report.tokens for report in reports) == sum(map(len, seen))
-    assert sum(report.rows for report in reports) == len(seen)
+    assert sum(report.conversations for report in reports) == len(seen)
 
 
 def test_what_waits_together_is_batched_by_length_within_the_token_limit():
@@ -86,7 +95,7 @@ def test_what_waits_together_is_batched_by_length_within_the_token_limit():
     jobs = [queue.submit(rows(draw.randint(1, 40))) for _ in range(80)]
     recorder.gate.set()
     queue.close()
-    lengths = [len(job.rows[0].input_ids) for job in jobs]
+    lengths = [len(job.rendered[0].input_ids) for job in jobs]
     expected = [sorted(lengths[i] for i in batch) for batch in token_batches(lengths, 64, enough_tokens=32)]
     found = [sorted(map(len, batch)) for batch in recorder.batches[1:]]
     assert sorted(found) == sorted(expected)
@@ -103,6 +112,33 @@ def test_one_request_on_an_idle_server_makes_the_batches_of_the_in_process_score
     queue.close()
     expected = [[request[i].input_ids for i in batch] for batch in token_batches(lengths, 64, enough_tokens=32)]
     assert sorted(recorder.batches) == sorted(expected)
+
+
+def test_replies_to_one_prompt_stand_in_one_row_within_a_request_alone():
+    """A row holds the prompt once; answers are each reply's own, also beside rows of other requests."""
+    recorder, reports = Recorder(max_batch_tokens=500, enough_tokens=400), list[BatchReport]()
+    queue = BatchQueue([recorder], max_waiting=1000, on_batch=reports.append)
+    blocked(recorder, queue)
+
+    def group(prompt: int) -> list[Rendered]:
+        begin = [prompt, *range(40)]  # 41 tokens in common
+        return [Rendered([*begin, 60 + i, 61, 62], False) for i in range(3)]
+
+    lone = rows(20, first=300)
+    requests = [group(200) + lone, group(200)]
+    prompts = [["a", "a", "a", "b"], ["a", "a", "a"]]
+    jobs = [queue.submit(request, names) for request, names in zip(requests, prompts, strict=True)]
+    assert queue.queued_tokens == 2 * (41 + 3 * 3) + 20
+    recorder.gate.set()
+    queue.close()
+    for job, request in zip(jobs, requests, strict=True):
+        assert job.future.result(30) == [(logit(row.input_ids),) for row in request]
+    packed = [row for batch in recorder.packed[1:] for row in batch]
+    assert sorted((len(row.texts), row.shared, row.length) for row in packed) == [(1, 0, 20), (3, 41, 50), (3, 41, 50)]
+    for batch in recorder.packed:  # numbers of texts are those of the batch
+        assert [i for row in batch for i in row.texts] == list(range(sum(len(row.texts) for row in batch)))
+    assert sum(report.tokens for report in reports[1:]) == 120
+    assert sum(report.conversations for report in reports[1:]) == 7
 
 
 def test_the_oldest_is_never_overtaken_by_more_than_the_batch_in_work():
@@ -152,7 +188,7 @@ def test_close_computes_what_is_queued():
     assert queue.alive() is False
     recorder.gate.set()
     closing.join(30)
-    assert all(job.future.done() and job.future.result() == [(logit(job.rows[0].input_ids),)] for job in jobs)
+    assert all(job.future.done() and job.future.result() == [(logit(job.rendered[0].input_ids),)] for job in jobs)
 
 
 def test_an_abandoned_request_is_not_computed():
@@ -162,7 +198,7 @@ def test_an_abandoned_request_is_not_computed():
     gone, kept = queue.submit(rows(9, 9, first=40)), queue.submit(rows(9, first=60))
     queue.abandon(gone)
     recorder.gate.set()
-    assert kept.future.result(30) == [(logit(kept.rows[0].input_ids),)]
+    assert kept.future.result(30) == [(logit(kept.rendered[0].input_ids),)]
     queue.close()
     assert not [row for batch in recorder.batches for row in batch if row[0] in (40, 41)]
 
@@ -187,5 +223,5 @@ def test_a_logit_that_is_not_finite_is_an_error_of_its_request_only():
     recorder.gate.set()
     with pytest.raises(RMError, match="nan for conversation 1 of 2"):
         bad.future.result(30)
-    assert good.future.result(30) == [(logit(good.rows[0].input_ids),)]
+    assert good.future.result(30) == [(logit(good.rendered[0].input_ids),)]
     queue.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -49,16 +50,27 @@ class Gated:
     def __getattr__(self, name):
         return getattr(self.scorer, name)
 
-    def unshared_answers(self, rows):
+    def row_answers(self, rows, ids):
         self.started.set()
         assert self.gate.wait(60)
-        return self.scorer.unshared_answers(rows)
+        return self.scorer.row_answers(rows, ids)
 
 
 def test_http_gives_the_scores_of_the_process_to_the_last_bit(scorer, server):
     conversations = talks(60, seed=1)
     with HttpScorer(server.url) as client:
         assert client.score(conversations) == scorer.score(conversations)
+
+
+def test_replies_to_one_prompt_are_scored_as_in_the_process_and_the_prompt_is_read_once(scorer):
+    prompt = [{"role": "user", "content": "Tell me about bread, " * 12}]
+    replies = [[*prompt, {"role": "assistant", "content": f"reply {i} " * (i + 1)}] for i in range(6)]
+    with RewardServer([scorer], name="rm") as running, HttpScorer(running.url) as client:
+        found = client.score(replies)
+        text = httpx.get(f"{running.url}/metrics", trust_env=False).text
+    assert found == scorer.score(replies)
+    read = float(re.search(r"^ups_rm_tokens_total\{.*\} (\S+)$", text, re.M).group(1))
+    assert read < 0.6 * sum(score.tokens for score in found)
 
 
 def test_many_clients_get_the_same_logits_within_rounding(scorer, server):
@@ -289,7 +301,7 @@ def test_what_is_accepted_is_answered_while_the_server_ends(scorer):
 
 def test_a_failing_model_is_a_500_without_its_insides(scorer):
     broken = Gated(scorer)
-    broken.unshared_answers = lambda rows: (_ for _ in ()).throw(MemoryError("secret of the model"))
+    broken.row_answers = lambda rows, ids: (_ for _ in ()).throw(MemoryError("secret of the model"))
     with RewardServer([broken], name="rm") as running:
         answer = httpx.post(f"{running.url}/score", json={"conversations": talks(1)}, trust_env=False)
         assert (answer.status_code, answer.json()) == (500, {"error": "the model failed: MemoryError"})

@@ -1,9 +1,10 @@
 """The bounded queue between requests and models: many small requests in, full batches of like length out.
 
 A request reserves room for its conversations (`reserve`: refused when there is none), hands its token ids over
-(`submit`) and gets a future of its logits. One thread per model takes, whenever its model is free, the batch that the
-oldest waiting conversation is in; what has arrived meanwhile fills it up, nearest lengths first, within the batch's
-token limit (`token_batches`, as in-process). So nothing waits for a full batch, nothing starves, and padding is small.
+(`submit`) and gets a future of its logits. Those of one prompt in one request stand in one row, which holds the prompt
+once (`RewardScorer.rows_of`, as in-process). One thread per model takes, whenever its model is free, the batch that the
+oldest waiting row is in; what has arrived meanwhile fills it up, nearest lengths first, within the batch's token limit
+(`token_batches`, as in-process). So nothing waits for a full batch, nothing starves, and padding is small.
 
 Nothing here knows HTTP; text and tokenizers are done before.
 """
@@ -13,9 +14,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from ups_rm.reward.render import Rendered
 
 if TYPE_CHECKING:
     from ups_rm.reward.scorer import Answer, RewardScorer
+    from ups_rm.reward.shared_prompt import Row
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +41,22 @@ class QueueFullError(Exception):
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What one batch was: for metrics."""
+    """What one batch was, for metrics. `tokens`: that were computed, a shared prompt once. `longest_wait`: seconds from
+    `submit` to the start of the batch, of the conversation that waited longest."""
 
     device: str
-    rows: int
+    conversations: int
     tokens: int
     padding: int
     seconds: float
     longest_wait: float
-    """Seconds from `submit` to the start of the batch, of the conversation that waited longest."""
 
 
 @dataclass(eq=False)
 class Job:
     """The conversations of one request on their way through the models."""
 
-    rows: list[Rendered]
+    rendered: list[Rendered]
     answers: list[Answer]
     left: int
     future: Future[list[Answer]] = field(default_factory=Future)
@@ -86,8 +88,8 @@ class BatchQueue:
         self.queued_tokens = 0
         self.tokens_per_second = 0.0  # of all models together, a moving mean
         self._on_batch = on_batch
-        self._models = len(scorers)
-        self._queue: list[tuple[Job, int]] = []  # (job, row), oldest first
+        self._models, self._rows_of = len(scorers), scorers[0].rows_of
+        self._queue: list[tuple[Job, Row]] = []  # oldest first
         self._changed = threading.Condition()
         self._closing = False
         self._threads = [
@@ -118,17 +120,22 @@ class BatchQueue:
         with self._changed:
             self.waiting -= conversations
 
-    def submit(self, rows: Sequence[Rendered]) -> Job:
-        """Queue a request's conversations, all at once; `job.future` gives every head's logits in this order."""
-        job = Job(list(rows), [()] * len(rows), len(rows))
-        if not rows:
+    def submit(self, rendered: Sequence[Rendered], prompts: Sequence[Hashable] | None = None) -> Job:
+        """Queue a request's conversations, all at once; `job.future` gives every head's logits in this order.
+
+        Args:
+            prompts: equal for conversations that differ in the last message only: what they share is computed once.
+        """
+        job = Job(list(rendered), [()] * len(rendered), len(rendered))
+        if not rendered:
             job.future.set_result([])
             return job
+        rows = self._rows_of([one.input_ids for one in rendered], prompts)
         with self._changed:
             if self._closing:
                 raise RuntimeError("submit after close")
-            self._queue += [(job, i) for i in range(len(rows))]
-            self.queued_tokens += sum(len(row.input_ids) for row in rows)
+            self._queue += [(job, row) for row in rows]
+            self.queued_tokens += sum(row.length for row in rows)
             self._changed.notify_all()
         return job
 
@@ -148,27 +155,28 @@ class BatchQueue:
     def _serve(self, scorer: RewardScorer) -> None:
         while batch := self._take(scorer):
             started = perf_counter()
-            rows = [job.rows[i].input_ids for job, i in batch]
+            places = [(job, i) for job, row in batch for i in row.texts]
+            ids, rows = [job.rendered[i].input_ids for job, i in places], [row for _, row in batch]
             try:
-                answers = scorer.unshared_answers(rows)
+                answers = scorer.row_answers(_numbered_anew(rows), ids)
             except Exception as error:  # whatever it is: it answers these requests and does not end the server
-                log.exception("a batch of %d conversations failed on %s", len(rows), scorer.device)
+                log.exception("a batch of %d conversations failed on %s", len(ids), scorer.device)
                 with self._changed:
                     for job, _ in batch:
                         self._finish(job, error)
                 continue
             seconds = perf_counter() - started
-            tokens = sum(map(len, rows))
+            tokens = sum(row.length for row in rows)
             with self._changed:
-                for (job, i), answer in zip(batch, answers, strict=True):
+                for (job, i), answer in zip(places, answers, strict=True):
                     self._answer(job, i, answer)
                 rate = self._models * tokens / max(seconds, 1e-6)
                 self.tokens_per_second += (rate - self.tokens_per_second) * (0.1 if self.tokens_per_second else 1.0)
-            padding = len(rows) * max(map(len, rows)) - tokens
+            padding = len(rows) * max(row.length for row in rows) - tokens
             wait = started - min(job.submitted for job, _ in batch)
-            self._on_batch(BatchReport(str(scorer.device), len(rows), tokens, padding, seconds, wait))
+            self._on_batch(BatchReport(str(scorer.device), len(ids), tokens, padding, seconds, wait))
 
-    def _take(self, scorer: RewardScorer) -> list[tuple[Job, int]]:
+    def _take(self, scorer: RewardScorer) -> list[tuple[Job, Row]]:
         """The next batch for this model, waiting for one; empty when the queue is closed and done."""
         with self._changed:
             while True:
@@ -181,13 +189,13 @@ class BatchQueue:
                 self._changed.wait()
             oldest = self._queue[0][0]
             candidates = [item for item in self._queue if item[0] is oldest] if self.by_request else self._queue
-            lengths = [len(job.rows[i].input_ids) for job, i in candidates]
+            lengths = [row.length for _, row in candidates]
             batches = token_batches(lengths, scorer.max_batch_tokens, enough_tokens=scorer.enough_tokens)
             chosen = next(batch for batch in batches if 0 in batch)  # candidate 0 is the oldest
-            taken = {(id(candidates[k][0]), candidates[k][1]) for k in chosen}
             batch = [candidates[k] for k in chosen]
+            taken = {(id(job), row) for job, row in batch}
             self._queue = [item for item in self._queue if (id(item[0]), item[1]) not in taken]
-            self.queued_tokens = sum(len(job.rows[i].input_ids) for job, i in self._queue)
+            self.queued_tokens = sum(row.length for _, row in self._queue)
             return batch
 
     def _answer(self, job: Job, i: int, answer: Answer) -> None:
@@ -196,7 +204,7 @@ class BatchQueue:
             self._finish(
                 job,
                 RMError(
-                    f"the RM's logit is {logit} for conversation {i} of {len(job.rows)}\n"
+                    f"the RM's logit is {logit} for conversation {i} of {len(job.rendered)}\n"
                     "  fix: serve in float32, and `ups-rm rm check` on the folder"
                 ),
             )
@@ -211,3 +219,12 @@ class BatchQueue:
         """End a job without logits, unless it has ended. Called with the lock held."""
         if not job.future.done():
             job.future.set_exception(error)
+
+
+def _numbered_anew(rows: Sequence[Row]) -> list[Row]:
+    """Their texts counted through the batch, in the order they stand there."""
+    counted, found = 0, []
+    for row in rows:
+        found.append(replace(row, texts=tuple(range(counted, counted + len(row.texts)))))
+        counted += len(row.texts)
+    return found

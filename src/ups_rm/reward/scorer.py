@@ -203,25 +203,15 @@ class RewardScorer:
         Raises:
             RMError: a logit that is not finite.
         """
-        from ups_rm.reward.shared_prompt import Row, shared_rows, side_by_side
-
         ids = [row.input_ids for row in rendered]
-        packs = self.packs
-        if packs and prompts is not None:
-            rows = shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
-        else:
-            rows = [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
+        rows = self.rows_of(ids, prompts)
         batches = token_batches([row.length for row in rows], self.max_batch_tokens, enough_tokens=self.enough_tokens)
         answers: list[Answer] = [()] * len(rendered)
         with progress_bar("scoring", len(rendered), enabled=progress) as advance:
             for batch in batches:
                 some = [rows[i] for i in batch]
                 texts = [i for row in some for i in row.texts]
-                if packs and side_by_side(some, self.model.model):
-                    found = self.row_answers(some, ids)
-                else:
-                    found = self.batch_answers([ids[i] for i in texts])
-                for i, answer in zip(texts, found, strict=True):
+                for i, answer in zip(texts, self.row_answers(some, ids), strict=True):
                     answers[i] = answer
                 advance(len(texts))
         broken = [i for i, answer in enumerate(answers) if not all(map(math.isfinite, answer))]
@@ -235,6 +225,14 @@ class RewardScorer:
                 f"are not finite), computed in {self.dtype}\n  fix: dtype float32, and `ups-rm rm check` on the folder"
             )
         return answers
+
+    def rows_of(self, ids: Sequence[Sequence[int]], prompts: Sequence[Hashable] | None = None) -> list[Row]:
+        """What batches are made of: each text in a row of its own, or those of equal `prompts` in one (`answers`)."""
+        from ups_rm.reward.shared_prompt import Row, shared_rows
+
+        if prompts is None or not self.packs:
+            return [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
+        return shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
 
     @property
     def packs(self) -> bool:
@@ -255,21 +253,17 @@ class RewardScorer:
         """
         return self.tensor_answers(*pad_batch(rows, side=side, pad_id=self.pad_id))
 
-    def unshared_answers(self, rows: Sequence[Sequence[int]]) -> list[Answer]:
-        """Every head's logits of one batch of token ids, to the last bit what `answers` gives for such a batch."""
-        from ups_rm.reward.shared_prompt import Row, side_by_side
-
-        alone = [Row((i,), 0, len(row)) for i, row in enumerate(rows)]
-        if self.packs and side_by_side(alone, self.model.model):
-            return self.row_answers(alone, rows)
-        return self.batch_answers(rows)
-
     def row_answers(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Answer]:
-        """Every head's logits of the texts of some rows, in the order they stand there (`shared_prompt`)."""
+        """Every head's logits of one batch of rows (`rows_of`), in the order texts stand there; finite or not.
+
+        Side by side or, where that is slower (`side_by_side`), as padded texts.
+        """
         import torch
 
-        from ups_rm.reward.shared_prompt import pooled_rows
+        from ups_rm.reward.shared_prompt import pooled_rows, side_by_side
 
+        if not (self.packs and side_by_side(rows, self.model.model)):
+            return self.batch_answers([ids[i] for row in rows for i in row.texts])
         with torch.inference_mode(), compute_context(self.dtype, self.device):
             hidden = pooled_rows(self.model.model, rows, ids, self.model.config.pooling, self.device)
             return [tuple(answer) for answer in self.model.head_logits(hidden).float().tolist()]

@@ -22,14 +22,14 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ups_rm.errors import RMError, RMServerError
-from ups_rm.reward.batch_queue import BatchQueue, QueueFullError
+from ups_rm.reward.batch_queue import BatchQueue, Job, QueueFullError
 from ups_rm.reward.client import TOKEN_VARIABLE
 from ups_rm.reward.render import Rendered, render, render_text
 from ups_rm.reward.scorer import score_of_answer
 from ups_rm.reward.server_guard import OPEN_PATHS, Guard, RefusedError, is_loopback, patient_protocol, read_body
 from ups_rm.reward.turns import TurnFormat
 from ups_rm.serving import Served, url_of
-from ups_rm.types import Score
+from ups_rm.types import Conversation, Score
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
+Reading = tuple[list[Rendered], list[str] | None]
+"""Rendered conversations, and the prompt of each, where they came as messages."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ class RewardServer(Served):
         except ValidationError as error:
             raise _refusal(error) from None
 
-    async def score(self, request: Request, conversations: int, to_rows: Callable[[], list[Rendered]]) -> list[Score]:
-        """Scores of a request's conversations, which `to_rows` renders.
+    async def score(self, request: Request, conversations: int, read: Callable[[], Reading]) -> list[Score]:
+        """Scores of a request's conversations, which `read` renders.
 
         Raises:
             RefusedError: 413 for more than could ever be accepted, 429 for more than fits now, 422 for what can't be
@@ -167,18 +169,22 @@ class RewardServer(Served):
         try:
             loop = asyncio.get_running_loop()
             until = monotonic() + self.limits.answer_seconds
-            rows = await loop.run_in_executor(self._render_thread, to_rows)
-            answers = await self._answers(request, rows, until - monotonic())
+            job = await loop.run_in_executor(self._render_thread, lambda: self.queue.submit(*read()))
+            answers = await self._answers(request, job, until - monotonic())
         except RMError as error:
             raise RefusedError(422, str(error)) from None
         finally:
             self.queue.release(conversations)
-        self.metrics.conversations.inc(len(rows))
-        self.metrics.truncated.inc(sum(row.truncated for row in rows))
-        return [score_of_answer(self.heads, answer, row) for row, answer in zip(rows, answers, strict=True)]
+        self.metrics.conversations.inc(len(answers))
+        self.metrics.truncated.inc(sum(row.truncated for row in job.rendered))
+        return [score_of_answer(self.heads, answer, row) for row, answer in zip(job.rendered, answers, strict=True)]
 
-    async def _answers(self, request: Request, rows: list[Rendered], seconds: float) -> list[Answer]:
-        job = self.queue.submit(rows)
+    def conversations(self, conversations: Sequence[Conversation]) -> Reading:
+        """Rendered, and what says which of them share a prompt."""
+        prompts = [str(conversation[:-1]) for conversation in conversations]
+        return render(self.tokenizer, conversations, self.policy), prompts
+
+    async def _answers(self, request: Request, job: Job, seconds: float) -> list[Answer]:
         answered = asyncio.wrap_future(job.future)
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -216,9 +222,7 @@ def add_endpoints(app: FastAPI, server: RewardServer) -> None:
         head), tokens and truncated out."""
         body = await server.read(request, schemas.ScoreRequest)
         conversations = [schemas.conversation(messages) for messages in body.conversations]
-        scores = await server.score(
-            request, len(conversations), lambda: render(server.tokenizer, conversations, server.policy)
-        )
+        scores = await server.score(request, len(conversations), lambda: server.conversations(conversations))
         return _json({"model": server.name, "scores": [vars(one) for one in scores]})
 
     @post("/get_reward", schemas.GetRewardRequest, schemas.GetRewardResponse)
@@ -227,12 +231,11 @@ def add_endpoints(app: FastAPI, server: RewardServer) -> None:
         body = await server.read(request, schemas.GetRewardRequest)
         prompts: Sequence[str | None] = body.prompts if body.prompts is not None else [None] * len(body.query)
 
-        def rows() -> list[Rendered]:
+        def read() -> Reading:
             pairs = zip(body.query, prompts, strict=True)
-            conversations = [server.turns.conversation(query, prompt) for query, prompt in pairs]
-            return render(server.tokenizer, conversations, server.policy)
+            return server.conversations([server.turns.conversation(query, prompt) for query, prompt in pairs])
 
-        scores = await server.score(request, len(body.query), rows)
+        scores = await server.score(request, len(body.query), read)
         rewards = [one.safe_score for one in scores]
         logs = {"rm_logit": [one.logit for one in scores], "rm_truncated": [float(one.truncated) for one in scores]}
         if "helpfulness" in server.heads:
@@ -245,11 +248,11 @@ def add_endpoints(app: FastAPI, server: RewardServer) -> None:
         body = await server.read(request, schemas.ClassifyRequest)
         if body.messages is not None:
             conversations = [schemas.conversation(body.messages)]
-            scores = await server.score(request, 1, lambda: render(server.tokenizer, conversations, server.policy))
+            scores = await server.score(request, 1, lambda: server.conversations(conversations))
         else:
             texts = [body.input] if isinstance(body.input, str) else body.input or []
             scores = await server.score(
-                request, len(texts), lambda: render_text(server.tokenizer, texts, server.policy)
+                request, len(texts), lambda: (render_text(server.tokenizer, texts, server.policy), None)
             )
         numbers = [-one.logit if body.use_activation is False else one.safe_score for one in scores]
         tokens = sum(one.tokens for one in scores)

@@ -25,7 +25,12 @@ class ServerMetrics:
         )
         self.conversations = Counter("ups_rm_conversations", "Conversations scored.", registry=on)
         self.truncated = Counter("ups_rm_truncated", "Of these, cut to the RM's limit.", registry=on)
-        self.tokens = Counter("ups_rm_tokens", "RM tokens that models read, without padding.", ["device"], registry=on)
+        self.tokens = Counter(
+            "ups_rm_tokens",
+            "RM tokens read, a shared prompt once, no padding.",
+            ["device"],
+            registry=on,
+        )
         self.padding = Counter("ups_rm_padding_tokens", "Padding of batches.", ["device"], registry=on)
         self.model_seconds = Counter("ups_rm_model_seconds", "Time in models.", ["device"], registry=on)
         self.batch_rows = Histogram(
@@ -55,7 +60,7 @@ class ServerMetrics:
         self.tokens.labels(report.device).inc(report.tokens)
         self.padding.labels(report.device).inc(report.padding)
         self.model_seconds.labels(report.device).inc(report.seconds)
-        self.batch_rows.labels(report.device).observe(report.rows)
+        self.batch_rows.labels(report.device).observe(report.conversations)
         self.wait_seconds.observe(report.longest_wait)
 
     def text(self) -> bytes:
