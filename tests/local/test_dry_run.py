@@ -11,6 +11,8 @@ from transformers import AutoConfig, GPT2Config
 from tiny_training import prefers, tiny_recipe
 from ups_rm.local.dry_run import MemoryEstimate, estimate_memory, print_dry_run
 from ups_rm.local.group_cache import GroupCache
+from ups_rm.local.policy import Policy
+from ups_rm.local.sequences import Sequences
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import Recipe
 
@@ -107,6 +109,41 @@ def test_packed_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folde
         packed = decoder.copies(packed=True)  # in oneDNN's layout they have no storage that could be looked at
         held = sum(weight.numel() * weight.element_size() for weight in packed)
         assert estimate(recipe).parts["packed rollout weights"] == held
+
+
+@pytest.mark.parametrize("scores_at_once", [2**22, 0], ids=["products", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_layers_keep_for_backward(
+    tmp_path: Path, policy_folder: Path, dtype: str, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts and replies as long as they may be: distinct tensors that autograd holds, weights left out."""
+    for module in ("ups_rm.layers.decoder", "ups_rm.local.dry_run"):
+        monkeypatch.setattr(f"{module}.SCORES_AT_ONCE", scores_at_once)
+    recipe = tiny_recipe(
+        tmp_path, policy_folder, f"{DTYPE}{dtype}", "data.max_prompt_length=40", "data.max_response_length=12",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.rollout.n=4",
+    )  # fmt: skip
+    policy = Policy.load(recipe)
+    prompts = torch.randint(5, 90, (2, 40)).repeat_interleave(4, 0)
+    part = Sequences(
+        prompts=prompts, prompt_mask=torch.ones_like(prompts), responses=torch.randint(5, 90, (8, 12)),
+        response_mask=torch.ones(8, 12, dtype=torch.long), group_ids=torch.arange(2).repeat_interleave(4),
+    )  # fmt: skip
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logprobs, _ = policy.response_logprobs(part, 1.0)
+    own = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
+    held = size([tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own])
+    estimated = estimate(recipe).parts["activations of a micro batch"]
+    assert logprobs.requires_grad
+    assert 0.8 * estimated < held < 1.1 * estimated
+
+
+def test_the_total_does_not_add_what_is_never_there_together() -> None:
+    parts = {"policy weights": 100, "packed rollout weights": 30, "KV cache of the rollout": 5, "gradients": 20,
+             "activations of a micro batch": 40, "logits (one chunk)": 3}  # fmt: skip
+    assert MemoryEstimate(parts).total == 163
+    assert MemoryEstimate(parts | {"KV cache of the rollout": 50}).total == 180
 
 
 def test_nothing_is_written_or_loaded(

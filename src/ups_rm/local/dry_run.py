@@ -13,6 +13,7 @@ import torch
 from ups_rm.console import console
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
+from ups_rm.layers.decoder import SCORES_AT_ONCE
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.policy import needs_reference, with_lora
 from ups_rm.local.shared_prefix import LOGITS_AT_ONCE, ROWS_IN_FP32
@@ -23,6 +24,11 @@ from ups_rm.recipe import Recipe, as_list
 GIB = 1024**3
 
 
+PACKED, CACHE = "packed rollout weights", "KV cache of the rollout"
+GRADIENTS, ACTIVATIONS, LOGITS = "gradients", "activations of a micro batch", "logits (one chunk)"
+OF_ROLLOUT, OF_UPDATE = (PACKED, CACHE), (GRADIENTS, ACTIVATIONS, LOGITS)
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one training process, by what holds them. All but the activations are counted exactly."""
@@ -31,15 +37,18 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        """The most at one time: what the rollout alone and what the update alone need are never there together."""
+        rollout, update = (sum(self.parts.get(name, 0) for name in names) for names in (OF_ROLLOUT, OF_UPDATE))
+        return sum(self.parts.values()) - min(rollout, update)
 
 
 def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimate:
     """What training holds at the same time, from shapes alone (parameters on the meta device).
 
     Weights: compute dtype (adapters fp32); masters, their gradients and AdamW's two moments: fp32 per trained parameter
-    (the master is the weight itself where compute is fp32). Activations of a micro batch without checkpointing: per
-    layer and token about 2*(6 H + 3 I) numbers, plus one chunk of logits (`shared_prefix`).
+    (the master is the weight itself where compute is fp32). Activations of a micro batch of the longest prompts and
+    replies: what layers keep for backward (`kept_by_a_layer`; for other architectures per token about 2*(6 H + 3 I)
+    numbers), plus one chunk of logits (`shared_prefix`).
 
     Args:
         config: the policy's transformers config. rm_bytes: size of the RM's weight files.
@@ -63,7 +72,12 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     length = recipe.data.max_prompt_length + recipe.data.max_response_length
-    tokens = settings.actor.ppo_micro_batch_size_per_gpu * length
+    micro_batch = settings.actor.ppo_micro_batch_size_per_gpu
+    if decoder is None:
+        kept = micro_batch * length * 2 * (6 * hidden + 3 * inner)
+    else:
+        prompts = math.ceil(micro_batch / rollout.n)
+        kept = kept_by_a_layer(config, prompts, micro_batch, recipe.data.max_prompt_length, length)
     rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
     # a known architecture keeps a prompt's keys and values once, in fp32 on a CPU without our
     # kernels (the larger is told); `generate` keeps them for each reply
@@ -75,16 +89,38 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
         {
             "policy weights": _bytes(weights),
             "fp32 masters": 0 if width == 4 or lora else trained * 4,
-            "gradients": trained * 4,
+            GRADIENTS: trained * 4,
             "optimizer (AdamW, two moments)": trained * 8,
             "reference": frozen if needs_reference(recipe) and not lora else 0,
-            "packed rollout weights": 0 if decoder is None else _bytes(decoder.copies(packed=on_cpu)),
-            "KV cache of the rollout": 2 * layers * cached * kv_heads * head * cache_width,
-            "activations of a micro batch": kept_layers * tokens * 2 * (6 * hidden + 3 * inner) * width,
-            "logits (one chunk)": max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width,
+            PACKED: 0 if decoder is None else _bytes(decoder.copies(packed=on_cpu)),
+            CACHE: 2 * layers * cached * kv_heads * head * cache_width,
+            ACTIVATIONS: kept_layers * kept * width,
+            LOGITS: max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width,
             "reward model": rm_bytes,
         }
     )
+
+
+def kept_by_a_layer(config: Any, prompts: int, rows: int, prompt_length: int, length: int) -> int:
+    """Numbers that a layer of `layers.decoder` keeps for backward, of replies that share prompts (`shared_prefix`).
+
+    Per token: both residual sums, both norms' outputs, queries, attention's output, gate and up. Beside them keys and
+    values as replies see them, and the softmax of plain products or, of SDPA, a second copy of its output.
+
+    Args:
+        prompts, rows: prompts and replies of a micro batch. length: of the longest prompt and reply together.
+    """
+    heads, replies = config.num_attention_heads, length - prompt_length
+    kv_heads = getattr(config, "num_key_value_heads", heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    tokens = prompts * prompt_length + rows * replies
+    per_token = 4 * config.hidden_size + 2 * heads * size + 2 * config.intermediate_size
+    if config.model_type == "qwen3":  # norms of queries and keys keep what they are given
+        per_token += (heads + kv_heads) * size
+    seen = 2 * kv_heads * size * (prompts * prompt_length + rows * length)
+    queries = ((prompts * prompt_length, prompt_length), (rows * replies, length))  # how many, and how many keys each
+    attention = sum(heads * some * (keys if heads * some * keys <= SCORES_AT_ONCE else size) for some, keys in queries)
+    return tokens * per_token + seen + attention
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

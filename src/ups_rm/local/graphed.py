@@ -61,7 +61,7 @@ class GraphedSteps:
         """Token and position of the live rows (b,), the reply position -> hidden (b, H).
 
         Raises:
-            RunError: the step can't be recorded.
+            RunError: the step can't be recorded, for another reason than memory.
         """
         cells, anew = self.cache.cells, self.keys is not self.cache.keys
         if anew:  # the first step, or the grid has shrunk: other shapes and addresses
@@ -74,6 +74,8 @@ class GraphedSteps:
         if anew:
             try:
                 self.replay = self.record(lambda: self.decode(self.token, self.position, self.t))
+            except torch.OutOfMemoryError:  # told as such, with its own way out
+                raise
             except RuntimeError as error:
                 raise RunError(
                     f"a decode step can't be recorded as a CUDA graph: {error}\n  fix: UPS_RM_CUDA_GRAPHS=0"
