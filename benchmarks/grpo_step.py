@@ -62,7 +62,7 @@ class Case:
 
 
 QUARTERS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
-"""Of TRL's 32 rows, where all at once take more than 17 GB."""
+"""Of TRL's 32 rows, where all at once take more than 17 GB; of 64 rows twice as many."""
 BASE = Case("8 prompts x 4 replies x 64 tokens")
 HALF = replace(BASE, name="the same, TRL with bf16 weights", peer_dtype="bfloat16")
 CASES = (
@@ -71,7 +71,7 @@ CASES = (
     HALF,
     replace(BASE, name="256 new tokens, early ends", new_tokens=256, peer_settings=QUARTERS),
     replace(BASE, name="prompts of 50-600 tokens", words=(0, 500), peer_settings=QUARTERS),
-    replace(BASE, name="n = 8", n=8),
+    replace(BASE, name="n = 8", n=8, peer_settings=QUARTERS | {"per_device_train_batch_size": 16}),
     replace(BASE, name="LoRA of rank 16", lora_rank=16, peer_dtype="bfloat16"),
     replace(BASE, name="with RM scoring", with_rm=True),
 )
