@@ -66,4 +66,6 @@ def test_other_formats_other_classes_and_no_rows_go_to_torch() -> None:
     wide = layer_of(8, 4, True, torch.float64)
     assert linear(x.double(), wide).dtype == torch.float64
     assert linear(x[:0], layer_of(8, 4, True)).shape == (0, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, layer_of(8, 4, True)).dtype == torch.bfloat16
     assert linear(torch.empty(3, 8, device="meta"), layer_of(8, 4, False).to("meta")).shape == (3, 4)

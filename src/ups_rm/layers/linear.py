@@ -31,9 +31,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Both are what the operator takes: fp32 on a CPU, and rows to compute."""
+    """Both are what the operator takes: fp32 on a CPU, and rows to compute; autocast has another format in mind."""
     kinds = {(tensor.device.type, tensor.dtype) for tensor in (x, weight)}
-    return kinds == {("cpu", torch.float32)} and torch.backends.mkldnn.is_available() and len(x) > 0
+    wanted = kinds == {("cpu", torch.float32)} and not torch.is_autocast_enabled("cpu")
+    return wanted and torch.backends.mkldnn.is_available() and len(x) > 0
 
 
 class Linear(torch.autograd.Function):
