@@ -56,6 +56,17 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+def test_a_layer_with_a_hook_is_called() -> None:
+    layer, seen = layer_of(8, 4, True), []
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(linear(x, layer), F.linear(x, layer.weight, layer.bias))
+    assert seen == [1]
+    handle.remove()
+    linear(x, layer)
+    assert seen == [1]
+
+
 def test_other_formats_other_classes_and_no_rows_go_to_torch() -> None:
     doubled = Doubled(8, 4)
     x = torch.randn(3, 8)

@@ -388,7 +388,7 @@ def test_an_update_that_goes_on_from_the_forward_of_the_old_logprobs_is_the_same
     apart, together = actor_on(recipe), actor_on(recipe)
     now = response_logprobs(apart.policy, sequences, micro_batch_size=3, temperature=1.0)
     calls: list[int] = []
-    together.policy.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    together.policy.model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
     expected = apart.update(sequences, advantages, None, ref, step=1)
     old, forward = together.old_logprobs(sequences)
     assert not old.requires_grad

@@ -52,10 +52,8 @@ def test_long_texts_of_their_own_and_shared_ones_score_as_alone(scorer, monkeypa
     """Without room for masks, texts of their own go through transformers' forward and shared ones through SDPA."""
     for module in (shared_prompt, decoder):
         monkeypatch.setattr(module, "SCORES_AT_ONCE", scores)
-    packed = []
-    monkeypatch.setattr(
-        scorer, "row_answers", lambda *given: packed.append(1) or type(scorer).row_answers(scorer, *given)
-    )
+    packed, pooled_rows = [], shared_prompt.pooled_rows
+    monkeypatch.setattr(shared_prompt, "pooled_rows", lambda *given: packed.append(1) or pooled_rows(*given))
     talks = conversations([("a long question " * 8, ["yes", "no", "perhaps"])])
     apart = conversations([("one", ["1"]), ("two", ["22"])])
     for some, goes in ((talks, True), (apart, scores > 0)):
@@ -127,5 +125,5 @@ def test_what_a_mask_or_positions_would_change_is_scored_one_by_one(tmp_path, mo
     for name, value in changes.items():
         setattr(scorer.model.model.config, name, value)
     assert not can_share(scorer.model.model)
-    monkeypatch.setattr(scorer, "row_answers", None)  # calling it would fail
+    monkeypatch.setattr(shared_prompt, "pooled_rows", None)  # calling it would fail
     assert len(scorer.score(conversations([("a long question " * 8, ["yes", "no"])]))) == 2

@@ -15,7 +15,8 @@ from torch import Tensor
 
 def linear(x: Tensor, layer: torch.nn.Module) -> Tensor:
     """layer(x), x (N, I) -> (N, O)"""
-    if type(layer) is not torch.nn.Linear or not by_onednn(x, layer.weight):
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if type(layer) is not torch.nn.Linear or hooked or not by_onednn(x, layer.weight):
         out: Tensor = layer(x)
     else:
         out = Linear.apply(x, layer.weight, layer.bias)
