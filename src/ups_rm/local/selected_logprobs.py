@@ -14,15 +14,15 @@ LOGITS_AT_ONCE = 2**24
 """Numbers in one chunk of logits, 32 MiB in bf16: larger ones gain nothing."""
 ROWS_IN_FP32 = 32
 """Rows of it that are widened to fp32 at a time: they stay in the CPU's cache and in memory that malloc reuses."""
-WEIGHT_ROWS_AT_ONCE = 1024
-"""Rows of the weight's gradient that are added up at a time, for the same reason: `+=` widens its right side whole."""
 
 
 class SelectedLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at the target, chunk by chunk.
+    """log softmax(h W^T / temperature) at the target, `chunk` rows of logits at a time.
 
     d logp_t / d logits = onehot(t) - softmax, so with g = d loss / d logp:
     dh = g (W_t - softmax W) / temperature, dW = g (onehot - softmax)^T h / temperature.
+    Backward takes all rows of as many tokens of the vocabulary as make the same number of logits: the softmax's norms
+    are known by then, and each token's dW is one product over all rows, with nothing of the weight's size to add up.
     """
 
     @staticmethod
@@ -40,22 +40,20 @@ class SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, norms = ctx.saved_tensors
-        d_hidden, wide = torch.empty_like(hidden), norms.dtype
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        increment = torch.empty_like(weight) if d_weight is not None else None
+        wide = norms.dtype
+        d_hidden = torch.zeros_like(hidden, dtype=wide)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         slopes = grad.to(wide) / ctx.temperature  # (N,)
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logits = product(hidden[rows], weight)
-            to_gradient(logits, targets[rows], norms[rows], slopes[rows], ctx.temperature)
-            d_hidden[rows] = logits @ weight
-            if d_weight is not None and increment is not None:
-                torch.mm(logits.t(), hidden[rows], out=increment)
-                for total, part in zip(
-                    d_weight.split(WEIGHT_ROWS_AT_ONCE), increment.split(WEIGHT_ROWS_AT_ONCE), strict=True
-                ):
-                    total += part
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+        parts = -(-len(hidden) // ctx.chunk)  # as many as forward took
+        columns = -(-len(weight) // max(1, parts))
+        for first in range(0, len(weight), columns):
+            block = weight[first : first + columns]  # (C, H)
+            logits = product(hidden, block)  # (N, C)
+            to_gradient(logits, targets, norms, slopes, ctx.temperature, first)
+            d_hidden += logits @ block
+            if d_weight is not None:
+                torch.mm(logits.t(), hidden, out=d_weight[first : first + columns])
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def selected(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -75,14 +73,20 @@ def selected(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tenso
     return logprobs, norms
 
 
-def to_gradient(logits: Tensor, targets: Tensor, norms: Tensor, slopes: Tensor, temperature: float) -> None:
-    """In place, logits (N, V) become slope (onehot(target) - softmax), with slopes (N,) and the norms of `selected`."""
+def to_gradient(
+    logits: Tensor, targets: Tensor, norms: Tensor, slopes: Tensor, temperature: float, first: int = 0
+) -> None:
+    """In place, logits (N, C) of the tokens from `first` on become slope (onehot(target) - softmax), with slopes (N,)
+    and the norms of `selected`."""
     kernels = usable(logits)
     if kernels is not None:
-        kernels.logits_to_gradient(logits, targets, norms, slopes, temperature)
+        kernels.logits_to_gradient(logits, targets, norms, slopes, temperature, first)
         return
+    at = (targets - first)[:, None]
+    ones = slopes[:, None] * ((at >= 0) & (at < logits.shape[1]))  # other targets have their 1 in other columns
+    at = at.clamp(0, logits.shape[1] - 1)
     for start in range(0, len(logits), ROWS_IN_FP32):
         few = slice(start, start + ROWS_IN_FP32)
         part = logits[few].to(norms.dtype, copy=True).div_(temperature)
         part.sub_(norms[few, None]).exp_().mul_(-slopes[few, None])
-        logits[few] = part.scatter_add_(1, targets[few, None], slopes[few, None])
+        logits[few] = part.scatter_add_(1, at[few], ones[few])

@@ -256,21 +256,24 @@ void selected_logprobs_rows(const scalar* logits, const int64_t* targets, float*
   });
 }
 
-// Logits become the gradient of slope * logprob(target): slope * (onehot - softmax). In place.
+// Logits of tokens first, first + 1, ... become the gradient of slope * logprob(target): slope * (onehot - softmax).
+// In place; a target that is not among these tokens has no 1 here.
 template <typename scalar>
 void logits_to_gradient_rows(scalar* logits, const int64_t* targets, const float* norms, const float* slopes,
-                             int64_t rows, int64_t size, float inverse_temperature) {
+                             int64_t rows, int64_t size, float inverse_temperature, int64_t first) {
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       scalar* mine = logits + row * size;
-      const float norm = norms[row], slope = slopes[row], target = widen(mine[targets[row]]);
+      const int64_t at = targets[row] - first;
+      const bool inside = at >= 0 && at < size;
+      const float norm = norms[row], slope = slopes[row], target = inside ? widen(mine[at]) : 0.0f;
       int64_t i = 0;
       for (; i + WIDE <= size; i += WIDE) {
         const floats below = load(mine + i) * inverse_temperature - norm;
         save(mine + i, -slope * exp_of_negative(below < 0 ? below : floats{}));
       }
       for (; i < size; i++) mine[i] = narrow<scalar>(-slope * std::exp(widen(mine[i]) * inverse_temperature - norm));
-      mine[targets[row]] = narrow<scalar>(slope * (1.0f - std::exp(target * inverse_temperature - norm)));
+      if (inside) mine[at] = narrow<scalar>(slope * (1.0f - std::exp(target * inverse_temperature - norm)));
     }
   });
 }
@@ -534,11 +537,12 @@ std::tuple<at::Tensor, at::Tensor> selected_logprobs(const at::Tensor& logits, c
   return {logprobs, norms};
 }
 
-// logits (N, V), changed in place; targets, norms and slopes (N,)
+// logits (N, C) of the tokens first to first + C - 1, changed in place; targets, norms and slopes (N,)
 void logits_to_gradient(const at::Tensor& logits, const at::Tensor& targets, const at::Tensor& norms,
-                        const at::Tensor& slopes, double temperature) {
+                        const at::Tensor& slopes, double temperature, int64_t first) {
   check(logits, logits.scalar_type(), "logits");
-  check_targets(targets, logits);
+  check(targets, at::kLong, "targets");
+  TORCH_CHECK(targets.numel() == logits.size(0), "sizes do not fit");
   for (const auto& tensor : {norms, slopes}) {
     check(tensor, at::kFloat, "norms and slopes");
     TORCH_CHECK(tensor.numel() == logits.size(0), "sizes do not fit");
@@ -546,7 +550,7 @@ void logits_to_gradient(const at::Tensor& logits, const at::Tensor& targets, con
   dispatch(logits.scalar_type(), [&](auto zero) {
     logits_to_gradient_rows(to<decltype(zero)>(logits), targets.const_data_ptr<int64_t>(),
                             norms.const_data_ptr<float>(), slopes.const_data_ptr<float>(), logits.size(0),
-                            logits.size(1), float(1 / temperature));
+                            logits.size(1), float(1 / temperature), first);
   });
 }
 
