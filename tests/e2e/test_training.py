@@ -17,6 +17,7 @@ from tiny import qwen_tokenizer
 from tiny_training import UNKNOWN, SyntheticScorer, causal_lm, letter_share, prefers, tiny_recipe
 from ups_rm.local.trainer import Trainer, TrainResult
 from ups_rm.recipe import Recipe
+from ups_rm.tracking import Trackers
 from ups_rm.tracking.group_log import read_group_log
 from ups_rm.tracking.jsonl import read_metrics
 from ups_rm.types import Conversation, Score
@@ -95,6 +96,20 @@ def test_an_architecture_without_fast_paths_learns_too(tmp_path: Path, architect
     assert sum(scores[-4:]) / 4 > scores[0] + 0.1, scores
     assert result.policy is not None
     assert_same_logits_elsewhere(result.policy, trainer)
+
+
+def test_the_policy_is_saved_before_a_tracker_is_waited_for(
+    tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that never returns costs nothing but Ctrl-C."""
+    there: list[bool] = []
+    finish = Trackers.finish
+    folder = tmp_path / "run" / "policy"
+    monkeypatch.setattr(
+        Trackers, "finish", lambda self, **how: there.append((folder / "config.json").is_file()) or finish(self, **how)
+    )
+    Trainer(tiny_recipe(tmp_path, policy_folder, "trainer.total_training_steps=1"), prefers("e")).fit()
+    assert there == [True]
 
 
 def test_it_does_not_move_where_there_is_nothing_to_learn(tmp_path: Path, policy_folder: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ups_rm.layers.elementwise import silu_mul_linear
 from ups_rm.layers.linear import by_onednn, linear, product
 
 
@@ -38,6 +39,10 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
     linear(x, layer).sum().backward()
     assert x.grad is not None
     assert layer.weight.grad is None
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        linear(x, layer)
+    assert [tensor.shape for tensor in kept] == [layer.weight.shape]  # a frozen weight needs no input
     layer.requires_grad_(True)
     linear(x.detach(), layer).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.detach().sum(0).expand(4, 8), rtol=1e-5, atol=1e-5)
@@ -65,6 +70,10 @@ def test_a_layer_with_a_hook_is_called() -> None:
     handle.remove()
     linear(x, layer)
     assert seen == [1]
+    layer = layer_of(8, 4, False)
+    layer.register_forward_pre_hook(lambda *_: seen.append(2))
+    silu_mul_linear(x, x, layer)
+    assert seen == [1, 2]
 
 
 def test_other_formats_other_classes_and_no_rows_go_to_torch() -> None:

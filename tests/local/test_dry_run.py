@@ -9,13 +9,14 @@ import torch
 from transformers import AutoConfig, GPT2Config
 
 from tiny_training import prefers, tiny_recipe
-from ups_rm.local.dry_run import MemoryEstimate, estimate_memory, print_dry_run
+from ups_rm.local.dry_run import ACTIVATIONS, MemoryEstimate, estimate_memory, print_dry_run, prompts_at_once
 from ups_rm.local.group_cache import GroupCache
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import Recipe
 
+MODEL = "actor_rollout_ref.model."
 DTYPE = "actor_rollout_ref.actor.fsdp_config.dtype="
 
 
@@ -113,8 +114,14 @@ def test_packed_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folde
 
 @pytest.mark.parametrize("scores_at_once", [2**22, 0], ids=["products", "sdpa"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
 def test_activations_are_what_layers_keep_for_backward(
-    tmp_path: Path, policy_folder: Path, dtype: str, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    policy_folder: Path,
+    dtype: str,
+    scores_at_once: int,
+    lora_rank: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of prompts and replies as long as they may be: distinct tensors that autograd holds, weights left out."""
     for module in ("ups_rm.layers.decoder", "ups_rm.local.dry_run"):
@@ -122,6 +129,7 @@ def test_activations_are_what_layers_keep_for_backward(
     recipe = tiny_recipe(
         tmp_path, policy_folder, f"{DTYPE}{dtype}", "data.max_prompt_length=40", "data.max_response_length=12",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.rollout.n=4",
+        f"actor_rollout_ref.model.lora_rank={lora_rank}",
     )  # fmt: skip
     policy = Policy.load(recipe)
     prompts = torch.randint(5, 90, (2, 40)).repeat_interleave(4, 0)
@@ -139,9 +147,41 @@ def test_activations_are_what_layers_keep_for_backward(
     assert 0.8 * estimated < held < 1.1 * estimated
 
 
+def test_layers_that_are_run_again_keep_their_inputs(tmp_path: Path, policy_folder: Path) -> None:
+    given = [f"{DTYPE}float32", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8"]
+    whole, again = (
+        estimate(tiny_recipe(tmp_path, policy_folder, *given, f"{MODEL}enable_gradient_checkpointing={on}"))
+        for on in ("false", "true")
+    )
+    tokens, layers, hidden = 2 * 128 + 8 * 8, 2, 64
+    assert again.parts[ACTIVATIONS] == whole.parts[ACTIVATIONS] // layers + layers * tokens * hidden * 4
+
+
+def test_an_entropy_bonus_needs_all_logits(tmp_path: Path, policy_folder: Path) -> None:
+    """Of every reply token, in fp32 and several times: transformers' forward and its autograd keep them."""
+    plain, bonus = (
+        estimate(tiny_recipe(tmp_path, policy_folder, f"actor_rollout_ref.actor.entropy_coeff={coefficient}"))
+        for coefficient in (0, 0.01)
+    )
+    vocabulary = AutoConfig.from_pretrained(policy_folder).vocab_size
+    assert bonus.parts["logits"] == 4 * 8 * 8 * vocabulary * 4
+    assert bonus.parts[ACTIVATIONS] > plain.parts[ACTIVATIONS]
+
+
+@pytest.mark.parametrize(("micro_batch", "n"), [(8, 4), (8, 5), (3, 4), (2, 8), (5, 2), (1, 3), (64, 4)])
+def test_prompts_of_a_micro_batch(tmp_path: Path, policy_folder: Path, micro_batch: int, n: int) -> None:
+    """Against the cuts that the actor makes of groups side by side; shuffled mini batches may mix all."""
+    batch = "data.train_batch_size=16"
+    groups = torch.arange(16).repeat_interleave(n)
+    most = max(len(rows.unique()) for rows in groups.split(micro_batch))
+    assert prompts_at_once(micro_batch, n, tiny_recipe(tmp_path, policy_folder, batch)) == most
+    shuffled = tiny_recipe(tmp_path, policy_folder, batch, "actor_rollout_ref.actor.shuffle=true")
+    assert prompts_at_once(micro_batch, n, shuffled) == min(micro_batch, 16)
+
+
 def test_the_total_does_not_add_what_is_never_there_together() -> None:
     parts = {"policy weights": 100, "packed rollout weights": 30, "KV cache of the rollout": 5, "gradients": 20,
-             "activations of a micro batch": 40, "logits (one chunk)": 3}  # fmt: skip
+             "activations of a micro batch": 40, "logits": 3}  # fmt: skip
     assert MemoryEstimate(parts).total == 163
     assert MemoryEstimate(parts | {"KV cache of the rollout": 50}).total == 180
 

@@ -64,6 +64,22 @@ def test_long_texts_of_their_own_and_shared_ones_score_as_alone(scorer, monkeypa
         assert found == pytest.approx([scorer.batch_logits([row.input_ids])[0] for row in rows], abs=FP32)
 
 
+def test_a_long_text_of_its_own_does_not_join_those_that_share(scorer, monkeypatch):
+    """In one batch, as requests of several clients come together: its mask would be the square of its length."""
+    for module in (shared_prompt, decoder):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", 0)
+    packed, pooled_rows = [], shared_prompt.pooled_rows
+    monkeypatch.setattr(
+        shared_prompt, "pooled_rows", lambda _, rows, *given: packed.append(rows) or pooled_rows(_, rows, *given)
+    )
+    talks = conversations([("one", ["1"]), ("a long question " * 8, ["yes", "no"]), ("two", ["22"])])
+    ids = [row.input_ids for row in render(scorer.tokenizer, talks, scorer.policy)]
+    sharing, *alone = sorted(scorer.rows_of(ids, [0, 1, 1, 2]), key=lambda row: -len(row.texts))
+    answers = scorer.row_answers([alone[0], sharing, alone[1]], ids)
+    assert [[len(row.texts) for row in rows] for rows in packed] == [[2]]
+    assert [answer[0] for answer in answers] == pytest.approx([scorer.batch_logits([one])[0] for one in ids], abs=FP32)
+
+
 def test_the_prompt_is_computed_once(scorer, monkeypatch):
     seen: list[int] = []
     layer = scorer.model.model.layers[0].mlp.up_proj

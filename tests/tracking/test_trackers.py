@@ -244,6 +244,50 @@ def test_a_step_does_not_wait_for_a_tracker_and_nothing_of_it_is_lost(
     assert "waiting for trackers" in capsys.readouterr().out
 
 
+def test_an_error_does_not_wait_for_a_tracker_that_hangs(
+    tmp_path: Path, recording: type[Recording], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = threading.Event()
+    monkeypatch.setattr(recording, "log", lambda self, values, step=None, **more: network.wait(60))
+    monkeypatch.setattr(trackers_module, "PATIENCE", 0.1)
+    trackers = start(["recording"], tmp_path)
+    trackers.log({"x": 1.0}, 1)
+    trackers.__exit__(ValueError, ValueError("of the step"), None)
+    network.set()
+    assert "recording did not take all that was logged; metrics.jsonl has it" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_ctrl_c_gets_out_of_waiting_for_a_tracker(tmp_path: Path) -> None:
+    """Of a process: its end waits for no call that hangs, nor for those behind it."""
+    script = f"""
+        import os, signal, threading, time
+        from pathlib import Path
+        from accelerate import tracking
+        from ups_rm.tracking import Trackers, trackers
+
+        class Hangs(tracking.GeneralTracker):
+            name, requires_logging_directory, tracker = "hangs", False, None
+            def __init__(self, run_name): super().__init__()
+            def store_init_configuration(self, values): pass
+            def log(self, values, step=None, **more): print("asked", step, flush=True); time.sleep(600)
+
+        tracking.LOGGER_TYPE_TO_CLASS["hangs"] = Hangs
+        trackers.PATIENCE = 0.1
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        folder = Path({str(tmp_path)!r})
+        with Trackers(["hangs"], project_name="p", experiment_name="e", folder=folder, config={{}}) as run:
+            run.log({{"x": 1.0}}, 1)
+            run.log({{"x": 2.0}}, 2)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "KeyboardInterrupt" in done.stderr
+    assert done.stdout.count("asked") == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_mlflow_gets_names_that_it_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen with mlflow 3.17: one "@" in a name makes it refuse the whole step."""
     monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Mlflow)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.layers.linear import product
+from ups_rm.layers.linear import is_plain, product
 from ups_rm.layers.native import usable
 
 
@@ -37,7 +37,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def silu_mul_linear(gate: Tensor, up: Tensor, linear: torch.nn.Module) -> Tensor:
     """linear(silu(gate) * up), gate and up (N, I)."""
-    if type(linear) is not torch.nn.Linear or linear.bias is not None:  # adapters: they read the product themselves
+    if not is_plain(linear) or linear.bias is not None:  # adapters and hooks read the product themselves
         out: Tensor = linear(silu_mul(gate, up))
     else:
         out = SiluMulLinear.apply(gate, up, linear.weight)

@@ -13,14 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, layer: torch.nn.Module) -> Tensor:
+def linear(x: Tensor, layer: Any) -> Tensor:
     """layer(x), x (N, I) -> (N, O)"""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if type(layer) is not torch.nn.Linear or hooked or not by_onednn(x, layer.weight):
+    if not is_plain(layer) or not by_onednn(x, layer.weight):
         out: Tensor = layer(x)
     else:
         out = Linear.apply(x, layer.weight, layer.bias)
     return out
+
+
+def is_plain(layer: Any) -> bool:
+    """A linear layer whose weight and bias say all that it does: no adapters, no hooks."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is torch.nn.Linear and not hooked
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +48,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)  # a frozen weight needs no input
         return product(x, weight, bias)
 
     @staticmethod

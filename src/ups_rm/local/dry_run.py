@@ -16,7 +16,7 @@ from ups_rm.errors import PolicyError
 from ups_rm.layers.decoder import SCORES_AT_ONCE
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.policy import needs_reference, with_lora
-from ups_rm.local.shared_prefix import LOGITS_AT_ONCE, ROWS_IN_FP32
+from ups_rm.local.shared_prefix import LOGITS_AT_ONCE, ROWS_IN_FP32, SharedPrefixForward
 from ups_rm.model_files import check_model_folder
 from ups_rm.models import DEFAULT_MODEL, cache_folder
 from ups_rm.recipe import Recipe, as_list
@@ -25,7 +25,7 @@ GIB = 1024**3
 
 
 PACKED, CACHE = "packed rollout weights", "KV cache of the rollout"
-GRADIENTS, ACTIVATIONS, LOGITS = "gradients", "activations of a micro batch", "logits (one chunk)"
+GRADIENTS, ACTIVATIONS, LOGITS = "gradients", "activations of a micro batch", "logits"
 OF_ROLLOUT, OF_UPDATE = (PACKED, CACHE), (GRADIENTS, ACTIVATIONS, LOGITS)
 
 
@@ -47,8 +47,9 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
 
     Weights: compute dtype (adapters fp32); masters, their gradients and AdamW's two moments: fp32 per trained parameter
     (the master is the weight itself where compute is fp32). Activations of a micro batch of the longest prompts and
-    replies: what layers keep for backward (`kept_by_a_layer`; for other architectures per token about 2*(6 H + 3 I)
-    numbers), plus one chunk of logits (`shared_prefix`).
+    replies: what layers keep for backward (`kept_by_a_layer`), plus one chunk of logits (`shared_prefix`). Where
+    transformers' own forward runs (other architectures, an entropy bonus), per token about 2*(6 H + 3 I) numbers, and
+    all logits.
 
     Args:
         config: the policy's transformers config. rm_bytes: size of the RM's weight files.
@@ -73,18 +74,29 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     length = recipe.data.max_prompt_length + recipe.data.max_response_length
     micro_batch = settings.actor.ppo_micro_batch_size_per_gpu
-    if decoder is None:
-        kept = micro_batch * length * 2 * (6 * hidden + 3 * inner)
+    with_entropy = settings.actor.entropy_coeff != 0
+    prompts, tokens = micro_batch, micro_batch * length
+    if SharedPrefixForward.of(model) is None or with_entropy:
+        kept = tokens * 2 * (6 * hidden + 3 * inner)
+        copies = 4 if with_entropy else 2  # logits, their log softmax; of the entropy log and probabilities, fp32
+        logits = copies * micro_batch * recipe.data.max_response_length * config.vocab_size * 4
     else:
-        prompts = math.ceil(micro_batch / rollout.n)
-        kept = kept_by_a_layer(config, prompts, micro_batch, recipe.data.max_prompt_length, length)
+        prompts = prompts_at_once(micro_batch, rollout.n, recipe)
+        tokens -= (micro_batch - prompts) * recipe.data.max_prompt_length
+        kept = kept_by_a_layer(
+            config, prompts, micro_batch, recipe.data.max_prompt_length, length,
+            lora_rank=settings.model.lora_rank, width=width,
+        )  # fmt: skip
+        logits = max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width
     rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
     # a known architecture keeps a prompt's keys and values once, in fp32 on a CPU without our
     # kernels (the larger is told); `generate` keeps them for each reply
     prompt_rows = rows if decoder is None else math.ceil(rows / rollout.n)
     cached = prompt_rows * recipe.data.max_prompt_length + rows * recipe.data.max_response_length
     cache_width = 4 if on_cpu and decoder is not None else width
-    kept_layers = 1 if settings.model.enable_gradient_checkpointing else layers
+    # layers that are run again keep their input alone, and one at a time what it keeps
+    checkpointing = settings.model.enable_gradient_checkpointing
+    activations = kept + layers * tokens * hidden if checkpointing else layers * kept
     return MemoryEstimate(
         {
             "policy weights": _bytes(weights),
@@ -94,27 +106,45 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
             "reference": frozen if needs_reference(recipe) and not lora else 0,
             PACKED: 0 if decoder is None else _bytes(decoder.copies(packed=on_cpu)),
             CACHE: 2 * layers * cached * kv_heads * head * cache_width,
-            ACTIVATIONS: kept_layers * kept * width,
-            LOGITS: max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width,
+            ACTIVATIONS: activations * width,
+            LOGITS: logits,
             "reward model": rm_bytes,
         }
     )
 
 
-def kept_by_a_layer(config: Any, prompts: int, rows: int, prompt_length: int, length: int) -> int:
+def prompts_at_once(micro_batch: int, n: int, recipe: Recipe) -> int:
+    """The most distinct prompts of a micro batch: it may begin amid a group, and in mini batches of shuffled rows each
+    may have one of its own."""
+    actor = recipe.actor_rollout_ref.actor
+    mixed = actor.shuffle and actor.ppo_mini_batch_size < recipe.data.train_batch_size
+    aligned = micro_batch % n == 0 or n % micro_batch == 0
+    most = micro_batch if mixed else math.ceil(micro_batch / n) if aligned else (micro_batch - 2) // n + 2
+    return min(most, recipe.data.train_batch_size)
+
+
+def kept_by_a_layer(
+    config: Any, prompts: int, rows: int, prompt_length: int, length: int, *, lora_rank: int = 0, width: int = 4
+) -> int:
     """Numbers that a layer of `layers.decoder` keeps for backward, of replies that share prompts (`shared_prefix`).
 
     Per token: both residual sums, both norms' outputs, queries, attention's output, gate and up. Beside them keys and
-    values as replies see them, and the softmax of plain products or, of SDPA, a second copy of its output.
+    values as replies see them, and the softmax of plain products or, of SDPA, a second copy of its output. Frozen
+    weights keep no input, but each adapter (at every linear layer) does: in fp32, of its own unless compute is fp32.
 
     Args:
         prompts, rows: prompts and replies of a micro batch. length: of the longest prompt and reply together.
+        width: bytes of a number in the compute dtype.
     """
     heads, replies = config.num_attention_heads, length - prompt_length
     kv_heads = getattr(config, "num_key_value_heads", heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    hidden, inner = config.hidden_size, config.intermediate_size
     tokens = prompts * prompt_length + rows * replies
-    per_token = 4 * config.hidden_size + 2 * heads * size + 2 * config.intermediate_size
+    inputs = 2 * hidden + heads * size  # of q, k and v; of gate and up; of the output projection
+    if lora_rank > 0:
+        inputs = ((2 if width == 4 else 5) * hidden + heads * size + inner + 7 * lora_rank) * 4 // width
+    per_token = 2 * hidden + heads * size + 2 * inner + inputs
     if config.model_type == "qwen3":  # norms of queries and keys keep what they are given
         per_token += (heads + kv_heads) * size
     seen = 2 * kv_heads * size * (prompts * prompt_length + rows * length)

@@ -246,7 +246,8 @@ class Trainer:
                     soft_wrap=True,
                 )
                 return TrainResult(self.folder, None, state.step, True, metrics)
-        policy = self.save_policy(state.step, metrics)
+            writer.wait()
+            policy = self.save_policy(state.step, metrics)  # before the trackers are waited for
         stopped_by = "" if monitor.stopped_by is None else monitor.stopped_by.name
         return TrainResult(self.folder, policy, state.step, False, metrics, stopped_by)
 

@@ -256,12 +256,18 @@ class RewardScorer:
     def row_answers(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Answer]:
         """Every head's logits of one batch of rows (`rows_of`), in the order texts stand there; finite or not.
 
-        Side by side or, where that is slower (`side_by_side`), as padded texts.
+        Side by side or, where that is slower (`side_by_side`), as padded texts: each of the rows that share and the
+        others by itself, for a long text of its own would blow up the mask of those that share.
         """
         import torch
 
         from ups_rm.reward.shared_prompt import pooled_rows, side_by_side
 
+        alone, sharing = ([row for row in rows if (len(row.texts) > 1) is shares] for shares in (False, True))
+        if alone and sharing and not side_by_side(alone, self.model.model):
+            order = [i for row in (*sharing, *alone) for i in row.texts]
+            answers = dict(zip(order, self.row_answers(sharing, ids) + self.row_answers(alone, ids), strict=True))
+            return [answers[i] for row in rows for i in row.texts]
         if not (self.packs and side_by_side(rows, self.model.model)):
             return self.batch_answers([ids[i] for row in rows for i in row.texts])
         with torch.inference_mode(), compute_context(self.dtype, self.device):

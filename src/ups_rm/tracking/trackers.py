@@ -9,10 +9,12 @@ for a network, live on a thread of their own, all calls in order: a step waits f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -44,11 +46,10 @@ HERE = ("console", "jsonl")
 """Written on the training thread: they take no time, and metrics.jsonl is there when a step is over."""
 
 MAX_FAILURES = 3
-"""A tracker that fails this often in a row is left alone, so that time-outs don't slow every step down."""
-
+"""A tracker that fails this often in a row is left alone: the others shall not wait for its time-outs."""
 
 PATIENCE = 10.0
-"""Seconds that a checkpoint waits for trackers that are behind."""
+"""Seconds that a checkpoint, or an error that ends the run, waits for trackers that are behind."""
 
 
 class Tracker(Protocol):
@@ -103,7 +104,7 @@ class Trackers:
         if "console" in names:
             self._trackers["console"] = ConsoleLine(total_steps)
         # one thread: mlflow's run belongs to the thread that began it
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trackers")
+        self._thread = OneThread("trackers")
         self._sent: list[Future[None]] = []
 
         def begin(name: str) -> None:
@@ -121,7 +122,7 @@ class Trackers:
 
         for name in names:
             if name not in HERE:
-                self._thread.submit(begin, name).result()
+                self._thread.call(begin, name).result()
 
     @property
     def names(self) -> list[str]:
@@ -139,7 +140,7 @@ class Trackers:
             if name in HERE:
                 self._log(name, numbers, step)
             else:
-                self._sent.append(self._thread.submit(self._log, name, numbers, step))
+                self._sent.append(self._thread.call(self._log, name, numbers, step))
 
     def _log(self, name: str, numbers: Mapping[str, float], step: int) -> None:
         tracker = self._trackers.get(name)
@@ -166,20 +167,38 @@ class Trackers:
             ) from error
         wait(self._sent, timeout=PATIENCE)
 
-    def finish(self) -> None:
-        """Close every tracker, once it has what was logged; safe to call twice."""
-        if wait(self._sent, timeout=PATIENCE).not_done:
-            console.print("waiting for trackers to take what was logged")
+    def finish(self, *, patience: float | None = None) -> None:
+        """Close every tracker, once it has what was logged; safe to call twice.
+
+        Args:
+            patience: seconds to wait for them; None: until Ctrl-C. What they have not taken then is in metrics.jsonl.
+        """
+        closing = {}
         for name in list(self._trackers):
             if name in HERE:
                 self._finish(name)
             else:
-                self._thread.submit(self._finish, name).result()
-        self._thread.shutdown()
+                closing[name] = self._thread.call(self._finish, name)
+        try:
+            late = wait(closing.values(), timeout=PATIENCE if patience is None else patience).not_done
+            if late and patience is None:
+                console.print("waiting for trackers to take what was logged (Ctrl-C leaves it out)")
+                late = wait(closing.values()).not_done
+            if late:
+                behind = ", ".join(name for name, call in closing.items() if call in late)
+                warn(f"{behind} did not take all that was logged; metrics.jsonl has it")
+        finally:
+            self._trackers.clear()
+            for call in (*self._sent, *closing.values()):
+                call.cancel()
+            self._thread.end()
 
     def _finish(self, name: str) -> None:
+        tracker = self._trackers.pop(name, None)
+        if tracker is None:  # left alone since
+            return
         try:
-            self._trackers.pop(name).finish()
+            tracker.finish()
         except Exception as error:
             warn(f"tracker {name} did not close properly: {error}")
 
@@ -189,7 +208,7 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.finish()
+        self.finish(patience=None if error is None else PATIENCE)
 
     def _report(self, name: str, error: Exception) -> None:
         failures = self._failures[name] = self._failures.get(name, 0) + 1
@@ -197,7 +216,35 @@ class Trackers:
             warn(f"tracker {name} failed, training goes on: {error}")
         if failures == MAX_FAILURES:
             warn(f"tracker {name} failed {failures} times in a row and is left alone")
-            del self._trackers[name]
+            self._trackers.pop(name, None)
+
+
+class OneThread:
+    """Calls, one after the other, on a thread that the process's end does not wait for (an executor's would)."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
+        Thread(target=self._work, name=name, daemon=True).start()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+        """function(*arguments) after all calls before it."""
+        future: Future[None] = Future()
+        self._calls.put((future, lambda: function(*arguments)))
+        return future
+
+    def end(self) -> None:
+        """No more calls are taken after those that wait."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, function = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
 
 
 @dataclass

@@ -40,10 +40,12 @@ inline bits16 narrow<bits16>(float value) {  // to nearest, ties to even; NaN do
 
 // As many numbers at once as a register holds, by the vector types of GCC and Clang. Longer vectors than the CPU's would
 // do, but GCC 12 takes them through memory piece by piece: 3 to 11 times slower, kernel by kernel.
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 constexpr int64_t WIDE = 16;
-#else
+#elif defined(__AVX2__)
 constexpr int64_t WIDE = 8;
+#else
+constexpr int64_t WIDE = 4;  // NEON, SSE
 #endif
 typedef float floats __attribute__((vector_size(WIDE * sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(WIDE * sizeof(int32_t))));
