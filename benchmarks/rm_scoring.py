@@ -3,7 +3,8 @@
 The peers load the same folder with its own code (`trust_remote_code`). The tuned one runs in bf16 (in fp32 on a CPU
 that does not compute in bf16), sorted by length, in batches of 16; the default one in fp32, in the order given, padded
 to the longest of each batch of 16. Real tokens per second, and per CPU second: padding does not count, and a prompt
-that we compute once for its replies counts for each.
+that we compute once for its replies counts for each. The floor: the layers' products over the tokens that we compute,
+at the machine's full speed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from benchmarks.machine import computes_in_bf16
+from benchmarks.machine import computes_in_bf16, flops
 from benchmarks.result import Result, versions
 from ups_rm.types import Conversation
 
@@ -91,7 +93,8 @@ def measure(name: str, folder: Path, talks: list[Conversation], pairs: int) -> l
     from ups_rm.reward.scorer import RewardScorer
 
     scorer = RewardScorer.load(folder)
-    scores = scorer.score(talks)
+    with _counted(scorer.model.model.embed_tokens) as computed:
+        scores = scorer.score(talks)
     tokens = sum(score.tokens for score in scores)
     plain = {peer: plain_scorer(folder, peer) for peer in peers()}
     worst = {
@@ -105,17 +108,30 @@ def measure(name: str, folder: Path, talks: list[Conversation], pairs: int) -> l
             score(talks)
             for unit, clock in UNITS.items():
                 speeds[who, unit].append(tokens / (clock() - begun[unit]))
-    used = versions("torch", "transformers")
+    used, dtype = versions("torch", "transformers"), str(scorer.dtype).removeprefix("torch.")
+    body = sum(parameter.numel() for parameter in scorer.model.model.layers.parameters())
+    floor = tokens * flops(dtype) / (2 * body * sum(computed))
     middle = {key: statistics.median(found) for key, found in speeds.items()}
     what = f"RM scoring, {name}, {tokens} tokens"
     return [
-        Result(f"{what}, ours in {str(scorer.dtype).removeprefix('torch.')}", middle[None, unit], middle[peer, unit],
-               unit, peer.name, versions=used, required=peer.required)
+        Result(f"{what}, ours in {dtype}", middle[None, unit], middle[peer, unit], unit, peer.name,
+               floor if unit == "tokens/s" else None, used, peer.required)
         for peer in plain for unit in UNITS
     ] + [
         Result(f"{what}, largest difference of a logit from {peer.name}", worst[peer], None, "logit", versions=used)
         for peer in plain
     ]  # fmt: skip
+
+
+@contextmanager
+def _counted(embedding: Any) -> Iterator[list[int]]:
+    """Within: how many tokens go through, call by call."""
+    counts: list[int] = []
+    hook = embedding.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].numel()))
+    try:
+        yield counts
+    finally:
+        hook.remove()
 
 
 def run(pairs: int = 5, prompts: int = 16) -> list[Result]:

@@ -38,6 +38,7 @@ def test_all_scorers_score_the_same_conversations_alike(tmp_path: Path) -> None:
     speeds = [one for one in found if one.unit in rm_scoring.UNITS]
     assert [one.peer_name for one in speeds[::2]] == [peer.name for peer in rm_scoring.peers()]
     assert all(one.ratio > 0 for one in speeds)
+    assert [one.floor is not None and one.floor > 0 for one in speeds] == [True, False] * 2
     differences = [one.ours for one in found if one.unit == "logit"]
     assert len(differences) == 2
     assert max(differences) < 0.3  # bf16 against fp32 on weights this wide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -33,6 +34,22 @@ def test_all_ways_write_the_same_values(rows: Path, tmp_path: Path) -> None:
     assert found["ours"] == found["plain"]
     for ours, theirs in zip(found["ours"], found["datasets"], strict=True):
         assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs]
+
+
+def test_the_floor_is_the_parsing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"ours": 4.0, "plain": 12.0, "datasets": 24.0, "parse": 2.0}
+    monkeypatch.setattr(prepare, "measure", lambda way, _: prepare.Cost(costs[way], costs[way] * 2, costs[way] * 100))
+    found = prepare.run(1, rows=3)
+    cores = len(os.sched_getaffinity(0))
+    assert [one.ratio for one in found[:2]] == [3.0, 6.0]
+    assert [one.floor for one in found[::2]] == [4.0 / cores, 4.0, None]
+
+
+def test_parsing_reads_every_line(rows: Path, tmp_path: Path) -> None:
+    assert prepare.parse(rows, tmp_path) > (0, 0)
+    rows.write_text(rows.read_text() + "{")
+    with pytest.raises(ValueError, match="unexpected end"):
+        prepare.parse(rows, tmp_path)
 
 
 def test_the_curve_is_drawn_from_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
