@@ -131,7 +131,7 @@ def our_trainer(case: Case, folder: Path, scorer: Any) -> tuple[Trainer, Callabl
         "data.unique_prompts": "false",
         "actor_rollout_ref.model.lora_rank": case.lora_rank,
         "actor_rollout_ref.actor.ppo_mini_batch_size": case.prompts,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 32,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": case.prompts * case.n,
         "actor_rollout_ref.actor.optim.lr": 1e-6,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
         "actor_rollout_ref.actor.use_kl_loss": "true",

@@ -111,6 +111,11 @@ def test_selected_logprobs_and_their_gradients(
         module_patch, lambda h, w: SelectedLogprobs.apply(h, w, targets, temperature, 7), hidden, weight
     )
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=2e-5)
+    frozen = both(module_patch, lambda h: SelectedLogprobs.apply(h, weight, targets, temperature, 7), hidden)
+    for found in frozen:  # another way to the same gradient
+        torch.testing.assert_close(
+            found[1], theirs[1], **(TOLERANCE[dtype] | {"atol": 3e-2 if dtype.itemsize == 2 else 1e-4})
+        )
     scale = theirs[2].float().abs().max().clamp(min=1)
     for a, b in zip(ours[1:], theirs[1:], strict=True):
         torch.testing.assert_close(

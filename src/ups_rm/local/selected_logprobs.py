@@ -23,6 +23,7 @@ class SelectedLogprobs(torch.autograd.Function):
     dh = g (W_t - softmax W) / temperature, dW = g (onehot - softmax)^T h / temperature.
     Backward takes all rows of as many tokens of the vocabulary as make the same number of logits: the softmax's norms
     are known by then, and each token's dW is one product over all rows, with nothing of the weight's size to add up.
+    Of a frozen weight no logits are made again: forward keeps d logp / d h.
     """
 
     @staticmethod
@@ -30,20 +31,32 @@ class SelectedLogprobs(torch.autograd.Function):
         """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,), fp32 or wider."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        d_logprobs = torch.empty_like(hidden) if to_hidden and not to_weight else None
+        ones = torch.full_like(logprobs, 1 / temperature)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logprobs[rows], norms[rows] = selected(product(hidden[rows], weight), targets[rows], temperature)
-        ctx.save_for_backward(hidden, weight, targets, norms)
+            logits = product(hidden[rows], weight)
+            logprobs[rows], norms[rows] = selected(logits, targets[rows], temperature)
+            if d_logprobs is not None:
+                to_gradient(logits, targets[rows], norms[rows], ones[rows], temperature)
+                d_logprobs[rows] = logits @ weight
+        if d_logprobs is None:
+            ctx.save_for_backward(hidden, weight, targets, norms)
+        else:
+            ctx.save_for_backward(d_logprobs)
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        if len(ctx.saved_tensors) == 1:
+            (d_logprobs,) = ctx.saved_tensors
+            return (d_logprobs * grad[:, None]).to(d_logprobs.dtype), None, None, None, None
         hidden, weight, targets, norms = ctx.saved_tensors
-        wide = norms.dtype
-        d_hidden = torch.zeros_like(hidden, dtype=wide)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        slopes = grad.to(wide) / ctx.temperature  # (N,)
+        d_hidden = torch.zeros_like(hidden, dtype=norms.dtype)
+        d_weight = torch.empty_like(weight)
+        slopes = grad.to(norms.dtype) / ctx.temperature  # (N,)
         parts = -(-len(hidden) // ctx.chunk)  # as many as forward took
         columns = -(-len(weight) // max(1, parts))
         for first in range(0, len(weight), columns):
@@ -51,8 +64,7 @@ class SelectedLogprobs(torch.autograd.Function):
             logits = product(hidden, block)  # (N, C)
             to_gradient(logits, targets, norms, slopes, ctx.temperature, first)
             d_hidden += logits @ block
-            if d_weight is not None:
-                torch.mm(logits.t(), hidden, out=d_weight[first : first + columns])
+            torch.mm(logits.t(), hidden, out=d_weight[first : first + columns])
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
