@@ -21,7 +21,7 @@ def flops(dtype: str = "bfloat16") -> float:
     """FLOP/s of the faster of torch's plain and packed product, best of ten rounds."""
     import torch
 
-    from ups_rm.local.projection import Projection
+    from ups_rm.layers.projection import Projection
 
     x, weight = torch.randn(ROWS, INNER).to(getattr(torch, dtype)), torch.randn(OUTER, INNER).to(getattr(torch, dtype))
     packed = Projection(weight)

@@ -9,6 +9,7 @@ import math
 import random
 import select
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,7 @@ class Server:
             enough_tokens=4096,
             rows_of=lambda ids, prompts: [Row((i,), 0, len(one)) for i, one in enumerate(ids)],
             row_answers=lambda rows, ids: [(len(one) / 100,) for one in ids],
+            laid_out=nullcontext,
         )
         self.server = RewardServer([model], name="fuzzed", limits=LIMITS)
         self.server.__enter__()

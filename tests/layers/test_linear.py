@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ups_rm.layers import linear as linear_module
 from ups_rm.layers.elementwise import silu_mul_linear
-from ups_rm.layers.linear import by_onednn, linear, product
+from ups_rm.layers.linear import by_onednn, laid_out, linear, of_layout, product
+from ups_rm.layers.projection import can_pack
 
 
 def layer_of(inner: int, outer: int, bias: bool, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -59,6 +61,40 @@ class Doubled(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
+
+
+def test_laid_out_weights_give_the_same_and_are_gone_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not can_pack(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("this CPU does not compute in bf16")
+    monkeypatch.setattr(linear_module, "COPY", 10**6)
+    layers = nn.ModuleList([layer_of(64, 48, True, torch.bfloat16), layer_of(48, 32, False, torch.bfloat16)])
+    hooked, doubled = layer_of(32, 16, True, torch.bfloat16), Doubled(8, 4).bfloat16()
+    hooked.register_forward_hook(lambda *_: None)
+    layers += [hooked, doubled, layer_of(8, 8, True)]
+    x = torch.randn(33, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        y = linear(x, layers[0])
+        out = silu_mul_linear(y, y, layers[1])
+        return [out, *torch.autograd.grad(out.float().square().sum(), [x, *layers[:2].parameters()])]
+
+    plain = run()
+    with laid_out(layers):
+        assert [of_layout(layer, x) is not None for layer in layers] == [True, True, False, False, False]
+        assert of_layout(layers[0], x.float()) is None
+        assert of_layout(layers[0], x[:0]) is None
+        with laid_out(layers):  # another thread's
+            pass
+        assert of_layout(layers[0], x) is not None
+        packed = run()
+    for one, other in zip(packed, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    assert [of_layout(layer, x) for layer in layers] == [None] * 5
+    monkeypatch.setattr(linear_module, "COPY", 10)
+    with laid_out(layers):
+        assert of_layout(layers[0], x) is None  # too large
 
 
 def test_a_layer_with_a_hook_is_called() -> None:

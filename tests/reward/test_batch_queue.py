@@ -6,6 +6,7 @@ import math
 import random
 import threading
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
@@ -33,6 +34,9 @@ class Recorder:
         if prompts is None:
             return [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
         return shared_rows(ids, prompts, self.max_batch_tokens, hidden_size=64)
+
+    def laid_out(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def row_answers(self, packed: Sequence[Row], ids: Sequence[list[int]]) -> list[tuple[float, ...]]:
         rows = [ids[i] for row in packed for i in row.texts]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.layers.linear import is_plain, product
+from ups_rm.layers.linear import is_plain, of_layout, product
 from ups_rm.layers.native import usable
 
 
@@ -40,7 +40,7 @@ def silu_mul_linear(gate: Tensor, up: Tensor, linear: torch.nn.Module) -> Tensor
     if not is_plain(linear) or linear.bias is not None:  # adapters and hooks read the product themselves
         out: Tensor = linear(silu_mul(gate, up))
     else:
-        out = SiluMulLinear.apply(gate, up, linear.weight)
+        out = SiluMulLinear.apply(gate, up, linear.weight, of_layout(linear, gate))
     return out
 
 
@@ -116,15 +116,15 @@ class SiluMulLinear(torch.autograd.Function):
     """(silu(gate) * up) W^T. The product of the two, a fifth of what a layer would keep, is made again for backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return product(_gated(gate, up), weight)
+        return product(_gated(gate, up), weight, packed=packed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         gate, up, weight = ctx.saved_tensors
         d_weight = grad.t() @ _gated(gate, up) if ctx.needs_input_grad[2] else None
-        return *_gated_backward(grad @ weight, gate, up), d_weight
+        return *_gated_backward(grad @ weight, gate, up), d_weight, None
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:

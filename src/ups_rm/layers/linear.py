@@ -1,25 +1,62 @@
 """Products with a weight, in fp32 on CPUs by oneDNN.
 
 torch asks MKL for them, which on the CPUs of other makers than its own is slower: of SmolLM2-135M's layers by a seventh
-on two Zen 3 cores, of its head by a third. In other formats torch asks oneDNN itself.
+on two Zen 3 cores, of its head by a third. In other formats torch asks oneDNN itself, but brings the weight into its
+layout at every product: `laid_out` does so once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ups_rm.layers.projection import can_pack
+
+LAYOUT = "_weight_in_onednns_layout"
+"""What a layer's copy is called among its attributes; no parameter and no buffer, so nothing else sees it."""
+COPY = 2**30
+"""Bytes of copies that are made at most: of a large model they would be the memory that is not there."""
+
 
 def linear(x: Tensor, layer: Any) -> Tensor:
     """layer(x), x (N, I) -> (N, O)"""
-    if not is_plain(layer) or not by_onednn(x, layer.weight):
+    packed = of_layout(layer, x)
+    if not is_plain(layer) or (packed is None and not by_onednn(x, layer.weight)):
         out: Tensor = layer(x)
     else:
-        out = Linear.apply(x, layer.weight, layer.bias)
+        out = Linear.apply(x, layer.weight, layer.bias, packed)
     return out
+
+
+@contextmanager
+def laid_out(layers: torch.nn.Module) -> Iterator[None]:
+    """Within, on a CPU that computes in bf16: forward products of the plain linear layers in `layers` take a copy of
+    their weight in oneDNN's layout. Weights must not change meanwhile. Not of models whose copy is over `COPY`."""
+    found: list[Any] = [layer for layer in layers.modules() if is_plain(layer) and _gains(layer)]
+    if sum(layer.weight.nbytes for layer in found) > COPY:
+        found = []
+    try:
+        for layer in found:
+            layer.__dict__[LAYOUT] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        yield
+    finally:
+        for layer in found:
+            layer.__dict__.pop(LAYOUT, None)
+
+
+def of_layout(layer: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """The copy that `laid_out` has made of the layer's weight, where x is of its format and there are rows."""
+    packed: Tensor | None = layer.__dict__.get(LAYOUT)
+    return packed if packed is not None and x.dtype == torch.bfloat16 and len(x) > 0 else None
+
+
+def _gains(layer: Any) -> bool:
+    return layer.weight.dtype == torch.bfloat16 and can_pack(layer.weight) and LAYOUT not in layer.__dict__
 
 
 def is_plain(layer: Any) -> bool:
@@ -28,11 +65,15 @@ def is_plain(layer: Any) -> bool:
     return type(layer) is torch.nn.Linear and not hooked
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, x (N, I) and weight (O, I) -> (N, O). Under autograd: of its own, as part of a `Function`."""
-    if not by_onednn(x, weight):
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x W^T + b, x (N, I) and weight (O, I) -> (N, O). Under autograd: of its own, as part of a `Function`.
+
+    Args:
+        packed: the weight as `laid_out` has it.
+    """
+    if packed is None and not by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight if packed is None else packed, bias, "none", [], "")
     return out
 
 
@@ -47,15 +88,16 @@ class Linear(torch.autograd.Function):
     """y = x W^T + b: dx = g W, dW = g^T x, db = sum over rows of g."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)  # a frozen weight needs no input
-        return product(x, weight, bias)
+        return product(x, weight, bias, packed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         return (
             grad @ weight if ctx.needs_input_grad[0] else None,
             grad.t() @ x if ctx.needs_input_grad[1] else None,
             grad.sum(0) if ctx.needs_input_grad[2] else None,
+            None,
         )

@@ -23,9 +23,9 @@ from torch import Tensor
 from ups_rm.layers.decoder import is_known
 from ups_rm.layers.elementwise import rms_norm
 from ups_rm.layers.native import usable
+from ups_rm.layers.projection import Projection
 from ups_rm.local.graphed import GraphedSteps, recorder
 from ups_rm.local.group_cache import GroupCache, NativeCache, StaticCache, rotated
-from ups_rm.local.projection import Projection
 from ups_rm.local.sampling import Sampling, draw
 
 

@@ -153,6 +153,10 @@ class BatchQueue:
             thread.join()
 
     def _serve(self, scorer: RewardScorer) -> None:
+        with scorer.laid_out():
+            self._serve_batches(scorer)
+
+    def _serve_batches(self, scorer: RewardScorer) -> None:
         while batch := self._take(scorer):
             started = perf_counter()
             places = [(job, i) for job, row in batch for i in row.texts]

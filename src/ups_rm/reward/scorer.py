@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -207,7 +207,11 @@ class RewardScorer:
         rows = self.rows_of(ids, prompts)
         batches = token_batches([row.length for row in rows], self.max_batch_tokens, enough_tokens=self.enough_tokens)
         answers: list[Answer] = [()] * len(rendered)
-        with progress_bar("scoring", len(rendered), enabled=progress) as advance:
+        pays = sum(row.length for row in rows) >= ENOUGH_TOKENS  # laying out takes as long as scoring some 100 tokens
+        with (
+            progress_bar("scoring", len(rendered), enabled=progress) as advance,
+            self.laid_out() if pays else nullcontext(),
+        ):
             for batch in batches:
                 some = [rows[i] for i in batch]
                 texts = [i for row in some for i in row.texts]
@@ -233,6 +237,12 @@ class RewardScorer:
         if prompts is None or not self.packs:
             return [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
         return shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
+
+    def laid_out(self) -> AbstractContextManager[None]:
+        """Within, `row_answers` is faster, see `layers.linear`."""
+        from ups_rm.layers.linear import laid_out
+
+        return laid_out(self.model.model.layers) if self.packs else nullcontext()
 
     @property
     def packs(self) -> bool:
