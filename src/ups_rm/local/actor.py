@@ -30,7 +30,7 @@ def response_logprobs(
     """Log-probabilities of every response token under the policy's present weights, 0 at padding. Shape (B, R)."""
     out = torch.zeros(sequences.responses.shape, dtype=torch.float32, device=policy.device)
     everything = torch.arange(len(out), device=policy.device)
-    with torch.set_grad_enabled(with_graph), policy.laid_out():
+    with torch.set_grad_enabled(with_graph):
         for rows in sequences.micro_batches(everything, micro_batch_size):
             part = sequences.trimmed(rows)
             logprobs, _ = policy.response_logprobs(part, temperature)

@@ -8,7 +8,7 @@ own masters. With LoRA only the adapters are trained, in fp32, and the frozen ba
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
-from ups_rm.layers.linear import laid_out
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.shared_prefix import SharedPrefixForward
 from ups_rm.model_files import check_manifest, check_model_folder, panics_as_errors, refused_pickle
@@ -105,10 +104,6 @@ class Policy:
         """Within: the adapters are off, so the model is the frozen base (LoRA only)."""
         with self.model.disable_adapter() if self.is_lora else nullcontext():
             yield
-
-    def laid_out(self) -> AbstractContextManager[None]:
-        """Within, weights stay as they are and forwards of our own are faster, see `layers.linear`."""
-        return nullcontext() if self.shared is None else laid_out(self.shared.layers.base.layers)
 
     def response_logprobs(
         self, part: Sequences, temperature: float, with_entropy: bool = False
