@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,12 +86,21 @@ def remove_file(file: Path) -> None:
     manifest_of(file).unlink(missing_ok=True)
 
 
-def publish_folder(temporary: Path, final: Path) -> None:
-    """Add the manifest, flush every file, and move the folder into place; what stood there is removed just before."""
+def publish_folder(temporary: Path, final: Path, mark: Callable[[], object] | None = None) -> None:
+    """Add the manifest, flush every file, and move the folder into place; what stood there is removed just before.
+
+    Args:
+        mark: writes what says that the folder is whole; called when the old one is gone, so that a kill never leaves
+            the new mark beside it. If it fails, the folder stands there without.
+    """
     write_manifest(temporary)
     sync_tree(temporary)
     remove_folder(final)
-    temporary.replace(final)
+    try:
+        if mark is not None:
+            mark()
+    finally:
+        temporary.replace(final)
     sync_folder(final.parent)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,15 +102,27 @@ def test_an_architecture_without_fast_paths_learns_too(tmp_path: Path, architect
 def test_the_policy_is_saved_before_a_tracker_is_waited_for(
     tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that never returns costs nothing but Ctrl-C."""
-    there: list[bool] = []
-    finish = Trackers.finish
-    folder = tmp_path / "run" / "policy"
-    monkeypatch.setattr(
-        Trackers, "finish", lambda self, **how: there.append((folder / "config.json").is_file()) or finish(self, **how)
-    )
-    Trainer(tiny_recipe(tmp_path, policy_folder, "trainer.total_training_steps=1"), prefers("e")).fit()
-    assert there == [True]
+    """One that never returns costs nothing but Ctrl-C; a run that was asked to stop waits for a moment only."""
+    seen: list[tuple[bool, bool]] = []
+    finish, folder = Trackers.finish, tmp_path / "run" / "policy"
+
+    def spy(self: Trackers, *, patience: float | None = None) -> None:
+        seen.append(((folder / "config.json").is_file(), patience is None))
+        finish(self, patience=patience)
+
+    monkeypatch.setattr(Trackers, "finish", spy)
+    recipe = tiny_recipe(tmp_path, policy_folder, "trainer.total_training_steps=2")
+
+    class Stops(SyntheticScorer):
+        def score(self, conversations: list[Conversation]) -> list[Score]:
+            signal.raise_signal(signal.SIGTERM)
+            return super().score(conversations)
+
+    assert Trainer(recipe, Stops(lambda text: float(len(text)))).fit().interrupted
+    assert seen[0] == (False, False)
+    seen.clear()
+    assert not Trainer(recipe, SyntheticScorer(lambda text: float(len(text)))).fit().interrupted
+    assert seen[0] == (True, True)
 
 
 def test_it_does_not_move_where_there_is_nothing_to_learn(tmp_path: Path, policy_folder: Path) -> None:

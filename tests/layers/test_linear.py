@@ -97,6 +97,20 @@ def test_laid_out_weights_give_the_same_and_are_gone_after(
         assert of_layout(layers[0], x) is None  # too large
 
 
+def test_laid_out_weights_round_an_fp32_bias_as_autocast_does() -> None:
+    """Backbones that are lowered to bf16 keep biases in fp32, and a service holds its weights laid out for good."""
+    if not can_pack(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("this CPU does not compute in bf16")
+    layer = layer_of(64, 48, True, torch.bfloat16)
+    layer.bias.data = 3 * torch.randn(48)
+    x = torch.randn(33, 64, dtype=torch.bfloat16)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = linear(x, layer)
+        with laid_out(nn.ModuleList([layer])):
+            assert of_layout(layer, x) is not None
+            assert torch.equal(linear(x, layer), plain)
+
+
 def test_a_layer_with_a_hook_is_called() -> None:
     layer, seen = layer_of(8, 4, True), []
     handle = layer.register_forward_hook(lambda *_: seen.append(1))

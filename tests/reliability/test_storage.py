@@ -80,6 +80,24 @@ def published(tmp_path: Path) -> Path:
     return tmp_path / "made"
 
 
+def test_a_mark_never_stands_beside_the_folder_that_is_replaced(tmp_path: Path) -> None:
+    """Nor does one that can't be written cost the new folder."""
+    final, new = tmp_path / "policy", tmp_path / ".policy.tmp"
+    for folder, text in ((final, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+
+    def mark() -> None:
+        assert not final.exists()
+        assert damage(new) is None
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        publish_folder(new, final, mark)
+    assert (final / "weights").read_text() == "new"
+    assert damage(final) is None
+
+
 def test_a_published_folder_is_whole(published: Path) -> None:
     assert damage(published) is None
     listed = json.loads((published / "manifest.json").read_text())["files"]

@@ -73,6 +73,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
     """
     if packed is None and not by_onednn(x, weight):
         return F.linear(x, weight, bias)
+    if bias is not None:
+        bias = bias.to(x.dtype)  # as autocast gives it to torch's own
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight if packed is None else packed, bias, "none", [], "")
     return out
 

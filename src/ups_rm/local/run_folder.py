@@ -150,9 +150,8 @@ def save_policy(
         shutil.rmtree(temporary, ignore_errors=True)
         policy.save(temporary)
         # a policy with this file beside it is this run's; without it, of a run that was made longer since
-        if complete:
-            write_text(folder / FINISHED, json.dumps(finished, indent=1) + "\n")
-        publish_folder(temporary, final)
+        text = json.dumps(finished, indent=1) + "\n"
+        publish_folder(temporary, final, (lambda: write_text(folder / FINISHED, text)) if complete else None)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         (folder / FINISHED).unlink(missing_ok=True)

@@ -51,7 +51,7 @@ from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.made_with import versions, write_made_with
-from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
+from ups_rm.tracking.trackers import BEFORE_ANY, PATIENCE, Trackers
 from ups_rm.types import Conversation, Scorer, TrainResult
 
 
@@ -191,63 +191,64 @@ class Trainer:
         group_log.drop_after(start)
         metrics: dict[str, float] = {}
         live = console.is_terminal or "console" not in as_list(trainer.logger)
-        with (
-            self._trackers(state, begun) as trackers,
-            self._checkpoint_writer() as writer,
-            interruptible() as stop,
-            progress_bar("GRPO", self.total_steps, unit="steps", enabled=live, done=start) as advance,
-        ):
-            monitor = Monitor(trackers, self.recipe.monitor, start)
-            if start == 0 and trainer.val_before_train and self._validates():
-                monitor.log(self.validate(state), 0)
-            for number, prompts in batches:
-                if stop.requested:
-                    break
-                state.step, state.epoch = number, (number - 1) // self.steps_per_epoch
-                state.prompts, state.score = [row.index for row in prompts], None
-                try:
-                    record = self.step(prompts, number)
-                except NumberError as problem:
-                    monitor.log(self._skip(problem, prompts, state), number)
-                    continue
-                metrics = self.metrics(record, number) | self._count(record, state)
-                self.kl_control.update(metrics["actor/reward_kl_penalty"], len(record.scores))
-                self.objective.after_step(metrics)
-                if group_log.wants(number):
-                    kl_coef = metrics["actor/reward_kl_penalty_coeff"]
-                    n = self.recipe.actor_rollout_ref.rollout.n
-                    tokenizer = self.policy.tokenizer
-                    log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef, tokenizer=tokenizer)
-                    state.group_log = number
-                state.kl_coef, state.lagrange = self.kl_control.value, self.objective.state
-                last = number == self.total_steps
-                if self._validates() and (number % trainer.test_freq == 0 or last):
-                    metrics |= self.validate(state)
-                monitor.log(metrics, number)
-                advance(note=live_note(metrics))
-                writer.raise_failure()
-                if self._wants_checkpoint(state, last):
-                    self._save(writer, trackers, state)
-                if monitor.stopped_by is not None:
-                    saved = self._save(writer, trackers, state)
-                    console.print(stop_message(monitor.stopped_by, number, saved), markup=False, soft_wrap=True)
-                    break
-                if why := self._stops_early(metrics):
-                    best = f"; best validation: step {state.best['step']:.0f}" if state.best else ""
-                    console.print(f"step {number}: {why}: stopped{best}", markup=False)
-                    break
-            interrupted = stop.requested and state.step < self.total_steps
-            if interrupted:
-                where = self._save(writer, trackers, state) if state.step > start else None
-                writer.wait()
-                console.print(
-                    f"interrupted after step {state.step}; checkpoint: {where or 'none needed'}. The same command "
-                    "resumes.",
-                    soft_wrap=True,
-                )
-                return TrainResult(self.folder, None, state.step, True, metrics)
-            writer.wait()
-            policy = self.save_policy(state.step, metrics)  # before the trackers are waited for
+        with self._trackers(state, begun) as trackers:
+            with (
+                self._checkpoint_writer() as writer,
+                interruptible() as stop,
+                progress_bar("GRPO", self.total_steps, unit="steps", enabled=live, done=start) as advance,
+            ):
+                monitor = Monitor(trackers, self.recipe.monitor, start)
+                if start == 0 and trainer.val_before_train and self._validates():
+                    monitor.log(self.validate(state), 0)
+                for number, prompts in batches:
+                    if stop.requested:
+                        break
+                    state.step, state.epoch = number, (number - 1) // self.steps_per_epoch
+                    state.prompts, state.score = [row.index for row in prompts], None
+                    try:
+                        record = self.step(prompts, number)
+                    except NumberError as problem:
+                        monitor.log(self._skip(problem, prompts, state), number)
+                        continue
+                    metrics = self.metrics(record, number) | self._count(record, state)
+                    self.kl_control.update(metrics["actor/reward_kl_penalty"], len(record.scores))
+                    self.objective.after_step(metrics)
+                    if group_log.wants(number):
+                        kl_coef = metrics["actor/reward_kl_penalty_coeff"]
+                        n = self.recipe.actor_rollout_ref.rollout.n
+                        tokenizer = self.policy.tokenizer
+                        log_groups(group_log, record, number=number, n=n, kl_coef=kl_coef, tokenizer=tokenizer)
+                        state.group_log = number
+                    state.kl_coef, state.lagrange = self.kl_control.value, self.objective.state
+                    last = number == self.total_steps
+                    if self._validates() and (number % trainer.test_freq == 0 or last):
+                        metrics |= self.validate(state)
+                    monitor.log(metrics, number)
+                    advance(note=live_note(metrics))
+                    writer.raise_failure()
+                    if self._wants_checkpoint(state, last):
+                        self._save(writer, trackers, state)
+                    if monitor.stopped_by is not None:
+                        saved = self._save(writer, trackers, state)
+                        console.print(stop_message(monitor.stopped_by, number, saved), markup=False, soft_wrap=True)
+                        break
+                    if why := self._stops_early(metrics):
+                        best = f"; best validation: step {state.best['step']:.0f}" if state.best else ""
+                        console.print(f"step {number}: {why}: stopped{best}", markup=False)
+                        break
+                interrupted = stop.requested and state.step < self.total_steps
+                if interrupted:
+                    where = self._save(writer, trackers, state) if state.step > start else None
+                    writer.wait()
+                    console.print(
+                        f"interrupted after step {state.step}; checkpoint: {where or 'none needed'}. The same command "
+                        "resumes.",
+                        soft_wrap=True,
+                    )
+                    trackers.finish(patience=PATIENCE)
+                    return TrainResult(self.folder, None, state.step, True, metrics)
+            policy = self.save_policy(state.step, metrics)  # before trackers are waited for, which may never answer
+            trackers.finish(patience=PATIENCE if stop.requested else None)
         stopped_by = "" if monitor.stopped_by is None else monitor.stopped_by.name
         return TrainResult(self.folder, policy, state.step, False, metrics, stopped_by)
 

@@ -3,7 +3,7 @@
 `console` and `jsonl` are ours; `wandb`, `tensorboard` and the rest come from `accelerate.tracking`. `metrics.jsonl` is
 always written, whether or not `jsonl` is named. A tracker that is named but not installed stops the run before it
 starts; one that fails later only warns: a lost curve must not cost a training run. Those of accelerate, which may wait
-for a network, live on a thread of their own, all calls in order: a step waits for none of them.
+for a network, live on a thread each, calls in order: a step waits for none of them, nor they for one another.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HERE = ("console", "jsonl")
 """Written on the training thread: they take no time, and metrics.jsonl is there when a step is over."""
 
 MAX_FAILURES = 3
-"""A tracker that fails this often in a row is left alone: the others shall not wait for its time-outs."""
+"""A tracker that fails this often in a row is left alone: checkpoints and the end shall not wait for its time-outs."""
 
 PATIENCE = 10.0
 """Seconds that a checkpoint, or an error that ends the run, waits for trackers that are behind."""
@@ -103,8 +103,8 @@ class Trackers:
         self.run_ids: dict[str, str] = {}
         if "console" in names:
             self._trackers["console"] = ConsoleLine(total_steps)
-        # one thread: mlflow's run belongs to the thread that began it
-        self._thread = OneThread("trackers")
+        # mlflow's run belongs to the thread that began it
+        self._threads = {name: OneThread(name) for name in names if name not in HERE}
         self._sent: list[Future[None]] = []
 
         def begin(name: str) -> None:
@@ -120,9 +120,8 @@ class Trackers:
                 if resume_step is not None:
                     started.catch_up(read_metrics(self._metrics.file))
 
-        for name in names:
-            if name not in HERE:
-                self._thread.call(begin, name).result()
+        for name, thread in self._threads.items():
+            thread.call(begin, name).result()
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +139,7 @@ class Trackers:
             if name in HERE:
                 self._log(name, numbers, step)
             else:
-                self._sent.append(self._thread.call(self._log, name, numbers, step))
+                self._sent.append(self._threads[name].call(self._log, name, numbers, step))
 
     def _log(self, name: str, numbers: Mapping[str, float], step: int) -> None:
         tracker = self._trackers.get(name)
@@ -178,12 +177,15 @@ class Trackers:
             if name in HERE:
                 self._finish(name)
             else:
-                closing[name] = self._thread.call(self._finish, name)
+                closing[name] = self._threads[name].call(self._finish, name)
         try:
             late = wait(closing.values(), timeout=PATIENCE if patience is None else patience).not_done
             if late and patience is None:
                 console.print("waiting for trackers to take what was logged (Ctrl-C leaves it out)")
-                late = wait(closing.values()).not_done
+                try:
+                    late = wait(closing.values()).not_done
+                except KeyboardInterrupt:
+                    late = wait(closing.values(), timeout=0).not_done
             if late:
                 behind = ", ".join(name for name, call in closing.items() if call in late)
                 warn(f"{behind} did not take all that was logged; metrics.jsonl has it")
@@ -191,7 +193,8 @@ class Trackers:
             self._trackers.clear()
             for call in (*self._sent, *closing.values()):
                 call.cancel()
-            self._thread.end()
+            for thread in self._threads.values():
+                thread.end()
 
     def _finish(self, name: str) -> None:
         tracker = self._trackers.pop(name, None)
