@@ -75,22 +75,26 @@ def test_laid_out_weights_give_the_same_and_are_gone_after(
     layers += [hooked, doubled, layer_of(8, 8, True)]
     x = torch.randn(33, 64, dtype=torch.bfloat16, requires_grad=True)
 
-    def run() -> list[torch.Tensor]:
+    def run() -> torch.Tensor:
         y = linear(x, layers[0])
-        out = silu_mul_linear(y, y, layers[1])
-        return [out, *torch.autograd.grad(out.float().square().sum(), [x, *layers[:2].parameters()])]
+        return silu_mul_linear(y, y, layers[1])
 
-    plain = run()
-    with laid_out(layers):
-        assert [of_layout(layer, x) is not None for layer in layers] == [True, True, False, False, False]
-        assert of_layout(layers[0], x.float()) is None
-        assert of_layout(layers[0], x[:0]) is None
-        with laid_out(layers):  # another thread's
-            pass
-        assert of_layout(layers[0], x) is not None
-        packed = run()
-    for one, other in zip(packed, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        plain = run()
+        with laid_out(layers):
+            assert [of_layout(layer, x) is not None for layer in layers] == [True, True, False, False, False]
+            assert of_layout(layers[0], x.float()) is None
+            assert of_layout(layers[0], x[:0]) is None
+            with laid_out(layers):  # another thread's
+                pass
+            assert of_layout(layers[0], x) is not None
+            torch.testing.assert_close(run(), plain, rtol=1e-2, atol=1e-2)
+            handle = layers[0].register_forward_hook(lambda *_: None)
+            assert of_layout(layers[0], x) is None
+            handle.remove()
+            with torch.enable_grad():  # it has none
+                assert of_layout(layers[0], x) is None
+                assert run().requires_grad
     assert [of_layout(layer, x) for layer in layers] == [None] * 5
     monkeypatch.setattr(linear_module, "COPY", 10)
     with laid_out(layers):

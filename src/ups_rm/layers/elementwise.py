@@ -37,10 +37,13 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def silu_mul_linear(gate: Tensor, up: Tensor, linear: torch.nn.Module) -> Tensor:
     """linear(silu(gate) * up), gate and up (N, I)."""
+    packed = of_layout(linear, gate)
+    if packed is not None:
+        return packed(_gated(gate, up))
     if not is_plain(linear) or linear.bias is not None:  # adapters and hooks read the product themselves
         out: Tensor = linear(silu_mul(gate, up))
     else:
-        out = SiluMulLinear.apply(gate, up, linear.weight, of_layout(linear, gate))
+        out = SiluMulLinear.apply(gate, up, linear.weight)
     return out
 
 
@@ -116,15 +119,15 @@ class SiluMulLinear(torch.autograd.Function):
     """(silu(gate) * up) W^T. The product of the two, a fifth of what a layer would keep, is made again for backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, packed: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return product(_gated(gate, up), weight, packed=packed)
+        return product(_gated(gate, up), weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
         d_weight = grad.t() @ _gated(gate, up) if ctx.needs_input_grad[2] else None
-        return *_gated_backward(grad @ weight, gate, up), d_weight, None
+        return *_gated_backward(grad @ weight, gate, up), d_weight
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:

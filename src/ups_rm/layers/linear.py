@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.layers.projection import can_pack
+from ups_rm.layers.projection import Projection, can_pack
 
 LAYOUT = "_weight_in_onednns_layout"
 """What a layer's copy is called among its attributes; no parameter and no buffer, so nothing else sees it."""
@@ -26,33 +26,40 @@ COPY = 2**30
 def linear(x: Tensor, layer: Any) -> Tensor:
     """layer(x), x (N, I) -> (N, O)"""
     packed = of_layout(layer, x)
-    if not is_plain(layer) or (packed is None and not by_onednn(x, layer.weight)):
+    if packed is not None:
+        return packed(x)
+    if not is_plain(layer) or not by_onednn(x, layer.weight):
         out: Tensor = layer(x)
     else:
-        out = Linear.apply(x, layer.weight, layer.bias, packed)
+        out = Linear.apply(x, layer.weight, layer.bias)
     return out
 
 
 @contextmanager
 def laid_out(layers: torch.nn.Module) -> Iterator[None]:
-    """Within, on a CPU that computes in bf16: forward products of the plain linear layers in `layers` take a copy of
-    their weight in oneDNN's layout. Weights must not change meanwhile. Not of models whose copy is over `COPY`."""
+    """Within, on a CPU that computes in bf16: products of the plain linear layers in `layers`, where no gradient is
+    wanted, take a `Projection` of their weight. Weights must not change meanwhile. Not of models whose copy is over
+    `COPY`."""
     found: list[Any] = [layer for layer in layers.modules() if is_plain(layer) and _gains(layer)]
     if sum(layer.weight.nbytes for layer in found) > COPY:
         found = []
     try:
         for layer in found:
-            layer.__dict__[LAYOUT] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            # the bias as autocast gives it to torch's own product
+            bias = None if layer.bias is None else layer.bias.to(layer.weight.dtype)
+            layer.__dict__[LAYOUT] = Projection(layer.weight, bias)
         yield
     finally:
         for layer in found:
             layer.__dict__.pop(LAYOUT, None)
 
 
-def of_layout(layer: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """The copy that `laid_out` has made of the layer's weight, where x is of its format and there are rows."""
-    packed: Tensor | None = layer.__dict__.get(LAYOUT)
-    return packed if packed is not None and x.dtype == torch.bfloat16 and len(x) > 0 else None
+def of_layout(layer: torch.nn.Module, x: Tensor) -> Projection | None:
+    """What `laid_out` has made of the layer, where it computes all that is wanted of x."""
+    packed: Projection | None = layer.__dict__.get(LAYOUT)
+    if packed is None or x.dtype != torch.bfloat16 or len(x) == 0 or torch.is_grad_enabled() or not is_plain(layer):
+        return None
+    return packed
 
 
 def _gains(layer: Any) -> bool:
@@ -65,17 +72,11 @@ def is_plain(layer: Any) -> bool:
     return type(layer) is torch.nn.Linear and not hooked
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """x W^T + b, x (N, I) and weight (O, I) -> (N, O). Under autograd: of its own, as part of a `Function`.
-
-    Args:
-        packed: the weight as `laid_out` has it.
-    """
-    if packed is None and not by_onednn(x, weight):
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, x (N, I) and weight (O, I) -> (N, O). Under autograd: of its own, as part of a `Function`."""
+    if not by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if bias is not None:
-        bias = bias.to(x.dtype)  # as autocast gives it to torch's own
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight if packed is None else packed, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
@@ -90,16 +91,15 @@ class Linear(torch.autograd.Function):
     """y = x W^T + b: dx = g W, dW = g^T x, db = sum over rows of g."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)  # a frozen weight needs no input
-        return product(x, weight, bias, packed)
+        return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         return (
             grad @ weight if ctx.needs_input_grad[0] else None,
             grad.t() @ x if ctx.needs_input_grad[1] else None,
             grad.sum(0) if ctx.needs_input_grad[2] else None,
-            None,
         )
