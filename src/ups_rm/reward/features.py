@@ -36,7 +36,7 @@ from ups_rm.reward.merge import load_backbone, load_backbone_tokenizer, render_p
 from ups_rm.reward.native import compute_context, lower_to_bf16
 from ups_rm.reward.render import RenderPolicy, render, template_sha256
 from ups_rm.reward.shared_prompt import Row as SharedRow
-from ups_rm.reward.shared_prompt import can_share, pooled_rows, shared_rows, side_by_side
+from ups_rm.reward.shared_prompt import can_share, pooled_rows, shared_rows, texts_of, together_and_apart
 from ups_rm.types import Message
 
 DEFAULT_BATCH_TOKENS = 4096
@@ -268,7 +268,7 @@ def _fill(
     with progress_bar("features", len(todo), unit="texts", enabled=progress) as advance:
         for batch in plan:
             some = [rows[i] for i in batch]
-            texts = [i for row in some for i in row.texts]
+            texts = texts_of(some)
             parts.add([todo[i] for i in texts], hidden_states(model, some, waiting, dtype, device, parts.pooling))
             tokens += sum(len(waiting[i]) for i in texts)
             advance(len(texts), f"{tokens / (perf_counter() - start):,.0f} tok/s")
@@ -299,12 +299,16 @@ def hidden_states(
     """
     from ups_rm.reward.myrm.modeling_myrm import pooled_hidden
 
-    texts = [i for row in rows for i in row.texts]
+    together, apart = together_and_apart(rows, model) if can_share(model) else ([], rows)
+    states: dict[int, Tensor] = {}
     with compute_context(dtype, device):
-        if can_share(model) and side_by_side(rows, model):
-            hidden = pooled_rows(model, rows, ids, pooling, device)
-        else:
-            hidden, _ = pooled_hidden(model, *pad_batch([ids[i] for i in texts], device), pooling=pooling)
+        if together:
+            states |= zip(texts_of(together), pooled_rows(model, together, ids, pooling, device), strict=True)
+        if apart:
+            texts = texts_of(apart)
+            padded = pad_batch([ids[i] for i in texts], device)
+            states |= zip(texts, pooled_hidden(model, *padded, pooling=pooling)[0], strict=True)
+    hidden = torch.stack([states[i] for i in texts_of(rows)])
     if not torch.isfinite(hidden).all():
         raise RMError(f"the backbone's hidden states are not finite in {dtype}\n  fix: --dtype float32")
     return hidden.cpu()

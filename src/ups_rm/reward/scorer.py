@@ -203,6 +203,8 @@ class RewardScorer:
         Raises:
             RMError: a logit that is not finite.
         """
+        from ups_rm.reward.shared_prompt import texts_of
+
         ids = [row.input_ids for row in rendered]
         rows = self.rows_of(ids, prompts)
         batches = token_batches([row.length for row in rows], self.max_batch_tokens, enough_tokens=self.enough_tokens)
@@ -214,7 +216,7 @@ class RewardScorer:
         ):
             for batch in batches:
                 some = [rows[i] for i in batch]
-                texts = [i for row in some for i in row.texts]
+                texts = texts_of(some)
                 for i, answer in zip(texts, self.row_answers(some, ids), strict=True):
                     answers[i] = answer
                 advance(len(texts))
@@ -266,23 +268,23 @@ class RewardScorer:
     def row_answers(self, rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[Answer]:
         """Every head's logits of one batch of rows (`rows_of`), in the order texts stand there; finite or not.
 
-        Side by side or, where that is slower (`side_by_side`), as padded texts: each of the rows that share and the
-        others by itself, for a long text of its own would blow up the mask of those that share.
+        Side by side or, where that is slower (`together_and_apart`), as padded texts.
         """
         import torch
 
-        from ups_rm.reward.shared_prompt import pooled_rows, side_by_side
+        from ups_rm.reward.shared_prompt import pooled_rows, texts_of, together_and_apart
 
-        alone, sharing = ([row for row in rows if (len(row.texts) > 1) is shares] for shares in (False, True))
-        if alone and sharing and not side_by_side(alone, self.model.model):
-            order = [i for row in (*sharing, *alone) for i in row.texts]
-            answers = dict(zip(order, self.row_answers(sharing, ids) + self.row_answers(alone, ids), strict=True))
-            return [answers[i] for row in rows for i in row.texts]
-        if not (self.packs and side_by_side(rows, self.model.model)):
-            return self.batch_answers([ids[i] for row in rows for i in row.texts])
-        with torch.inference_mode(), compute_context(self.dtype, self.device):
-            hidden = pooled_rows(self.model.model, rows, ids, self.model.config.pooling, self.device)
-            return [tuple(answer) for answer in self.model.head_logits(hidden).float().tolist()]
+        together, apart = together_and_apart(rows, self.model.model) if self.packs else ([], rows)
+        answers: dict[int, Answer] = {}
+        if together:
+            with torch.inference_mode(), compute_context(self.dtype, self.device):
+                hidden = pooled_rows(self.model.model, together, ids, self.model.config.pooling, self.device)
+                found = self.model.head_logits(hidden).float().tolist()
+            answers |= zip(texts_of(together), map(tuple, found), strict=True)
+        if apart:
+            texts = texts_of(apart)
+            answers |= zip(texts, self.batch_answers([ids[i] for i in texts]), strict=True)
+        return [answers[i] for i in texts_of(rows)]
 
     def tensor_logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[float]:
         """The first head's logits of one batch that is padded already, see `tensor_answers`."""

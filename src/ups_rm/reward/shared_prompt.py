@@ -36,21 +36,27 @@ class Row:
     length: int
 
 
+def texts_of(rows: Sequence[Row]) -> list[int]:
+    """The texts of some rows, in their order."""
+    return [i for row in rows for i in row.texts]
+
+
 def can_share(backbone: Any) -> bool:
     """Whether `pooled_rows` takes the backbone; it attends as transformers' sdpa does."""
     return is_known(backbone) and backbone.config._attn_implementation == "sdpa"
 
 
-def side_by_side(rows: Sequence[Row], backbone: Any) -> bool:
-    """Whether a batch goes through `pooled_rows`: it shares something, or its mask is small.
+def together_and_apart(rows: Sequence[Row], backbone: Any) -> tuple[list[Row], list[Row]]:
+    """The rows of a batch that go through `pooled_rows`, and those that are better padded: (together, apart).
 
-    Texts of their own that are long, or on a GPU, are better off with the causal kernels of transformers' forward:
-    a mask over each row would grow with the square of its length.
+    Rows that share something go side by side, the others with them where the mask is small. Texts of their own that are
+    long, or on a GPU, are better off with the causal kernels of transformers' forward: a mask over each row would grow
+    with the square of its length, and take those that share along.
     """
-    if any(len(row.texts) > 1 for row in rows):
-        return True
-    scores = len(rows) * max(row.length for row in rows) ** 2 * backbone.config.num_attention_heads
-    return bool(backbone.device.type == "cpu" and scores <= SCORES_AT_ONCE)
+    sharing, alone = ([row for row in rows if (len(row.texts) > 1) is shares] for shares in (True, False))
+    scores = len(alone) * max((row.length for row in alone), default=0) ** 2 * backbone.config.num_attention_heads
+    fits = backbone.device.type == "cpu" and scores <= SCORES_AT_ONCE
+    return (list(rows), []) if fits else (sharing, alone)
 
 
 def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int, hidden_size: int) -> list[Row]:
