@@ -106,9 +106,9 @@ def test_the_policy_is_saved_before_a_tracker_is_waited_for(
     seen: list[tuple[bool, bool]] = []
     finish, folder = Trackers.finish, tmp_path / "run" / "policy"
 
-    def spy(self: Trackers, *, patience: float | None = None) -> None:
-        seen.append(((folder / "config.json").is_file(), patience is None))
-        finish(self, patience=patience)
+    def spy(self: Trackers, *, patient: bool = True) -> None:
+        seen.append(((folder / "config.json").is_file(), patient))
+        finish(self, patient=patient)
 
     monkeypatch.setattr(Trackers, "finish", spy)
     recipe = tiny_recipe(tmp_path, policy_folder, "trainer.total_training_steps=2")

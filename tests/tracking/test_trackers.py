@@ -273,7 +273,7 @@ def test_a_tracker_that_hangs_does_not_hold_up_another(
     trackers = start(["hangs", "recording"], tmp_path)
     other = recording.latest
     trackers.log({"x": 1.0}, 1)
-    trackers.finish(patience=0.5)
+    trackers.finish(patient=False)
     network.set()
     assert other is not None
     assert (other.lines, other.closed) == ([(1, {"x": 1.0})], 1)

@@ -31,8 +31,8 @@ class SelectedLogprobs(torch.autograd.Function):
         """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,), fp32 or wider."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-        to_hidden, to_weight = ctx.needs_input_grad[:2]
-        d_logprobs = torch.empty_like(hidden) if to_hidden and not to_weight else None
+        ctx.frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        d_logprobs = torch.empty_like(hidden) if ctx.frozen else None
         ones = torch.full_like(logprobs, 1 / temperature)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -50,7 +50,7 @@ class SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        if len(ctx.saved_tensors) == 1:
+        if ctx.frozen:
             (d_logprobs,) = ctx.saved_tensors
             return (d_logprobs * grad[:, None]).to(d_logprobs.dtype), None, None, None, None
         hidden, weight, targets, norms = ctx.saved_tensors

@@ -51,7 +51,7 @@ from ups_rm.recipe import Recipe, as_list
 from ups_rm.recipe_hash import MadeWith
 from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.made_with import versions, write_made_with
-from ups_rm.tracking.trackers import BEFORE_ANY, PATIENCE, Trackers
+from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Conversation, Scorer, TrainResult
 
 
@@ -245,10 +245,10 @@ class Trainer:
                         "resumes.",
                         soft_wrap=True,
                     )
-                    trackers.finish(patience=PATIENCE)
+                    trackers.finish(patient=False)
                     return TrainResult(self.folder, None, state.step, True, metrics)
             policy = self.save_policy(state.step, metrics)  # before trackers are waited for, which may never answer
-            trackers.finish(patience=PATIENCE if stop.requested else None)
+            trackers.finish(patient=not stop.requested)
         stopped_by = "" if monitor.stopped_by is None else monitor.stopped_by.name
         return TrainResult(self.folder, policy, state.step, False, metrics, stopped_by)
 

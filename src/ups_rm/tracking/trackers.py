@@ -166,11 +166,11 @@ class Trackers:
             ) from error
         wait(self._sent, timeout=PATIENCE)
 
-    def finish(self, *, patience: float | None = None) -> None:
+    def finish(self, *, patient: bool = True) -> None:
         """Close every tracker, once it has what was logged; safe to call twice.
 
         Args:
-            patience: seconds to wait for them; None: until Ctrl-C. What they have not taken then is in metrics.jsonl.
+            patient: wait for them until Ctrl-C, not for `PATIENCE`. What they have not taken then is in metrics.jsonl.
         """
         closing = {}
         for name in list(self._trackers):
@@ -179,8 +179,8 @@ class Trackers:
             else:
                 closing[name] = self._threads[name].call(self._finish, name)
         try:
-            late = wait(closing.values(), timeout=PATIENCE if patience is None else patience).not_done
-            if late and patience is None:
+            late = wait(closing.values(), timeout=PATIENCE).not_done
+            if late and patient:
                 console.print("waiting for trackers to take what was logged (Ctrl-C leaves it out)")
                 try:
                     late = wait(closing.values()).not_done
@@ -211,7 +211,7 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.finish(patience=None if error is None else PATIENCE)
+        self.finish(patient=error is None)
 
     def _report(self, name: str, error: Exception) -> None:
         failures = self._failures[name] = self._failures.get(name, 0) + 1
