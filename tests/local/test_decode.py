@@ -108,16 +108,17 @@ SAMPLINGS = [
 def test_draws_follow_the_warped_distribution(sampling: Sampling) -> None:
     logits = torch.linspace(-2.0, 2.0, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(0))]
     draws = 60_000
-    tokens, logprobs = draw(logits.repeat(draws, 1), sampling, sampling.uniforms(draws, 1)[:, 0])
+    tokens, logprobs, norms = draw(logits.repeat(draws, 1), sampling, sampling.uniforms(draws, 1)[:, 0])
     counts = torch.bincount(tokens, minlength=12).float()
     assert chi_square_fits(counts, warped(logits, sampling))
-    untruncated = (logits / sampling.temperature).log_softmax(-1)
-    torch.testing.assert_close(logprobs, untruncated[tokens], atol=1e-5, rtol=0)
+    tempered = logits / sampling.temperature
+    torch.testing.assert_close(logprobs, tempered.log_softmax(-1)[tokens], atol=1e-5, rtol=0)
+    torch.testing.assert_close(norms, tempered.logsumexp(-1).expand(draws), atol=1e-5, rtol=0)
 
 
 def test_the_chi_square_would_notice_a_wrong_temperature() -> None:
     logits = torch.linspace(-2.0, 2.0, 12)
-    tokens, _ = draw(logits.repeat(60_000, 1), Sampling(1.05), Sampling().uniforms(60_000, 1)[:, 0])
+    tokens, _, _ = draw(logits.repeat(60_000, 1), Sampling(1.05), Sampling().uniforms(60_000, 1)[:, 0])
     assert not chi_square_fits(torch.bincount(tokens, minlength=12).float(), warped(logits, Sampling(1.0)))
 
 
@@ -128,7 +129,7 @@ def test_the_extreme_draws_fall_on_tokens_that_are_allowed(seed: int, temperatur
     logits = 6 * torch.randn(200, generator=torch.Generator().manual_seed(seed))
     sampling = Sampling(temperature, top_p, k)
     extremes = torch.tensor([0.0, 1.0 - 2.0**-24, 0.5])
-    tokens, _ = draw(logits.repeat(3, 1), sampling, extremes)
+    tokens, _, _ = draw(logits.repeat(3, 1), sampling, extremes)
     assert bool((warped(logits, sampling)[tokens] > 0).all())
 
 
@@ -211,9 +212,11 @@ def test_max_num_seqs_only_changes_what_decodes_at_the_same_time(architecture: s
         engine = engine_of(model, size)
         inner = engine.decoder.generate if engine.decoder is not None else engine._generate_plain
 
-        def counted(prompts: list[list[int]], n: int, *rest: object, inner=inner, decoded=decoded) -> Rows:  # type: ignore[no-untyped-def]
+        def counted(
+            prompts: list[list[int]], n: int, *rest: object, inner=inner, decoded=decoded, **more: object
+        ) -> Rows:  # type: ignore[no-untyped-def]
             decoded.append(len(prompts) * n)
-            return inner(prompts, n, *rest)  # type: ignore[no-any-return]
+            return inner(prompts, n, *rest, **more)  # type: ignore[no-any-return]
 
         if engine.decoder is not None:
             engine.decoder.generate = counted  # type: ignore[method-assign]

@@ -138,12 +138,13 @@ def test_draws_are_the_torch_forms(
     uniform = torch.rand(20)
     uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
     sampling = Sampling(temperature=temperature)
-    token, logprob = draw(logits.clone(), sampling, uniform)
+    token, logprob, norm = draw(logits.clone(), sampling, uniform)
     module_patch.setattr(native, "kernels", lambda: None)
     try:
-        other, other_logprob = draw(logits.clone(), sampling, uniform)
+        other, other_logprob, _ = draw(logits.clone(), sampling, uniform)
     finally:
         module_patch.undo()
+    torch.testing.assert_close(norm.double(), (logits.double() / temperature).logsumexp(-1), atol=1e-4, rtol=1e-5)
     probs = (logits.double() / temperature).softmax(-1)
     cdf = probs.cumsum(-1)
     for i in range(len(token)):

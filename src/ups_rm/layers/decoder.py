@@ -10,6 +10,7 @@ Letters: N tokens, H hidden size, S heads, K key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul_linear
-from ups_rm.layers.linear import linear
+from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul_linear_onto
+from ups_rm.layers.linear import linear, linear_onto
 
 KNOWN = ("llama", "qwen2", "qwen3")
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -28,6 +29,29 @@ SCORES_AT_ONCE = 2**22
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (N, S, D), k and v (N, K, D) -> (N, S * D)"""
+
+
+@dataclass(frozen=True)
+class KnownLayer:
+    """What the products of one layer gave when the same weights read the same tokens before: not computed again.
+
+    Attributes:
+        q, k, v: before norms and rotation. Shapes (N, S * D), (N, K * D), (N, K * D).
+        attended: the residual sum after attention. Shape (N, H).
+        gate, up: Shape (N, I).
+        out: the residual sum after the layer. Shape (N, H).
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    attended: Tensor | None = None
+    gate: Tensor | None = None
+    up: Tensor | None = None
+    out: Tensor | None = None
+
+
+NOTHING = KnownLayer()
 
 
 def is_known(model: Any) -> bool:
@@ -59,37 +83,50 @@ class DecoderLayers:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
 
-    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """ids and positions (N,) -> hidden states before the final norm (N, H)."""
+    def __call__(
+        self, ids: Tensor, positions: Tensor, attend: Attend, known: Callable[[int], KnownLayer] | None = None
+    ) -> Tensor:
+        """ids and positions (N,) -> hidden states before the final norm (N, H).
+
+        Args:
+            known: asked once for each layer, in their order. Not of checkpointed layers.
+        """
         table = self.base.embed_tokens
         # called, not read: a hook may widen what comes out
         x = table(ids)
         cos, sin = (part[0][:, None] for part in self.base.rotary_emb(x[None], positions[None]))  # (N, 1, D)
         again = self.is_checkpointing() and torch.is_grad_enabled()
-        for layer in self.base.layers:
+        for i, layer in enumerate(self.base.layers):
             if again:
                 x = checkpoint(self._layer, layer, x, cos, sin, attend, use_reentrant=False)
             else:
-                x = self._layer(layer, x, cos, sin, attend)
+                x = self._layer(layer, x, cos, sin, attend, NOTHING if known is None else known(i))
         return x
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm. (N, H) -> (N, H)"""
         return rms_norm(hidden, self.base.norm.weight, self.eps)
 
-    def _layer(self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def _layer(
+        self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, known: KnownLayer = NOTHING
+    ) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         h = rms_norm(x, layer.input_layernorm.weight, self.eps).to(mlp.gate_proj.weight.dtype)
         heads = (len(x), -1, self.head_dim)
-        q, k, v = (linear(h, part).view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            linear(h, part, given).view(heads)
+            for part, given in ((attention.q_proj, known.q), (attention.k_proj, known.k), (attention.v_proj, known.v))
+        )
         if hasattr(attention, "q_norm"):
             q, k = (
                 rms_norm(part.to(norm.weight.dtype), norm.weight, self.eps).to(v.dtype)
                 for part, norm in ((q, attention.q_norm), (k, attention.k_norm))
             )
-        x = x + linear(attend(rotate(q, cos, sin), rotate(k, cos, sin), v), attention.o_proj)
+        attended = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x = linear_onto(x, attended, attention.o_proj, known.attended)
         h = rms_norm(x, layer.post_attention_layernorm.weight, self.eps).to(mlp.gate_proj.weight.dtype)
-        return x + silu_mul_linear(linear(h, mlp.gate_proj), linear(h, mlp.up_proj), mlp.down_proj)
+        gate, up = linear(h, mlp.gate_proj, known.gate), linear(h, mlp.up_proj, known.up)
+        return silu_mul_linear_onto(x, gate, up, mlp.down_proj, known.out)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q (B, L, S, D) over k and v (B, M, K, D) with a mask of `additive` -> (B, L, S * D).

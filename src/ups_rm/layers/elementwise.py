@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.layers.linear import is_plain, of_layout, product
+from ups_rm.layers.linear import is_plain, known_sum, of_layout, product
 from ups_rm.layers.native import usable
 
 
@@ -43,8 +43,19 @@ def silu_mul_linear(gate: Tensor, up: Tensor, linear: torch.nn.Module) -> Tensor
     if not is_plain(linear) or linear.bias is not None:  # adapters and hooks read the product themselves
         out: Tensor = linear(silu_mul(gate, up))
     else:
-        out = SiluMulLinear.apply(gate, up, linear.weight)
+        out = SiluMulLinear.apply(gate, up, linear.weight, None)
     return out
+
+
+def silu_mul_linear_onto(
+    residual: Tensor, gate: Tensor, up: Tensor, linear: torch.nn.Module, known: Tensor | None = None
+) -> Tensor:
+    """residual + linear(silu(gate) * up), gate and up (N, I), residual (N, O) -> (N, O). Where that is `known`, its
+    gradients alone are computed: of a plain layer without bias."""
+    if known is None:
+        return residual + silu_mul_linear(gate, up, linear)
+    # as in `linear_onto`: what stands for the product is read by nobody
+    return known_sum(residual, SiluMulLinear.apply(gate, up, linear.weight, known), known)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -116,18 +127,19 @@ class SiluMul(torch.autograd.Function):
 
 
 class SiluMulLinear(torch.autograd.Function):
-    """(silu(gate) * up) W^T. The product of the two, a fifth of what a layer would keep, is made again for backward."""
+    """(silu(gate) * up) W^T, or what is `known` in its place. The product of gate and up, a fifth of what a layer would
+    keep, is made again for backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, known: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return product(_gated(gate, up), weight)
+        return product(_gated(gate, up), weight) if known is None else known
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         gate, up, weight = ctx.saved_tensors
         d_weight = grad.t() @ _gated(gate, up) if ctx.needs_input_grad[2] else None
-        return *_gated_backward(grad @ weight, gate, up), d_weight
+        return *_gated_backward(grad @ weight, gate, up), d_weight, None
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:

@@ -13,13 +13,22 @@ class Grid:
 
     Args:
         real: which cells hold a token, in any shape of C cells.
+        order: those cells in another order than their own, which the tokens then have. Shape (N,).
+
+    Raises:
+        ValueError: `order` is not that.
     """
 
-    def __init__(self, real: Tensor) -> None:
+    def __init__(self, real: Tensor, order: Tensor | None = None) -> None:
         flat = real.flatten()
-        self.full = bool(flat.all())
         self.cells = flat.nonzero().squeeze(1)  # (N,)
-        self.tokens = (flat.long().cumsum(0) - 1).clamp_(min=0)  # (C,): the token of each cell, at padding any
+        if order is not None:
+            if not torch.equal(order.sort().values, self.cells):
+                raise ValueError(f"the {len(order)} cells of `order` are not the {len(self.cells)} that hold a token")
+            self.cells = order
+        self.full = order is None and len(self.cells) == len(flat)
+        self.tokens = torch.zeros(len(flat), dtype=torch.long, device=flat.device)  # (C,): of each cell, at padding any
+        self.tokens[self.cells] = torch.arange(len(self.cells), device=flat.device)
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (C, ...), 0 at padding: not a neighbour's token, which may be NaN and would get through masks."""

@@ -23,15 +23,30 @@ COPY = 2**30
 """Bytes of copies that are made at most: of a large model they would be the memory that is not there."""
 
 
-def linear(x: Tensor, layer: Any) -> Tensor:
-    """layer(x), x (N, I) -> (N, O)"""
+def linear(x: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
+    """layer(x), x (N, I) -> (N, O). Where that is `known`, its gradients alone are computed: of a plain layer."""
     packed = of_layout(layer, x)
-    if packed is not None:
-        return packed(x)
-    if not is_plain(layer) or not by_onednn(x, layer.weight):
-        out: Tensor = layer(x)
+    if known is not None:
+        out: Tensor = Linear.apply(x, layer.weight, layer.bias, known)
+    elif packed is not None:
+        out = packed(x)
+    elif not is_plain(layer) or not by_onednn(x, layer.weight):
+        out = layer(x)
     else:
-        out = Linear.apply(x, layer.weight, layer.bias)
+        out = Linear.apply(x, layer.weight, layer.bias, None)
+    return out
+
+
+def linear_onto(residual: Tensor, x: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
+    """residual + layer(x), x (N, I) and residual (N, O) -> (N, O). `known`: as for `linear`."""
+    if known is None:
+        return residual + linear(x, layer)
+    return known_sum(residual, linear(x, layer, known), known)  # what stands for the product is read by nobody
+
+
+def known_sum(a: Tensor, b: Tensor, known: Tensor) -> Tensor:
+    """a + b, which is known."""
+    out: Tensor = KnownSum.apply(a, b, known)
     return out
 
 
@@ -87,19 +102,30 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     return wanted and torch.backends.mkldnn.is_available() and len(x) > 0
 
 
+class KnownSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, known: Tensor) -> Tensor:
+        return known
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, grad, None
+
+
 class Linear(torch.autograd.Function):
-    """y = x W^T + b: dx = g W, dW = g^T x, db = sum over rows of g."""
+    """y = x W^T + b: dx = g W, dW = g^T x, db = sum over rows of g. y is not computed where it is `known`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)  # a frozen weight needs no input
-        return product(x, weight, bias)
+        return product(x, weight, bias) if known is None else known
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         return (
             grad @ weight if ctx.needs_input_grad[0] else None,
             grad.t() @ x if ctx.needs_input_grad[1] else None,
             grad.sum(0) if ctx.needs_input_grad[2] else None,
+            None,
         )

@@ -4,7 +4,8 @@ Sequences are cut into micro batches of whole groups where they fit, each trimme
 micro batch's loss is scaled by the totals of its mini batch, so gradients (and with them the step) do not depend on how
 it was cut. Gradients add up in fp32. Where a rollout is used for exactly one optimizer step, the old log-probabilities
 are the training forward's own, detached: the ratio is exactly 1, whatever the compute dtype. If one micro batch holds
-the batch too, `old_logprobs` keeps the graph and `update` goes on from it: the policy runs forward once per step.
+the batch too, `old_logprobs` keeps the graph and `update` goes on from it: the policy runs forward once per step, and
+where the rollout has kept what it computed (`kept_forward`), only what is cheap of that.
 """
 
 from __future__ import annotations
@@ -18,23 +19,22 @@ from torch import Tensor
 from ups_rm.errors import NumberError
 from ups_rm.grpo.kl import kl_penalty
 from ups_rm.grpo.losses import aggregate, batch_totals, policy_loss
+from ups_rm.local.kept_forward import KeptForward
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
 from ups_rm.recipe import Actor as ActorSettings
 from ups_rm.recipe import Optim, Recipe
 
 
-def response_logprobs(
-    policy: Policy, sequences: Sequences, *, micro_batch_size: int, temperature: float, with_graph: bool = False
-) -> Tensor:
+@torch.no_grad()
+def response_logprobs(policy: Policy, sequences: Sequences, *, micro_batch_size: int, temperature: float) -> Tensor:
     """Log-probabilities of every response token under the policy's present weights, 0 at padding. Shape (B, R)."""
     out = torch.zeros(sequences.responses.shape, dtype=torch.float32, device=policy.device)
     everything = torch.arange(len(out), device=policy.device)
-    with torch.set_grad_enabled(with_graph):
-        for rows in sequences.micro_batches(everything, micro_batch_size):
-            part = sequences.trimmed(rows)
-            logprobs, _ = policy.response_logprobs(part, temperature)
-            out[rows, : part.responses.shape[1]] = logprobs * part.response_mask
+    for rows in sequences.micro_batches(everything, micro_batch_size):
+        part = sequences.trimmed(rows)
+        logprobs, _ = policy.response_logprobs(part, temperature)
+        out[rows, : part.responses.shape[1]] = logprobs * part.response_mask
     return out
 
 
@@ -81,14 +81,28 @@ class Actor:
         """The rollout serves exactly one optimizer step, so its old log-probabilities are the training forward's."""
         return self.settings.ppo_epochs == 1 and batch_prompts <= self.settings.ppo_mini_batch_size
 
-    def old_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities before the update (B, R); the second time with their graph, where `update` can use it."""
-        size = self.settings.ppo_micro_batch_size_per_gpu
-        once = self.on_policy(len(sequences) // self.n) and len(sequences) <= size and self.settings.entropy_coeff == 0
-        logprobs = response_logprobs(
-            self.policy, sequences, micro_batch_size=size, temperature=self.temperature, with_graph=once
-        )
-        return logprobs.detach(), logprobs if once else None
+    def runs_once(self, batch_prompts: int) -> bool:
+        """One micro batch of one optimizer step takes the whole rollout: the policy runs forward once."""
+        whole = batch_prompts * self.n <= self.settings.ppo_micro_batch_size_per_gpu
+        return self.on_policy(batch_prompts) and whole and self.settings.entropy_coeff == 0
+
+    def old_logprobs(self, sequences: Sequences, kept: KeptForward | None = None) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities before the update (B, R); the second time with their graph, where `update` can use it.
+
+        Args:
+            kept: of the rollout of these sequences, where the policy `runs_once`.
+        """
+        if not self.runs_once(len(sequences) // self.n):
+            size = self.settings.ppo_micro_batch_size_per_gpu
+            return response_logprobs(self.policy, sequences, micro_batch_size=size, temperature=self.temperature), None
+        rows = torch.arange(len(sequences), device=self.policy.device)
+        if kept is None:
+            (rows,) = sequences.micro_batches(rows, len(rows))
+        part = sequences.trimmed(rows)
+        logprobs, _ = self.policy.response_logprobs(part, self.temperature, kept=kept)
+        out = torch.zeros(sequences.responses.shape, dtype=torch.float32, device=self.policy.device)
+        out[rows, : part.responses.shape[1]] = logprobs * part.response_mask
+        return out.detach(), out
 
     def update(
         self,

@@ -21,11 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ups_rm.layers.decoder import is_known
-from ups_rm.layers.elementwise import rms_norm
+from ups_rm.layers.elementwise import rms_norm, silu_mul
+from ups_rm.layers.grid import Grid
+from ups_rm.layers.linear import is_plain
 from ups_rm.layers.native import usable
 from ups_rm.layers.projection import Projection
 from ups_rm.local.graphed import GraphedSteps, recorder
 from ups_rm.local.group_cache import GroupCache, NativeCache, StaticCache, rotated
+from ups_rm.local.kept_forward import Drawn, KeptForward
 from ups_rm.local.sampling import Sampling, draw
 
 
@@ -101,46 +104,71 @@ class FastDecoder:
             return [part.weight for part in (self.head, *(part for layer in layers for part in layer))]
         return [layer[0].weight for layer in layers]
 
+    def kept_forward(self) -> KeptForward | None:
+        """What `generate` can fill for the training forward, or None: adapters round otherwise once they are merged,
+        checkpointed layers keep nothing, and a recorded step writes over what it gave before."""
+        linear = [layer for layer in self.causal.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+        same = all(is_plain(layer) and layer.weight.dtype == self.dtype for layer in linear)
+        adapted = any(hasattr(layer, "lora_A") for layer in self.causal.modules())
+        if not same or adapted or self.causal.is_gradient_checkpointing or self.record is not None:
+            return None
+        keys = self.kv_heads * self.head_dim
+        return KeptForward((self.heads * self.head_dim, keys, keys))
+
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight.to(x.dtype), self.eps)
 
-    def _qkv(self, x: Tensor, layer: _Layer) -> Tensor:
-        """x (N, H) -> queries, keys and values, not rotated: (N, S + 2 K, D)."""
-        y = layer.qkv(self._rms(x, layer.norm1)).view(len(x), -1, self.head_dim)
-        if layer.q_norm is None or layer.k_norm is None:
-            return y
-        q, k, v = y.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return torch.cat([self._rms(q, layer.q_norm), self._rms(k, layer.k_norm), v], dim=1)
+    def _layer(self, i: int, x: Tensor, attend: Callable[[int, Tensor], Tensor], kept: KeptForward | None) -> Tensor:
+        """x (N, H) -> (N, H). `attend`: the layer's number, and queries, keys and values, not rotated
+        (N, S + 2 K, D) -> (N, S * D)"""
+        layer = self.layers[i]
+        qkv = layer.qkv(self._rms(x, layer.norm1)).view(len(x), -1, self.head_dim)
+        attended = layer.out.onto(attend(i, self._normed(qkv, layer)), x)
+        y = self._rms(attended, layer.norm2)
+        if kept is None:
+            return layer.down.onto(layer.up.times(y, layer.gate.silu(y)), attended)
+        gate, up = layer.gate(y), layer.up(y)
+        out = layer.down.onto(silu_mul(gate, up), attended)
+        kept.add(i, qkv, attended, gate, up, out)
+        return out
 
-    def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
-        """x (N, H) plus its multilayer perceptron."""
-        y = self._rms(x, layer.norm2)
-        return layer.down.onto(layer.up.times(y, layer.gate.silu(y)), x)
+    def _normed(self, qkv: Tensor, layer: _Layer) -> Tensor:
+        """The norms of queries and keys, where the model has them. (N, S + 2 K, D)"""
+        if layer.q_norm is None or layer.k_norm is None:
+            return qkv
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return torch.cat([self._rms(q, layer.q_norm), self._rms(k, layer.k_norm), v], dim=1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         assert self.head is not None
         return self.head(self._rms(hidden, self.norm))
 
-    def _prefill(self, prompts: list[list[int]], n: int, reply_length: int) -> tuple[Tensor, Tensor, GroupCache]:
-        """Run each prompt once, right-padded; last hidden (P, H), lengths (P,), and the cache for n replies each."""
+    def _prefill(
+        self, prompts: list[list[int]], n: int, reply_length: int, kept: KeptForward | None = None
+    ) -> tuple[Tensor, Tensor, GroupCache]:
+        """Run each prompt once; last hidden (P, H), lengths (P,), and the cache for n replies each. Products see real
+        tokens only, attention right-padded rows."""
         device, count, width = self.embed.device, len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(row) for row in prompts], device=device)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=device)
-        x = F.embedding(ids.flatten(), self.embed)  # (N, H), N = P * T
-        cos, sin = self._rope(torch.arange(width, device=device).repeat(count))
+        grid = Grid(torch.arange(width, device=device) < lengths[:, None])
+        x = F.embedding(torch.tensor([token for row in prompts for token in row], device=device), self.embed)  # (N, H)
+        cos, sin = self._rope(grid.cells % width)
         shape = (len(self.layers), count, self.kv_heads, width, self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=device)
         values = torch.empty_like(keys)
-        for i, layer in enumerate(self.layers):
-            qkv = rotated(self._qkv(x, layer), cos, sin, self.heads + self.kv_heads)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            qkv = grid.pad(rotated(qkv, cos, sin, self.heads + self.kv_heads))
             qkv = qkv.view(count, width, -1, self.head_dim).transpose(1, 2)
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
             keys[i], values[i] = k, v
             # right padding and a causal mask: no real token sees a padded one
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            x = layer.out.onto(a.transpose(1, 2).reshape(len(x), -1), x)
-            x = self._mlp(x, layer)
-        last = x.view(count, width, -1)[torch.arange(count, device=device), lengths - 1]
+            return grid.pack(a.transpose(1, 2).reshape(count * width, -1))
+
+        for i in range(len(self.layers)):
+            x = self._layer(i, x, attend, kept)
+        last = x[lengths.cumsum(0) - 1]
         sizes = {"columns": n, "reply_length": reply_length, "heads": self.heads}
         if self.record is not None:
             return last, lengths, StaticCache(keys, values, lengths, **sizes)
@@ -158,6 +186,7 @@ class FastDecoder:
         sampling: Sampling,
         uniforms: Tensor,
         ended: Callable[[int, Tensor], None] | None = None,
+        kept: KeptForward | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """n replies per prompt.
 
@@ -165,6 +194,7 @@ class FastDecoder:
             prompts: token ids, no padding.
             uniforms: draws for row i and position t. Shape (P * n, max_new_tokens).
             ended: told of each reply that ends while others go on: its row and its tokens, the end token included.
+            kept: of `kept_forward`, empty: filled with what is computed of every token that is read.
 
         Returns:
             (tokens, logprobs) per row on the CPU, the end token included, row i answering prompt i // n.
@@ -172,22 +202,22 @@ class FastDecoder:
         if not self.layers:
             self.refresh()
         device, batch = self.embed.device, len(prompts) * n
-        last, lengths, cache = self._prefill(prompts, n, max_new_tokens)
+        if kept is not None:
+            kept.begin([len(row) for row in prompts], batch * (max_new_tokens - 1))
+        last, lengths, cache = self._prefill(prompts, n, max_new_tokens, kept)
         hidden, lengths = last.repeat_interleave(n, 0), lengths.repeat_interleave(n)
-        step: Callable[[Tensor, Tensor, int], Tensor] = partial(self._decode, cache)
+        step: Callable[[Tensor, Tensor, int], Tensor] = partial(self._decode, cache, kept)
         if self.record is not None:
-            step = GraphedSteps(partial(self._decode, cache), cache, self.record)
+            step = GraphedSteps(partial(self._decode, cache, None), cache, self.record)
         end = torch.tensor(eos_ids, device=device)
         uniforms = uniforms.to(device)
         out = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
-        logprobs, count = (
-            torch.zeros(batch, max_new_tokens, device=device),
-            torch.zeros(batch, dtype=torch.long, device=device),
-        )
+        logprobs, norms = (torch.zeros(batch, max_new_tokens, device=device) for _ in range(2))
+        count = torch.zeros(batch, dtype=torch.long, device=device)
         rows = torch.arange(batch, device=device)  # the row of `out` that each live sequence writes to
         for t in range(max_new_tokens):
-            token, logprob = draw(self._logits(hidden), sampling, uniforms[rows, t])
-            out[rows, t], logprobs[rows, t], count[rows] = token, logprob, t + 1
+            token, logprobs[rows, t], norms[rows, t] = draw(self._logits(hidden), sampling, uniforms[rows, t])
+            out[rows, t], count[rows] = token, t + 1
             alive = ~torch.isin(token, end)
             if t == max_new_tokens - 1 or not bool(alive.any()):
                 break
@@ -197,17 +227,22 @@ class FastDecoder:
                         ended(row, out[row, : t + 1].cpu())
                 cache.keep(alive)
                 rows, lengths, token = rows[alive], lengths[alive], token[alive]
+            if kept is not None:
+                kept.go_on(rows)
             hidden = step(token, lengths + t, t)
+        if kept is not None:
+            kept.drawn = Drawn(logprobs, norms, sampling.temperature)
         out, logprobs = out.cpu(), logprobs.cpu()
         return [(out[i, :k], logprobs[i, :k]) for i, k in enumerate(count.tolist())]
 
-    def _decode(self, cache: GroupCache, token: Tensor, position: Tensor, t: int | Tensor) -> Tensor:
+    def _decode(
+        self, cache: GroupCache, kept: KeptForward | None, token: Tensor, position: Tensor, t: int | Tensor
+    ) -> Tensor:
         """Reply token t of every live row, at these positions; returns the last hidden state (b, H)."""
         x = F.embedding(token, self.embed)  # (b, H)
         cos, sin = self._rope(position)
-        for i, layer in enumerate(self.layers):
-            x = layer.out.onto(cache.attend(i, self._qkv(x, layer), cos, sin, t), x)
-            x = self._mlp(x, layer)
+        for i in range(len(self.layers)):
+            x = self._layer(i, x, lambda i, qkv: cache.attend(i, qkv, cos, sin, t), kept)
         return x
 
     def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
+from ups_rm.local.kept_forward import KeptForward
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.shared_prefix import SharedPrefixForward
 from ups_rm.model_files import check_manifest, check_model_folder, panics_as_errors, refused_pickle
@@ -106,13 +107,14 @@ class Policy:
             yield
 
     def response_logprobs(
-        self, part: Sequences, temperature: float, with_entropy: bool = False
+        self, part: Sequences, temperature: float, with_entropy: bool = False, kept: KeptForward | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each response token given all before it, by the shared-prefix forward where it applies.
 
         Args:
             part: a micro batch of b rows, R response columns.
             temperature: logits are divided by it, as in the rollout (verl does the same).
+            kept: see `SharedPrefixForward.response_logprobs`; not with an entropy.
 
         Returns:
             logprobs (b, R) fp32, and the entropy (b, R) in nats if asked. Values at padding are meaningless.
@@ -121,7 +123,7 @@ class Policy:
             return self.plain_logprobs(part, temperature, with_entropy)
         prompts, prompt_mask, group = part.unique_prompts()
         return self.shared.response_logprobs(
-            prompts, prompt_mask, part.responses, part.response_mask, group, temperature
+            prompts, prompt_mask, part.responses, part.response_mask, group, temperature, kept
         ), None
 
     def plain_logprobs(

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from ups_rm.data.prompts import encode_prompts
 from ups_rm.errors import PolicyError
 from ups_rm.local.decode import FastDecoder
+from ups_rm.local.kept_forward import KeptForward
 from ups_rm.local.policy import Policy
 from ups_rm.local.sampling import Sampling, draw
 from ups_rm.local.sequences import Sequences
@@ -32,6 +33,7 @@ class Rollout:
         texts: the reply as text, without the end token.
         finished: the reply ended by itself; otherwise it was cut at the limit.
         conversations: prompt messages and the reply, for the reward model.
+        kept: what the training forward can take over, where it was asked for and can be had.
     """
 
     sequences: Sequences
@@ -39,9 +41,10 @@ class Rollout:
     texts: list[str]
     finished: list[bool]
     conversations: list[Conversation]
+    kept: KeptForward | None = None
 
     def replaced(self, rows: list[int], new: Rollout) -> Rollout:
-        """A copy in which the replies of `rows` are those of `new`, in its order."""
+        """A copy in which the replies of `rows` are those of `new`, in its order; nothing is kept of either."""
         length = max(self.sequences.responses.shape[1], new.sequences.responses.shape[1])
 
         def merged(own: Tensor, others: Tensor) -> Tensor:
@@ -82,10 +85,12 @@ class RolloutEngine:
         max_new_tokens: int,
         sampling: Sampling,
         on_group: Callable[[list[Conversation]], None] | None = None,
+        keep: bool = False,
     ) -> Rollout:
         """n replies to each prompt, at most `max_new_tokens` long; equal seeds give equal replies.
 
         Args:
+            keep: the rollout is for a training forward over all of it, with the weights as they are.
             on_group: told of a prompt's replies once all have ended, if others are still decoded then. Only where the
                 decoder is ours.
         """
@@ -95,6 +100,8 @@ class RolloutEngine:
         uniforms = sampling.uniforms(len(prompts) * n, max_new_tokens)
         rows: list[tuple[Tensor, Tensor]] = []  # (tokens, logprobs) per sequence
         per_call = max(1, self.max_num_seqs // n)
+        keep = keep and self.decoder is not None and len(uniforms) <= self.max_num_seqs
+        kept = self.decoder.kept_forward() if keep and self.decoder is not None else None
         for start in range(0, len(ids), per_call):
             chunk = ids[start : start + per_call]
             drawn = uniforms[start * n : (start + len(chunk)) * n]
@@ -104,14 +111,14 @@ class RolloutEngine:
                 if self.decoder is None:
                     rows += self._generate_plain(*given)
                 elif on_group is None or replies < n:
-                    rows += self.decoder.generate(*given)
+                    rows += self.decoder.generate(*given, kept=kept)
                 else:
                     told: set[int] = set()
                     ended = self._by_group(prompts[start : start + per_call], n, on_group, told)
-                    rows += self.decoder.generate(*given, ended=ended)
+                    rows += self.decoder.generate(*given, ended=ended, kept=kept)
                     if start + per_call < len(ids):  # others are still to be decoded
                         self._tell_rest(prompts[start : start + per_call], rows[start * n :], n, on_group, told)
-        return self._pack(prompts, ids, rows, n)
+        return replace(self._pack(prompts, ids, rows, n), kept=kept)
 
     def _by_group(
         self, prompts: list[list[Message]], n: int, on_group: Callable[[list[Conversation]], None], told: set[int]
@@ -166,7 +173,7 @@ class RolloutEngine:
         drawn: list[Tensor] = []  # log-probabilities, one tensor (b,) per position
 
         def pick(_: Tensor, logits: Tensor) -> Tensor:
-            token, logprob = draw(logits, sampling, uniforms[:, len(drawn)])
+            token, logprob, _ = draw(logits, sampling, uniforms[:, len(drawn)])
             drawn.append(logprob)
             return torch.full_like(logits, float("-inf")).scatter_(1, token[:, None], 0.0)
 

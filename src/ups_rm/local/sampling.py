@@ -28,8 +28,9 @@ class Sampling:
         return torch.rand(rows, length, generator=torch.Generator().manual_seed(self.seed))
 
 
-def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability under the tempered, untruncated distribution.
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row, its log-probability under the tempered, untruncated distribution, and that distribution's
+    norm, log sum exp(logits / temperature). Each (b,).
 
     Args:
         logits: (b, V); may be changed in place.
@@ -38,20 +39,21 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, T
     truncated = 0 < sampling.top_k < logits.shape[1] or sampling.top_p < 1
     native = usable(logits) if sampling.temperature > 0 and not truncated else None
     if native is not None:
-        token, logprob = native.draw(logits.contiguous(), uniform.contiguous(), sampling.temperature)
-        return token, logprob
+        token, logprob, norm = native.draw(logits.contiguous(), uniform.contiguous(), sampling.temperature)
+        return token, logprob, norm
     logits = logits.float()
     if sampling.temperature == 0:
-        token = logits.argmax(dim=-1)
-        return token, logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+        token, norm = logits.argmax(dim=-1), logits.logsumexp(dim=-1)
+        return token, logits.gather(1, token[:, None]).squeeze(1) - norm, norm
     if sampling.temperature != 1:
         logits /= sampling.temperature
     greatest = logits.amax(dim=-1, keepdim=True)
     if not truncated:
         weights = (logits - greatest).exp_()  # (b, V): exp once, for the draw and for the log-probability
         token, total = invert_cdf(weights, uniform)
-        return token, (logits.gather(1, token[:, None]) - greatest).squeeze(1) - total.log()
-    logsumexp = logits.logsumexp(dim=-1)
+        below = (logits.gather(1, token[:, None]) - greatest).squeeze(1)
+        return token, below - total.log(), greatest.squeeze(1) + total.log()
+    norm = logits.logsumexp(dim=-1)
     kept = logits
     if 0 < sampling.top_k < logits.shape[1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -62,7 +64,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, T
         outside = probs.cumsum(dim=-1) - probs >= sampling.top_p  # the token that crosses top_p stays
         kept = torch.full_like(kept, float("-inf")).scatter_(1, order, ordered.masked_fill(outside, float("-inf")))
     token, _ = invert_cdf((kept - greatest).exp_(), uniform)
-    return token, logits.gather(1, token[:, None]).squeeze(1) - logsumexp
+    return token, logits.gather(1, token[:, None]).squeeze(1) - norm, norm
 
 
 def invert_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,11 +27,25 @@ class SelectedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
-        """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,), fp32 or wider."""
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,), fp32 or wider. `known`: logprobs and norms, see
+        `selected`, which are not computed then."""
+        ctx.frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        ctx.temperature, ctx.chunk = temperature, chunk
+        if known is not None and not ctx.frozen:
+            logprobs, norms = known
+            ctx.save_for_backward(hidden, weight, targets, norms)
+            return logprobs
         wide = torch.promote_types(weight.dtype, torch.float32)
         logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-        ctx.frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         d_logprobs = torch.empty_like(hidden) if ctx.frozen else None
         ones = torch.full_like(logprobs, 1 / temperature)
         for start in range(0, len(hidden), chunk):
@@ -45,14 +59,13 @@ class SelectedLogprobs(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, targets, norms)
         else:
             ctx.save_for_backward(d_logprobs)
-        ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         if ctx.frozen:
             (d_logprobs,) = ctx.saved_tensors
-            return (d_logprobs * grad[:, None]).to(d_logprobs.dtype), None, None, None, None
+            return (d_logprobs * grad[:, None]).to(d_logprobs.dtype), None, None, None, None, None
         hidden, weight, targets, norms = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=norms.dtype)
         d_weight = torch.empty_like(weight)
@@ -65,7 +78,7 @@ class SelectedLogprobs(torch.autograd.Function):
             to_gradient(logits, targets, norms, slopes, ctx.temperature, first)
             d_hidden += logits @ block
             torch.mm(logits.t(), hidden, out=d_weight[first : first + columns])
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
 
 
 def selected(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

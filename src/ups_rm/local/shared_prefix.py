@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ups_rm.layers.decoder import DecoderLayers, is_known
 from ups_rm.layers.grid import Grid
+from ups_rm.local.kept_forward import KeptForward
 from ups_rm.local.selected_logprobs import LOGITS_AT_ONCE, ROWS_IN_FP32, SelectedLogprobs
 
 
@@ -46,6 +47,7 @@ class SharedPrefixForward:
         response_mask: Tensor,
         group: Tensor,
         temperature: float,
+        kept: KeptForward | None = None,
     ) -> Tensor:
         """Log-probability of each response token.
 
@@ -53,24 +55,30 @@ class SharedPrefixForward:
             prompts, prompt_mask: one row per distinct prompt, left-padded. Shape (G, T).
             responses, response_mask: right-padded. Shape (b, R).
             group: the prompt row that each reply answers. Shape (b,).
+            kept: of the rollout that these prompts and replies come from, in the same order: what products gave is
+                taken from there, and it is empty afterwards.
 
         Returns:
             logprobs (b, R) fp32, 0 at padding.
         """
         device, keep = prompts.device, response_mask.bool()
         read = keep[:, 1:]  # (b, R - 1): the last token of a reply predicts nothing, so it is not read
-        grid = Grid(torch.cat([prompt_mask.flatten().bool(), read.flatten()]))
+        real = torch.cat([prompt_mask.flatten().bool(), read.flatten()])
+        grid = Grid(real, None if kept is None else kept.cells(prompts.shape[1], read.shape[1]).to(device))
         ids = torch.cat([prompts.flatten(), responses[:, :-1].flatten()])
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
         reply_positions = prompt_mask.sum(1)[group, None] + torch.arange(read.shape[1], device=device)
         positions = torch.cat([prompt_positions.flatten(), reply_positions.flatten()])
         attend = self._attention(prompt_mask.bool(), read, group, grid)
-        x = self.layers(ids[grid.cells], positions[grid.cells], attend)  # (N, H)
+        known = None if kept is None else kept.take
+        x = self.layers(ids[grid.cells], positions[grid.cells], attend, known)  # (N, H)
         of_prompts, of_replies = grid.tokens.split([prompts.numel(), read.numel()])
         last = of_prompts.view(prompts.shape)[:, -1]  # left padding: the last column is real
         before = torch.cat([last[group, None], of_replies.view(read.shape)], dim=1)  # what predicts response token r
         hidden = self.layers.norm(x.index_select(0, before[keep]))
-        flat = SelectedLogprobs.apply(hidden, self.causal.lm_head.weight, responses[keep], temperature, self.chunk)
+        drawn = None if kept is None else kept.at(keep, temperature)
+        weight = self.causal.lm_head.weight
+        flat = SelectedLogprobs.apply(hidden, weight, responses[keep], temperature, self.chunk, drawn)
         return torch.zeros(keep.shape, dtype=torch.float32, device=device).masked_scatter(keep, flat)
 
     def _attention(self, seen: Tensor, read: Tensor, group: Tensor, grid: Grid) -> SharedAttention:

@@ -121,9 +121,10 @@ class Trainer:
         judged = self._judged_rollout(prompts, number, clock)  # B replies with their scores
         sequences, mask = judged.rollout.sequences, judged.rollout.sequences.response_mask
         old_logprobs = ref_logprobs = forward = None
-        if algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
+        once = self.actor.runs_once(len(prompts))
+        if once or algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
             with clock("old_log_prob"):
-                old_logprobs, forward = self.actor.old_logprobs(sequences)
+                old_logprobs, forward = self.actor.old_logprobs(sequences, judged.rollout.kept)
                 check_finite("the policy's log-probabilities", old_logprobs, mask)
         if self.reference is not None:
             with clock("ref"), self.reference.as_reference():
@@ -315,6 +316,7 @@ class Trainer:
             max_new_tokens=self.recipe.data.max_response_length,
             sampling=sampling,
             on_group=on_group,
+            keep=again == 0 and self.actor.runs_once(len(prompts)),
         )
         self.engine.refresh()  # or the copy that decodes would stand beside the activations
         check_finite("the policy's logits in the rollout", rollout.rollout_logprobs, rollout.sequences.response_mask)
@@ -328,6 +330,7 @@ class Trainer:
         """
         trainer, number, counters = self.recipe.trainer, state.step, state.counters
         kept = save_replay(self, problem, prompts, number, self._at_work)
+        self._at_work = None  # with what its rollout keeps
         told = f"step {number}: {problem}" + (f"; its batch: ups-rm replay {kept}" if kept else "")
         counters["skipped_steps"] = counters.get("skipped_steps", 0) + 1
         counters["skipped_in_a_row"] = counters.get("skipped_in_a_row", 0) + 1

@@ -197,8 +197,8 @@ void silu_mul_backward_all(const scalar* grad, const scalar* gate, const scalar*
 // One token per row by inversion of the CDF, sums of CHUNK tokens searched first; see sampling.py.
 constexpr int64_t CHUNK = 256;
 template <typename scalar>
-void draw_rows(const scalar* logits, const float* uniform, int64_t* tokens, float* logprobs, int64_t rows, int64_t size,
-               float inverse_temperature) {
+void draw_rows(const scalar* logits, const float* uniform, int64_t* tokens, float* logprobs, float* norms, int64_t rows,
+               int64_t size, float inverse_temperature) {
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     const int64_t chunks = (size + CHUNK - 1) / CHUNK;
     std::vector<float> sums(chunks), wide(CHUNK);
@@ -234,6 +234,7 @@ void draw_rows(const scalar* logits, const float* uniform, int64_t* tokens, floa
       for (; token < last && before + wide[token] <= target; token++) before += wide[token];
       tokens[row] = chunk * CHUNK + token;
       logprobs[row] = (widen(from[tokens[row]]) - greatest) * inverse_temperature - std::log(total);
+      norms[row] = greatest * inverse_temperature + std::log(total);
     }
   });
 }
@@ -556,18 +557,21 @@ void logits_to_gradient(const at::Tensor& logits, const at::Tensor& targets, con
   });
 }
 
-// logits (b, V), uniform (b,) fp32 -> (token (b,), log-probability (b,) fp32) at that temperature
-std::tuple<at::Tensor, at::Tensor> draw(const at::Tensor& logits, const at::Tensor& uniform, double temperature) {
+// logits (b, V), uniform (b,) fp32 -> (token (b,), log-probability and norm (b,) fp32) at that temperature
+std::tuple<at::Tensor, at::Tensor, at::Tensor> draw(const at::Tensor& logits, const at::Tensor& uniform,
+                                                    double temperature) {
   check(logits, logits.scalar_type(), "logits");
   check(uniform, at::kFloat, "uniform");
   TORCH_CHECK(uniform.numel() == logits.size(0), "sizes do not fit");
   at::Tensor tokens = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
   at::Tensor logprobs = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+  at::Tensor norms = at::empty_like(logprobs);
   dispatch(logits.scalar_type(), [&](auto zero) {
     draw_rows(in<decltype(zero)>(logits), uniform.const_data_ptr<float>(), tokens.data_ptr<int64_t>(),
-              logprobs.data_ptr<float>(), logits.size(0), logits.size(1), float(1 / temperature));
+              logprobs.data_ptr<float>(), norms.data_ptr<float>(), logits.size(0), logits.size(1),
+              float(1 / temperature));
   });
-  return {tokens, logprobs};
+  return {tokens, logprobs, norms};
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {

@@ -1,0 +1,193 @@
+"""The training forward that goes on from what decoding computed, against the forward that computes it all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shared_prefix import assert_gradients_close, by_row, gradients, naive_loss
+from torch import Tensor
+
+from tiny import qwen_tokenizer
+from tiny_training import FAST, causal_lm, policy_of
+from ups_rm.layers import elementwise, linear, native
+from ups_rm.local.decode import FastDecoder
+from ups_rm.local.kept_forward import KeptForward
+from ups_rm.local.policy import Policy
+from ups_rm.local.rollout import Rollout, RolloutEngine
+from ups_rm.local.sampling import Sampling
+from ups_rm.types import Message
+
+CHATS = [
+    [Message(role="user", content=text)]
+    for text in ("bake", "Tell me about the sun and the moon", "I can't help with that", "piano")
+]
+TEMPERATURE = 0.8
+
+
+def model_of(architecture: str) -> Any:
+    """A model whose every fifth token ends a reply: they end at different lengths."""
+    model = causal_lm(architecture, vocab_size=len(qwen_tokenizer()))
+    model.generation_config.eos_token_id = list(range(2, len(qwen_tokenizer()), 5))
+    return model
+
+
+def rollout_of(policy: Policy, *, length: int = 12, n: int = 3, seed: int = 5, temperature: float = 2.0) -> Rollout:
+    sampling = Sampling(temperature, seed=seed)
+    return RolloutEngine(policy).generate(CHATS, n=n, max_new_tokens=length, sampling=sampling, keep=True)
+
+
+def logprobs_of(policy: Policy, rollout: Rollout, kept: KeptForward | None) -> Tensor:
+    return policy.response_logprobs(rollout.sequences, TEMPERATURE, kept=kept)[0]
+
+
+def test_the_last_tokens_of_replies_are_drawn_but_not_read() -> None:
+    policy = policy_of(model_of("llama"))
+    rollout = rollout_of(policy)
+    assert rollout.kept is not None
+    sequences = rollout.sequences
+    prompts, prompt_mask, _ = sequences.unique_prompts()
+    cells = rollout.kept.cells(prompts.shape[1], sequences.responses.shape[1] - 1)
+    assert cells.unique().numel() == len(cells) == int(prompt_mask.sum()) + int(sequences.response_mask[:, 1:].sum())
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(native, "kernels", lambda: None)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("temperature", [TEMPERATURE, 2.0], ids=["one temperature", "drawn at another"])
+@pytest.mark.parametrize("architecture", FAST)
+def test_logprobs_and_every_gradient_equal_the_plain_forward(
+    architecture: str, temperature: float, kernels: bool
+) -> None:
+    plain, model = model_of(architecture), model_of(architecture)
+    policy = policy_of(model)
+    rollout = rollout_of(policy, temperature=temperature)
+    lengths = rollout.sequences.response_mask.sum(1).tolist()
+    assert len(set(lengths)) > 2, "replies should end at different lengths"
+    expected = by_row(plain, rollout.sequences)
+    naive_loss(expected, rollout.sequences).backward()
+    assert rollout.kept is not None
+    found = logprobs_of(policy, rollout, rollout.kept)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    naive_loss(found, rollout.sequences).backward()
+    assert_gradients_close(gradients(model), gradients(plain), trained=len(list(plain.parameters())))
+
+
+def test_no_product_of_a_layer_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(model_of("qwen3 wide heads"))
+    rollout = rollout_of(policy)
+    calls: list[int] = []
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(1)
+        return torch.nn.functional.linear(*given)
+
+    for module in (linear, elementwise):
+        monkeypatch.setattr(module, "product", counted)
+    logprobs_of(policy, rollout, None)
+    assert len(calls) == 7 * 2  # of two layers: the count sees them
+    calls.clear()
+    logprobs_of(policy, rollout, rollout.kept)
+    assert calls == []
+
+
+def test_what_is_kept_is_given_out_of_hand() -> None:
+    policy = policy_of(model_of("llama"))
+    rollout = rollout_of(policy)
+    assert rollout.kept is not None
+    assert all(rollout.kept.layers)
+    logprobs_of(policy, rollout, rollout.kept)
+    assert not any(rollout.kept.layers)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 4), length=st.integers(1, 9), seed=st.integers(0, 99), temperature=st.sampled_from([0.0, 1, 4]))
+def test_any_rollout_gives_the_logprobs_of_the_whole_forward(
+    n: int, length: int, seed: int, temperature: float
+) -> None:
+    policy = policy_of(model_of("qwen2 untied"))
+    rollout = rollout_of(policy, length=length, n=n, seed=seed, temperature=temperature)
+    expected = logprobs_of(policy, rollout, None)
+    torch.testing.assert_close(logprobs_of(policy, rollout, rollout.kept), expected, atol=1e-5, rtol=0)
+
+
+def test_replies_are_the_same_with_and_without(kernels: bool) -> None:
+    policy = policy_of(model_of("qwen2 tied"))
+    sampling = Sampling(2.0, seed=3)
+    a, b = (
+        RolloutEngine(policy).generate(CHATS, n=4, max_new_tokens=15, sampling=sampling, keep=keep)
+        for keep in (False, True)
+    )
+    assert a.kept is None
+    assert torch.equal(a.sequences.responses, b.sequences.responses)
+    torch.testing.assert_close(a.rollout_logprobs, b.rollout_logprobs, atol=1e-5, rtol=0)
+
+
+def test_in_bf16_what_is_trained_is_what_was_sampled() -> None:
+    """The whole forward rounds otherwise than decoding does."""
+    policy = policy_of(model_of("llama"))
+    policy.make_masters(torch.bfloat16)
+    engine = RolloutEngine(policy)
+    rollout = engine.generate(CHATS, n=8, max_new_tokens=20, sampling=Sampling(1.0, seed=1), keep=True)
+    mask = rollout.sequences.response_mask.bool()
+
+    def mismatch(kept: KeptForward | None) -> Tensor:
+        logprobs, _ = policy.response_logprobs(rollout.sequences, 1.0, kept=kept)
+        return (logprobs.detach() - rollout.rollout_logprobs)[mask].abs()
+
+    assert float(mismatch(None).max()) > 1e-3
+    assert float(mismatch(rollout.kept).max()) == 0
+
+
+def _checkpointed(model: Any) -> Any:
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def _hooked(model: Any) -> Any:
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _adapted(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def _mixed(model: Any) -> Any:
+    model.model.layers[0].self_attn.o_proj.to(torch.float64)
+    return model
+
+
+@pytest.mark.parametrize("change", [_checkpointed, _hooked, _adapted, _mixed])
+def test_nothing_is_kept_where_the_training_forward_computes_otherwise(change: Callable[[Any], Any]) -> None:
+    decoder = FastDecoder.of(change(model_of("llama")))
+    assert decoder is not None
+    assert decoder.kept_forward() is None
+
+
+def test_nothing_is_kept_of_a_rollout_in_parts_or_by_generate() -> None:
+    def kept(policy: Policy, most: int) -> KeptForward | None:
+        engine = RolloutEngine(policy, max_num_seqs=most)
+        return engine.generate(CHATS, n=2, max_new_tokens=3, sampling=Sampling(seed=1), keep=True).kept
+
+    assert kept(policy_of(model_of("llama")), 8) is not None
+    assert kept(policy_of(model_of("llama")), 7) is None
+    assert kept(policy_of(model_of("gpt2")), 8) is None
+
+
+def test_other_sequences_than_the_rollouts_are_refused() -> None:
+    policy = policy_of(model_of("llama"))
+    rollout = rollout_of(policy)
+    rollout.sequences.response_mask[0, 1:] = 0
+    with pytest.raises(ValueError, match="are not the"):
+        logprobs_of(policy, rollout, rollout.kept)
