@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -213,10 +214,10 @@ def test_max_num_seqs_only_changes_what_decodes_at_the_same_time(architecture: s
         inner = engine.decoder.generate if engine.decoder is not None else engine._generate_plain
 
         def counted(
-            prompts: list[list[int]], n: int, *rest: object, inner=inner, decoded=decoded, **more: object
-        ) -> Rows:  # type: ignore[no-untyped-def]
-            decoded.append(len(prompts) * n)
-            return inner(prompts, n, *rest, **more)  # type: ignore[no-any-return]
+            prompts: list[list[int]], n: int, *rest: Any, inner: Any = inner, seen: Any = decoded, **more: Any
+        ) -> Any:
+            seen.append(len(prompts) * n)
+            return inner(prompts, n, *rest, **more)
 
         if engine.decoder is not None:
             engine.decoder.generate = counted  # type: ignore[method-assign]

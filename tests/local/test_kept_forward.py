@@ -109,12 +109,10 @@ def test_what_is_kept_is_given_out_of_hand() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 4), length=st.integers(1, 9), seed=st.integers(0, 99), temperature=st.sampled_from([0.0, 1, 4]))
-def test_any_rollout_gives_the_logprobs_of_the_whole_forward(
-    n: int, length: int, seed: int, temperature: float
-) -> None:
+@given(n=st.integers(1, 4), length=st.integers(1, 9), seed=st.integers(0, 99), heat=st.sampled_from([0.0, 1.0, 4]))
+def test_any_rollout_gives_the_logprobs_of_the_whole_forward(n: int, length: int, seed: int, heat: float) -> None:
     policy = policy_of(model_of("qwen2 untied"))
-    rollout = rollout_of(policy, length=length, n=n, seed=seed, temperature=temperature)
+    rollout = rollout_of(policy, length=length, n=n, seed=seed, temperature=heat)
     expected = logprobs_of(policy, rollout, None)
     torch.testing.assert_close(logprobs_of(policy, rollout, rollout.kept), expected, atol=1e-5, rtol=0)
 

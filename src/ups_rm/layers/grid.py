@@ -12,23 +12,31 @@ class Grid:
     """C cells of padded rows, N of which hold a token: linear layers run over the N, attention over the C.
 
     Args:
-        real: which cells hold a token, in any shape of C cells.
-        order: those cells in another order than their own, which the tokens then have. Shape (N,).
-
-    Raises:
-        ValueError: `order` is not that.
+        cells: the cell of each token, those of all tokens distinct. Shape (N,).
+        count: of cells, C.
     """
 
-    def __init__(self, real: Tensor, order: Tensor | None = None) -> None:
-        flat = real.flatten()
-        self.cells = flat.nonzero().squeeze(1)  # (N,)
-        if order is not None:
-            if not torch.equal(order.sort().values, self.cells):
-                raise ValueError(f"the {len(order)} cells of `order` are not the {len(self.cells)} that hold a token")
-            self.cells = order
-        self.full = order is None and len(self.cells) == len(flat)
-        self.tokens = torch.zeros(len(flat), dtype=torch.long, device=flat.device)  # (C,): of each cell, at padding any
-        self.tokens[self.cells] = torch.arange(len(self.cells), device=flat.device)
+    def __init__(self, cells: Tensor, count: int) -> None:
+        self.cells = cells
+        self.tokens = torch.zeros(count, dtype=torch.long, device=cells.device)  # (C,): of each cell, at padding any
+        self.tokens[cells] = torch.arange(len(cells), device=cells.device)
+        self.full = False
+
+    @classmethod
+    def of(cls, real: Tensor, order: Tensor | None = None) -> Grid:
+        """The cells that are `real`, in any shape of C cells, one after the other or in the `order` given (N,).
+
+        Raises:
+            ValueError: `order` does not hold those cells.
+        """
+        cells = real.flatten().nonzero().squeeze(1)
+        if order is None:
+            grid = cls(cells, real.numel())
+            grid.full = len(cells) == real.numel()
+            return grid
+        if not torch.equal(order.sort().values, cells):
+            raise ValueError(f"the {len(order)} cells of `order` are not the {len(cells)} that hold a token")
+        return cls(order, real.numel())
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (C, ...), 0 at padding: not a neighbour's token, which may be NaN and would get through masks."""

@@ -150,7 +150,8 @@ class FastDecoder:
         tokens only, attention right-padded rows."""
         device, count, width = self.embed.device, len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(row) for row in prompts], device=device)
-        grid = Grid(torch.arange(width, device=device) < lengths[:, None])
+        cells = [torch.arange(i * width, i * width + len(row), device=device) for i, row in enumerate(prompts)]
+        grid = Grid(torch.cat(cells), count * width)
         x = F.embedding(torch.tensor([token for row in prompts for token in row], device=device), self.embed)  # (N, H)
         cos, sin = self._rope(grid.cells % width)
         shape = (len(self.layers), count, self.kv_heads, width, self.head_dim)
@@ -206,9 +207,9 @@ class FastDecoder:
             kept.begin([len(row) for row in prompts], batch * (max_new_tokens - 1))
         last, lengths, cache = self._prefill(prompts, n, max_new_tokens, kept)
         hidden, lengths = last.repeat_interleave(n, 0), lengths.repeat_interleave(n)
-        step: Callable[[Tensor, Tensor, int], Tensor] = partial(self._decode, cache, kept)
+        step: Callable[[Tensor, Tensor, int], Tensor] = partial(self._decode, cache, kept=kept)
         if self.record is not None:
-            step = GraphedSteps(partial(self._decode, cache, None), cache, self.record)
+            step = GraphedSteps(partial(self._decode, cache), cache, self.record)
         end = torch.tensor(eos_ids, device=device)
         uniforms = uniforms.to(device)
         out = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
@@ -236,7 +237,7 @@ class FastDecoder:
         return [(out[i, :k], logprobs[i, :k]) for i, k in enumerate(count.tolist())]
 
     def _decode(
-        self, cache: GroupCache, kept: KeptForward | None, token: Tensor, position: Tensor, t: int | Tensor
+        self, cache: GroupCache, token: Tensor, position: Tensor, t: int | Tensor, kept: KeptForward | None = None
     ) -> Tensor:
         """Reply token t of every live row, at these positions; returns the last hidden state (b, H)."""
         x = F.embedding(token, self.embed)  # (b, H)

@@ -87,6 +87,7 @@ class KeptForward:
     def cells(self, width: int, length: int) -> Tensor:
         """Where each token stands in the cells of left-padded prompts (P, width) and, behind them, replies
         (B, length). Shape (N,)."""
-        prompts = [torch.arange((p + 1) * width - size, (p + 1) * width) for p, size in enumerate(self.prompts)]
-        behind = len(self.prompts) * width
-        return torch.cat([*prompts, *(behind + rows.cpu() * length + t for t, rows in enumerate(self.rows))])
+        prompts = [range((p + 1) * width - size, (p + 1) * width) for p, size in enumerate(self.prompts)]
+        first, device = len(self.prompts) * width, self.layers[0][0].device
+        of_prompts = torch.tensor([cell for prompt in prompts for cell in prompt], device=device)
+        return torch.cat([of_prompts, *(first + rows * length + t for t, rows in enumerate(self.rows))])

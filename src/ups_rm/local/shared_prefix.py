@@ -64,7 +64,7 @@ class SharedPrefixForward:
         device, keep = prompts.device, response_mask.bool()
         read = keep[:, 1:]  # (b, R - 1): the last token of a reply predicts nothing, so it is not read
         real = torch.cat([prompt_mask.flatten().bool(), read.flatten()])
-        grid = Grid(real, None if kept is None else kept.cells(prompts.shape[1], read.shape[1]).to(device))
+        grid = Grid.of(real, None if kept is None else kept.cells(prompts.shape[1], read.shape[1]))
         ids = torch.cat([prompts.flatten(), responses[:, :-1].flatten()])
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
         reply_positions = prompt_mask.sum(1)[group, None] + torch.arange(read.shape[1], device=device)

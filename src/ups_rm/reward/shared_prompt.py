@@ -134,7 +134,7 @@ def pooled_rows(
     own_part = part[:, :, None] == part[:, None, :]  # padding sees padding, so that no query sees nothing
     order = torch.arange(width, device=device)
     seen = (own_part | (part == 0)[:, None, :]) & (order[:, None] >= order)  # (B, W, W)
-    grid, layers = Grid(part >= 0), DecoderLayers(backbone)
+    grid, layers = Grid.of(part >= 0), DecoderLayers(backbone)
     mask = layers.additive(seen, backbone.layers[0].mlp.gate_proj.weight.dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
