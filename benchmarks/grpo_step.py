@@ -317,7 +317,7 @@ def _floor(case: Case, reply_tokens: float) -> float:
     head = model.get_output_embeddings().weight.numel()
     return step_floor(
         case.prompts * statistics.mean(lengths), reply_tokens, case.new_tokens,
-        body=model.num_parameters() - head, head=head, lora=case.lora_rank > 0,
+        body=model.num_parameters() - head, head=head,
     )  # fmt: skip
 
 

@@ -49,19 +49,19 @@ def bandwidth() -> float:
 
 
 def step_floor(
-    prompt_tokens: float, reply_tokens: float, new_tokens: int, *, body: int, head: int, lora: bool = False
+    prompt_tokens: float, reply_tokens: float, new_tokens: int, *, body: int, head: int
 ) -> float:
     """Seconds that a GRPO step takes if all its products run at `flops` and weights are read at `bandwidth`.
 
-    Each prompt is computed once: for decoding, by the policy, by the reference and backward (two products a layer, one
-    where the weights are frozen). Decoding reads the weights once per token position.
+    Each prompt is computed once: by the policy while it decodes, by the reference and backward (two products a layer).
+    With LoRA the policy reads all again, as its adapters are not rounded into the weights then, and backward has one
+    product a layer. Decoding reads the weights once per token position.
 
     Args:
         body: parameters of the layers. head: of the output embedding.
     """
     dtype, size = ("bfloat16", 2) if computes_in_bf16() else ("float32", 4)
     rate, tokens = flops(dtype), prompt_tokens + reply_tokens
-    passes = 3 if lora else 4
-    compute = 2 * passes * (body * tokens + head * reply_tokens) + 2 * body * prompt_tokens
+    compute = 2 * 3 * (body * tokens + head * reply_tokens) + 2 * body * prompt_tokens
     decode = max(2 * (body + head) * reply_tokens / rate, new_tokens * size * (body + head) / bandwidth())
     return compute / rate + decode

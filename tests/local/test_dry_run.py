@@ -10,9 +10,11 @@ from transformers import AutoConfig, GPT2Config
 
 from tiny_training import prefers, tiny_recipe
 from ups_rm.layers.decoder import DecoderLayers
-from ups_rm.local.dry_run import ACTIVATIONS, MemoryEstimate, estimate_memory, print_dry_run, prompts_at_once
+from ups_rm.local.decode import FastDecoder
+from ups_rm.local.dry_run import ACTIVATIONS, KEPT, MemoryEstimate, estimate_memory, print_dry_run, prompts_at_once
 from ups_rm.local.group_cache import GroupCache
 from ups_rm.local.policy import Policy
+from ups_rm.local.sampling import Sampling
 from ups_rm.local.sequences import Sequences
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import Recipe
@@ -120,6 +122,44 @@ def test_packed_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folde
         packed = decoder.copies(packed=True)  # in oneDNN's layout they have no storage that could be looked at
         held = sum(weight.numel() * weight.element_size() for weight in packed)
         assert estimate(recipe).parts["packed rollout weights"] == held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_rollout_keeps_is_counted_exactly(tmp_path: Path, policy_folder: Path, dtype: str) -> None:
+    recipe = tiny_recipe(
+        tmp_path, policy_folder, f"{DTYPE}{dtype}", "data.max_prompt_length=40", "data.max_response_length=12",
+        "data.train_batch_size=2", "actor_rollout_ref.rollout.n=4",
+    )  # fmt: skip
+    decoder = FastDecoder.of(Policy.load(recipe).model)
+    assert decoder is not None
+    kept = decoder.kept_forward()
+    sampling = Sampling(seed=1)
+    decoder.generate([[5] * 40, [6] * 40], 4, 12, [], sampling, sampling.uniforms(8, 12), kept=kept)
+    assert kept is not None
+    assert kept.filled + kept.run == kept.room == 2 * 40 + 8 * 11
+    assert estimate(recipe).parts[KEPT] == size([part for layer in kept.layers for part in layer]) > 0
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4", "actor_rollout_ref.actor.ppo_epochs=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=1", "actor_rollout_ref.actor.entropy_coeff=0.1",
+        "actor_rollout_ref.rollout.max_num_seqs=7", f"{MODEL}lora_rank=2", f"{MODEL}enable_gradient_checkpointing=true",
+    ],
+)  # fmt: skip
+def test_nothing_is_kept_where_the_trainer_would_not(tmp_path: Path, policy_folder: Path, override: str) -> None:
+    recipe = tiny_recipe(
+        tmp_path, policy_folder, "data.train_batch_size=2", "actor_rollout_ref.rollout.n=4",
+        "trainer.total_training_steps=1", override,
+    )  # fmt: skip
+    trainer = Trainer(recipe, prefers("e"))
+    seen: list[object] = []
+    generate = trainer.engine.generate
+    trainer.engine.generate = lambda *a, **k: seen.append(out := generate(*a, **k)) or out  # type: ignore[method-assign]
+    trainer.fit()
+    assert [rollout.kept for rollout in seen] == [None]
+    assert estimate(recipe).parts[KEPT] == 0
 
 
 @pytest.mark.parametrize("scores_at_once", [2**22, 0], ids=["products", "sdpa"])

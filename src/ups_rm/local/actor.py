@@ -38,11 +38,18 @@ def response_logprobs(policy: Policy, sequences: Sequences, *, micro_batch_size:
     return out
 
 
+def runs_once(recipe: Recipe, batch_prompts: int) -> bool:
+    """One micro batch of one optimizer step takes the whole rollout: the policy runs forward once."""
+    actor, replies = recipe.actor_rollout_ref.actor, batch_prompts * recipe.actor_rollout_ref.rollout.n
+    one_step = actor.ppo_epochs == 1 and batch_prompts <= actor.ppo_mini_batch_size
+    return one_step and replies <= actor.ppo_micro_batch_size_per_gpu and actor.entropy_coeff == 0
+
+
 class Actor:
     """The policy with its optimizer and schedule."""
 
     def __init__(self, policy: Policy, recipe: Recipe, total_steps: int) -> None:
-        self.policy = policy
+        self.policy, self.recipe = policy, recipe
         names = {id(parameter): name for name, parameter in policy.model.named_parameters()}
         self.names = [names[id(parameter)] for parameter, _ in policy.masters]
         self.settings: ActorSettings = recipe.actor_rollout_ref.actor
@@ -81,18 +88,13 @@ class Actor:
         """The rollout serves exactly one optimizer step, so its old log-probabilities are the training forward's."""
         return self.settings.ppo_epochs == 1 and batch_prompts <= self.settings.ppo_mini_batch_size
 
-    def runs_once(self, batch_prompts: int) -> bool:
-        """One micro batch of one optimizer step takes the whole rollout: the policy runs forward once."""
-        whole = batch_prompts * self.n <= self.settings.ppo_micro_batch_size_per_gpu
-        return self.on_policy(batch_prompts) and whole and self.settings.entropy_coeff == 0
-
     def old_logprobs(self, sequences: Sequences, kept: KeptForward | None = None) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities before the update (B, R); the second time with their graph, where `update` can use it.
 
         Args:
-            kept: of the rollout of these sequences, where the policy `runs_once`.
+            kept: of the rollout of these sequences; only where the policy `runs_once`.
         """
-        if not self.runs_once(len(sequences) // self.n):
+        if not runs_once(self.recipe, len(sequences) // self.n):
             size = self.settings.ppo_micro_batch_size_per_gpu
             return response_logprobs(self.policy, sequences, micro_batch_size=size, temperature=self.temperature), None
         rows = torch.arange(len(sequences), device=self.policy.device)

@@ -14,6 +14,7 @@ from ups_rm.console import console
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
 from ups_rm.layers.decoder import SCORES_AT_ONCE
+from ups_rm.local.actor import runs_once
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.policy import needs_reference, with_lora
 from ups_rm.local.shared_prefix import LOGITS_AT_ONCE, ROWS_IN_FP32, SharedPrefixForward
@@ -24,9 +25,9 @@ from ups_rm.recipe import Recipe, as_list
 GIB = 1024**3
 
 
-PACKED, CACHE = "packed rollout weights", "KV cache of the rollout"
+PACKED, CACHE, KEPT = "packed rollout weights", "KV cache of the rollout", "kept for the training forward"
 GRADIENTS, ACTIVATIONS, LOGITS = "gradients", "activations of a micro batch", "logits"
-OF_ROLLOUT, OF_UPDATE = (PACKED, CACHE), (GRADIENTS, ACTIVATIONS, LOGITS)
+OF_ROLLOUT, OF_UPDATE = (PACKED, CACHE, KEPT), (GRADIENTS, ACTIVATIONS, LOGITS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     """What training holds at the same time, from shapes alone (parameters on the meta device).
 
     Weights: compute dtype (adapters fp32); masters, their gradients and AdamW's two moments: fp32 per trained parameter
-    (the master is the weight itself where compute is fp32). Activations of a micro batch of the longest prompts and
+    (the master is the weight itself where compute is fp32). What a rollout keeps for the training forward
+    (`kept_forward`) are some of the activations, before the update. Activations of a micro batch of the longest prompts and
     replies: what layers keep for backward (`kept_by_a_layer`), plus one chunk of logits (`shared_prefix`). Where
     transformers' own forward runs (other architectures, an entropy bonus), per token about 2*(6 H + 3 I) numbers, and
     all logits.
@@ -94,8 +96,13 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     prompt_rows = rows if decoder is None else math.ceil(rows / rollout.n)
     cached = prompt_rows * recipe.data.max_prompt_length + rows * recipe.data.max_response_length
     cache_width = 4 if on_cpu and decoder is not None else width
-    # layers that are run again keep their input alone, and one at a time what it keeps
     checkpointing = settings.model.enable_gradient_checkpointing
+    whole = runs_once(recipe, recipe.data.train_batch_size) and rows == recipe.data.train_batch_size * rollout.n
+    in_rollout = 0
+    if on_cpu and whole and not checkpointing and decoder is not None and decoder.kept_forward() is not None:
+        read = cached - rows  # the last token of a reply is not
+        in_rollout = layers * read * ((config.num_attention_heads + 2 * kv_heads) * head + 2 * hidden + 2 * inner)
+    # layers that are run again keep their input alone, and one at a time what it keeps
     activations = kept + layers * tokens * hidden if checkpointing else layers * kept
     return MemoryEstimate(
         {
@@ -106,6 +113,7 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
             "reference": frozen if needs_reference(recipe) and not lora else 0,
             PACKED: 0 if decoder is None else _bytes(decoder.copies(packed=on_cpu)),
             CACHE: 2 * layers * cached * kv_heads * head * cache_width,
+            KEPT: in_rollout * width,
             ACTIVATIONS: activations * width,
             LOGITS: logits,
             "reward model": rm_bytes,

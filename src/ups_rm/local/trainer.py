@@ -26,7 +26,7 @@ from ups_rm.device import keep_freed_memory
 from ups_rm.errors import CheckpointError, NumberError, RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL
 from ups_rm.interrupt import interruptible
-from ups_rm.local.actor import Actor, response_logprobs
+from ups_rm.local.actor import Actor, response_logprobs, runs_once
 from ups_rm.local.checkpoint import CheckpointWriter, Provenance, TrainingState
 from ups_rm.local.judged import Judged, judge, judge_again
 from ups_rm.local.policy import Policy, needs_reference
@@ -121,7 +121,7 @@ class Trainer:
         judged = self._judged_rollout(prompts, number, clock)  # B replies with their scores
         sequences, mask = judged.rollout.sequences, judged.rollout.sequences.response_mask
         old_logprobs = ref_logprobs = forward = None
-        once = self.actor.runs_once(len(prompts))
+        once = runs_once(recipe, len(prompts))
         if once or algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
             with clock("old_log_prob"):
                 old_logprobs, forward = self.actor.old_logprobs(sequences, judged.rollout.kept)
@@ -316,7 +316,7 @@ class Trainer:
             max_new_tokens=self.recipe.data.max_response_length,
             sampling=sampling,
             on_group=on_group,
-            keep=again == 0 and self.actor.runs_once(len(prompts)),
+            keep=again == 0 and runs_once(self.recipe, len(prompts)),
         )
         self.engine.refresh()  # or the copy that decodes would stand beside the activations
         check_finite("the policy's logits in the rollout", rollout.rollout_logprobs, rollout.sequences.response_mask)
