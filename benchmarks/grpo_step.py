@@ -93,7 +93,7 @@ def chats(case: Case) -> list[Conversation]:
     lengths = [draw.randint(*case.words) for _ in questions]
     extra = [" ".join(filler[i % len(filler)] for i in range(length)) for length in lengths]
     return [
-        [{"role": "user", "content": f"{more} {question}".strip()}]
+        [{"role": "user", "content": f"{question} {more}".strip()}]  # no more than the template's words begin them all
         for more, question in zip(extra, questions, strict=True)
     ]
 

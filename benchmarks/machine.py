@@ -48,9 +48,7 @@ def bandwidth() -> float:
     return 2.0 * source.numel() * source.element_size() / min(times)
 
 
-def step_floor(
-    prompt_tokens: float, reply_tokens: float, new_tokens: int, *, body: int, head: int
-) -> float:
+def step_floor(prompt_tokens: float, reply_tokens: float, new_tokens: int, *, body: int, head: int) -> float:
     """Seconds that a GRPO step takes if all its products run at `flops` and weights are read at `bandwidth`.
 
     Each prompt is computed once: by the policy while it decodes, by the reference and backward (two products a layer).

@@ -33,7 +33,9 @@ def decode(model: object, prompts: list[list[int]], n: int, length: int, samplin
 
 @pytest.mark.parametrize("architecture", FAST)
 def test_greedy_tokens_equal_generate(architecture: str) -> None:
+    """Some prompts begin alike, one is the beginning of another, two are the same."""
     model, prompts = causal_lm(architecture), random_prompts(7)
+    prompts[1], prompts[2], prompts[3] = prompts[0] + prompts[1], prompts[0] + prompts[2], prompts[4]
     rows = decode(model, prompts, 2, 20, GREEDY, EOS)
     assert len(rows) == 14
     for i, (tokens, logprobs) in enumerate(rows):

@@ -128,7 +128,7 @@ def test_packed_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folde
 def test_what_a_rollout_keeps_is_counted_exactly(tmp_path: Path, policy_folder: Path, dtype: str) -> None:
     recipe = tiny_recipe(
         tmp_path, policy_folder, f"{DTYPE}{dtype}", "data.max_prompt_length=40", "data.max_response_length=12",
-        "data.train_batch_size=2", "actor_rollout_ref.rollout.n=4",
+        "data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4",
     )  # fmt: skip
     decoder = FastDecoder.of(Policy.load(recipe).model)
     assert decoder is not None
@@ -150,8 +150,8 @@ def test_what_a_rollout_keeps_is_counted_exactly(tmp_path: Path, policy_folder: 
 )  # fmt: skip
 def test_nothing_is_kept_where_the_trainer_would_not(tmp_path: Path, policy_folder: Path, override: str) -> None:
     recipe = tiny_recipe(
-        tmp_path, policy_folder, "data.train_batch_size=2", "actor_rollout_ref.rollout.n=4",
-        "trainer.total_training_steps=1", override,
+        tmp_path, policy_folder, "data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.rollout.n=4", "trainer.total_training_steps=1", override,
     )  # fmt: skip
     trainer = Trainer(recipe, prefers("e"))
     seen: list[object] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,32 @@ def test_logprobs_and_every_gradient_equal_the_plain_forward(
         naive_loss(logprobs, sequences).backward()
     assert len(calls) == (2 if checkpointing else 1)
     assert_gradients_close(gradients(model), gradients(plain), trained=len(list(plain.parameters())))
+
+
+@pytest.mark.parametrize("scores", [0, decoder.SCORES_AT_ONCE], ids=["sdpa", "products"])
+@pytest.mark.parametrize("architecture", FAST)
+def test_what_prompts_begin_with_is_computed_once(
+    architecture: str, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a template's system prompt; one prompt is the beginning of another, and two groups have the same one."""
+    monkeypatch.setattr(decoder, "SCORES_AT_ONCE", scores)
+    begin = [7, 8, 9, 10, 11]
+    prompts = {0: [*begin, 5], 1: [*begin, 6, 7], 2: begin, 3: [*begin, 6, 7], 4: [3, *begin]}
+    groups = [0, 1, 1, 2, 3, 4, 2, 0]
+    drawn = random_sequences(LENGTHS, groups)
+    width = 8
+    rows = [[0] * (width - len(prompts[group])) + prompts[group] for group in groups]
+    sequences = replace(drawn, prompts=torch.tensor(rows), prompt_mask=(torch.tensor(rows) > 0).long())
+    plain, model = causal_lm(architecture), causal_lm(architecture)
+    expected = by_row(plain, sequences)
+    naive_loss(expected, sequences).backward()
+    seen: list[int] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
+    found = shared(policy_of(model), sequences)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    naive_loss(found, sequences).backward()
+    assert_gradients_close(gradients(model), gradients(plain), trained=len(list(plain.parameters())))
+    assert seen == [len(begin) + 1 + 2 + 6 + sum(max(0, length - 1) for length in LENGTHS)]
 
 
 def test_all_layers_share_one_mask_where_sdpa_attends(monkeypatch: pytest.MonkeyPatch) -> None:

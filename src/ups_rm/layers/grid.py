@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,40 +10,34 @@ from torch import Tensor
 
 
 class Grid:
-    """C cells of padded rows, N of which hold a token: linear layers run over the N, attention over the C.
+    """C cells of padded rows, N tokens that stand in them: linear layers run over the N, attention over the C.
 
     Args:
-        cells: the cell of each token, those of all tokens distinct. Shape (N,).
+        cells: a cell of each token. Shape (N,).
         count: of cells, C.
+        again: further cells, and the token that stands there too. Shapes (E,) and (E,).
     """
 
-    def __init__(self, cells: Tensor, count: int) -> None:
-        self.cells = cells
+    def __init__(self, cells: Tensor, count: int, again: tuple[Tensor, Tensor] | None = None) -> None:
+        nothing = cells[:0]
+        self.cells, (self.more_cells, self.more_tokens) = cells, again or (nothing, nothing)
         self.tokens = torch.zeros(count, dtype=torch.long, device=cells.device)  # (C,): of each cell, at padding any
         self.tokens[cells] = torch.arange(len(cells), device=cells.device)
+        self.tokens[self.more_cells] = self.more_tokens
         self.full = False
 
     @classmethod
-    def of(cls, real: Tensor, order: Tensor | None = None) -> Grid:
-        """The cells that are `real`, in any shape of C cells, one after the other or in the `order` given (N,).
-
-        Raises:
-            ValueError: `order` does not hold those cells.
-        """
-        cells = real.flatten().nonzero().squeeze(1)
-        if order is None:
-            grid = cls(cells, real.numel())
-            grid.full = len(cells) == real.numel()
-            return grid
-        if not torch.equal(order.sort().values, cells):
-            raise ValueError(f"the {len(order)} cells of `order` are not the {len(cells)} that hold a token")
-        return cls(order, real.numel())
+    def of(cls, real: Tensor) -> Grid:
+        """A token in each cell that is `real`, in any shape of C cells."""
+        grid = cls(real.flatten().nonzero().squeeze(1), real.numel())
+        grid.full = len(grid.cells) == real.numel()
+        return grid
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (C, ...), 0 at padding: not a neighbour's token, which may be NaN and would get through masks."""
         if self.full:
             return x
-        out: Tensor = Pad.apply(x, self.cells, len(self.tokens))
+        out: Tensor = Pad.apply(x, self)
         return out
 
     def pack(self, x: Tensor) -> Tensor:
@@ -53,22 +48,69 @@ class Grid:
         return out
 
 
+@dataclass(frozen=True)
+class Distinct:
+    """Rows of tokens, of which those that follow on the same tokens count as one.
+
+    Attributes:
+        tokens: of each row, the numbers of its tokens, which count from 0 in the order of the rows.
+        ids: of each distinct token.
+    """
+
+    tokens: list[list[int]]
+    ids: list[int]
+
+    @classmethod
+    def of(cls, rows: list[list[int]]) -> Distinct:
+        numbers: dict[tuple[int, int], int] = {}  # of a token after another
+        tokens: list[list[int]] = []
+        for row in rows:
+            tokens.append([])
+            before = -1
+            for token in row:
+                before = numbers.setdefault((before, token), len(numbers))
+                tokens[-1].append(before)
+        return cls(tokens, [token for _, token in numbers])
+
+    def cells(self, starts: list[int], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What `Grid` takes, where row i begins in cell starts[i]."""
+        first: list[int] = []
+        more: list[tuple[int, int]] = []
+        for start, row in zip(starts, self.tokens, strict=True):
+            for cell, token in enumerate(row, start):
+                if token == len(first):
+                    first.append(cell)
+                else:
+                    more.append((cell, token))
+        again = torch.tensor(more, dtype=torch.long, device=device).view(-1, 2)
+        return torch.tensor(first, dtype=torch.long, device=device), (again[:, 0], again[:, 1])
+
+
 class Pad(torch.autograd.Function):
     """A copy of rows and back: autograd's own gradient of an index adds up one row after the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cells: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(cells)
-        return x.new_zeros(count, *x.shape[1:]).index_copy_(0, cells, x)
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        ctx.grid = grid
+        out = x.new_zeros(len(grid.tokens), *x.shape[1:]).index_copy_(0, grid.cells, x)
+        if len(grid.more_cells) > 0:
+            out.index_copy_(0, grid.more_cells, x.index_select(0, grid.more_tokens))
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (cells,) = ctx.saved_tensors
-        return grad.index_select(0, cells), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grid = ctx.grid
+        out = grad.index_select(0, grid.cells)
+        if len(grid.more_cells) > 0:  # sums in fp32 or wider
+            shared, place = grid.more_tokens.unique(return_inverse=True)
+            sums = out.index_select(0, shared).to(torch.promote_types(grad.dtype, torch.float32))
+            sums.index_add_(0, place, grad.index_select(0, grid.more_cells).to(sums.dtype))
+            out.index_copy_(0, shared, sums.to(grad.dtype))
+        return out, None
 
 
 class Pack(torch.autograd.Function):
-    """The way back; the gradient at padding is 0."""
+    """The way back; the gradient at padding is 0, and where a token stands again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cells: Tensor) -> Tensor:

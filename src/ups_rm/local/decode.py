@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ups_rm.layers.decoder import is_known
 from ups_rm.layers.elementwise import rms_norm, silu_mul
-from ups_rm.layers.grid import Grid
+from ups_rm.layers.grid import Distinct, Grid
 from ups_rm.layers.linear import is_plain
 from ups_rm.layers.native import usable
 from ups_rm.layers.projection import Projection
@@ -146,13 +146,16 @@ class FastDecoder:
     def _prefill(
         self, prompts: list[list[int]], n: int, reply_length: int, kept: KeptForward | None = None
     ) -> tuple[Tensor, Tensor, GroupCache]:
-        """Run each prompt once; last hidden (P, H), lengths (P,), and the cache for n replies each. Products see real
-        tokens only, attention right-padded rows."""
+        """Run each prompt once; last hidden (P, H), lengths (P,), and the cache for n replies each. Products see
+        distinct real tokens (N,), attention right-padded rows (P, T)."""
         device, count, width = self.embed.device, len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(row) for row in prompts], device=device)
-        cells = [torch.arange(i * width, i * width + len(row), device=device) for i, row in enumerate(prompts)]
-        grid = Grid(torch.cat(cells), count * width)
-        x = F.embedding(torch.tensor([token for row in prompts for token in row], device=device), self.embed)  # (N, H)
+        distinct = Distinct.of(prompts)
+        cells, again = distinct.cells([i * width for i in range(count)], device)
+        grid = Grid(cells, count * width, again)
+        if kept is not None:
+            kept.begin(len(distinct.ids), count * n * (reply_length - 1))
+        x = F.embedding(torch.tensor(distinct.ids, device=device), self.embed)  # (N, H)
         cos, sin = self._rope(grid.cells % width)
         shape = (len(self.layers), count, self.kv_heads, width, self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=device)
@@ -169,7 +172,7 @@ class FastDecoder:
 
         for i in range(len(self.layers)):
             x = self._layer(i, x, attend, kept)
-        last = x[lengths.cumsum(0) - 1]
+        last = x[grid.tokens.view(count, width)[torch.arange(count, device=device), lengths - 1]]
         sizes = {"columns": n, "reply_length": reply_length, "heads": self.heads}
         if self.record is not None:
             return last, lengths, StaticCache(keys, values, lengths, **sizes)
@@ -203,8 +206,6 @@ class FastDecoder:
         if not self.layers:
             self.refresh()
         device, batch = self.embed.device, len(prompts) * n
-        if kept is not None:
-            kept.begin([len(row) for row in prompts], batch * (max_new_tokens - 1))
         last, lengths, cache = self._prefill(prompts, n, max_new_tokens, kept)
         hidden, lengths = last.repeat_interleave(n, 0), lengths.repeat_interleave(n)
         step: Callable[[Tensor, Tensor, int], Tensor] = partial(self._decode, cache, kept=kept)

@@ -47,11 +47,10 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     """What training holds at the same time, from shapes alone (parameters on the meta device).
 
     Weights: compute dtype (adapters fp32); masters, their gradients and AdamW's two moments: fp32 per trained parameter
-    (the master is the weight itself where compute is fp32). What a rollout keeps for the training forward
-    (`kept_forward`) are some of the activations, before the update. Activations of a micro batch of the longest prompts and
-    replies: what layers keep for backward (`kept_by_a_layer`), plus one chunk of logits (`shared_prefix`). Where
-    transformers' own forward runs (other architectures, an entropy bonus), per token about 2*(6 H + 3 I) numbers, and
-    all logits.
+    (the master is the weight itself where compute is fp32). What a rollout keeps (`kept_forward`) becomes activations
+    of the update. These, of a micro batch of the longest prompts and replies: what layers keep for backward
+    (`kept_by_a_layer`), plus one chunk of logits (`shared_prefix`). Where transformers' own forward runs (other
+    architectures, an entropy bonus), per token about 2*(6 H + 3 I) numbers, and all logits.
 
     Args:
         config: the policy's transformers config. rm_bytes: size of the RM's weight files.

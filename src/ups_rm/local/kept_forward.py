@@ -33,8 +33,8 @@ class Drawn:
 class KeptForward:
     """Empty at first; `FastDecoder.generate` fills it and `SharedPrefixForward` takes it out, layer by layer.
 
-    Tokens stand in the order in which they were computed: the prompts', then position by position those of the replies
-    that went on. Letters: N tokens, P prompts, b replies that go on.
+    Tokens stand in the order in which they were computed: the prompts' distinct ones, then position by position those
+    of the replies that went on. Letters: N tokens, b replies that go on.
 
     Args:
         sizes: widths of queries, keys and values.
@@ -42,18 +42,17 @@ class KeptForward:
 
     def __init__(self, sizes: tuple[int, int, int]) -> None:
         self.sizes = sizes
-        self.prompts: list[int] = []
-        """Their lengths."""
         self.rows: list[Tensor] = []
         """Per reply position: the replies whose token there was read, each (b,)."""
         self.layers: list[tuple[Tensor, ...]] = []
         """Room for queries, keys and values side by side, and for the rest of `KnownLayer`, each (room, ...)."""
-        self.room = self.filled = self.run = 0
+        self.room = self.filled = self.run = self.of_prompts = 0
         self.drawn: Drawn | None = None
 
-    def begin(self, prompts: list[int], reply_tokens: int) -> None:
-        """Prompts of these lengths are read now, and after them at most so many tokens of replies."""
-        self.prompts, self.room, self.run = prompts, sum(prompts) + reply_tokens, sum(prompts)
+    def begin(self, of_prompts: int, of_replies: int) -> None:
+        """So many tokens of prompts are read now, and after them at most so many of replies."""
+        self.of_prompts = self.run = of_prompts
+        self.room = of_prompts + of_replies
 
     def go_on(self, rows: Tensor) -> None:
         """The next token of each of these replies is read now. Shape (b,)."""
@@ -84,10 +83,16 @@ class KeptForward:
         length = keep.shape[1]
         return self.drawn.logprobs[:, :length][keep], self.drawn.norms[:, :length][keep]
 
-    def cells(self, width: int, length: int) -> Tensor:
-        """Where each token stands in the cells of left-padded prompts (P, width) and, behind them, replies
-        (B, length). Shape (N,)."""
-        prompts = [range((p + 1) * width - size, (p + 1) * width) for p, size in enumerate(self.prompts)]
-        first, device = len(self.prompts) * width, self.layers[0][0].device
-        of_prompts = torch.tensor([cell for prompt in prompts for cell in prompt], device=device)
-        return torch.cat([of_prompts, *(first + rows * length + t for t, rows in enumerate(self.rows))])
+    def ordered(self, cells: Tensor, of_prompts: int, length: int) -> Tensor:
+        """The cells (N,) of the replies' tokens among (B, length), in the order in which they stand here.
+
+        Raises:
+            ValueError: these are other replies, or prompts of another number of tokens, than what is kept.
+        """
+        order = torch.cat([cells[:0], *(rows * length + t for t, rows in enumerate(self.rows))])
+        if of_prompts != self.of_prompts or not torch.equal(order.sort().values, cells):
+            raise ValueError(
+                f"{of_prompts} tokens of prompts and {len(cells)} of replies are not the {self.of_prompts} and "
+                f"{len(order)} that the rollout has kept"
+            )
+        return order

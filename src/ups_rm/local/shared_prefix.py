@@ -1,8 +1,9 @@
 """Forward and backward with the prompt of a group computed once, for Llama- and Qwen-type models.
 
-The n replies to a prompt share every prompt token. Here a micro batch is G prompts (G, T) and b replies (b, R), whose
-real tokens stand side by side in one flat sequence: the linear layers see each prompt once and no padding, and a
-reply's queries attend to its group's prompt keys and to its own. Same mathematics as the plain forward, which is the
+The n replies to a prompt share every prompt token, and prompts share what they begin with, such as the template's
+system prompt. Here a micro batch is G prompts (G, T) and b replies (b, R), whose distinct real tokens stand side by
+side in one flat sequence: the linear layers see each once and no padding, and a reply's queries attend to its group's
+prompt keys and to its own. Same mathematics as the plain forward, which is the
 reference in tests. `lm_head` runs only where a response token is predicted, in chunks, with the closed-form gradient of
 log softmax: no logits are stored.
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ups_rm.layers.decoder import DecoderLayers, is_known
-from ups_rm.layers.grid import Grid
+from ups_rm.layers.grid import Distinct, Grid
 from ups_rm.local.kept_forward import KeptForward
 from ups_rm.local.selected_logprobs import LOGITS_AT_ONCE, ROWS_IN_FP32, SelectedLogprobs
 
@@ -63,8 +64,11 @@ class SharedPrefixForward:
         """
         device, keep = prompts.device, response_mask.bool()
         read = keep[:, 1:]  # (b, R - 1): the last token of a reply predicts nothing, so it is not read
-        real = torch.cat([prompt_mask.flatten().bool(), read.flatten()])
-        grid = Grid.of(real, None if kept is None else kept.cells(prompts.shape[1], read.shape[1]))
+        cells, again = self._prompt_cells(prompts, prompt_mask)
+        of_replies = read.flatten().nonzero().squeeze(1)
+        if kept is not None:
+            of_replies = kept.ordered(of_replies, len(cells), read.shape[1])
+        grid = Grid(torch.cat([cells, prompts.numel() + of_replies]), prompts.numel() + read.numel(), again)
         ids = torch.cat([prompts.flatten(), responses[:, :-1].flatten()])
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
         reply_positions = prompt_mask.sum(1)[group, None] + torch.arange(read.shape[1], device=device)
@@ -72,14 +76,22 @@ class SharedPrefixForward:
         attend = self._attention(prompt_mask.bool(), read, group, grid)
         known = None if kept is None else kept.take
         x = self.layers(ids[grid.cells], positions[grid.cells], attend, known)  # (N, H)
-        of_prompts, of_replies = grid.tokens.split([prompts.numel(), read.numel()])
-        last = of_prompts.view(prompts.shape)[:, -1]  # left padding: the last column is real
-        before = torch.cat([last[group, None], of_replies.view(read.shape)], dim=1)  # what predicts response token r
+        in_prompts, in_replies = grid.tokens.split([prompts.numel(), read.numel()])
+        last = in_prompts.view(prompts.shape)[:, -1]  # left padding: the last column is real
+        before = torch.cat([last[group, None], in_replies.view(read.shape)], dim=1)  # what predicts response token r
         hidden = self.layers.norm(x.index_select(0, before[keep]))
         drawn = None if kept is None else kept.at(keep, temperature)
         weight = self.causal.lm_head.weight
         flat = SelectedLogprobs.apply(hidden, weight, responses[keep], temperature, self.chunk, drawn)
         return torch.zeros(keep.shape, dtype=torch.float32, device=device).masked_scatter(keep, flat)
+
+    def _prompt_cells(self, prompts: Tensor, prompt_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Cells of the distinct tokens of left-padded prompts (G, T), and where they stand again: see `Grid`."""
+        width = prompts.shape[1]
+        lengths = prompt_mask.sum(1).tolist()
+        rows = [row[width - length :] for row, length in zip(prompts.tolist(), lengths, strict=True)]
+        starts = [(g + 1) * width - length for g, length in enumerate(lengths)]
+        return Distinct.of(rows).cells(starts, prompts.device)
 
     def _attention(self, seen: Tensor, read: Tensor, group: Tensor, grid: Grid) -> SharedAttention:
         """seen (G, T): real prompt tokens; read (b, R - 1): reply tokens in the grid."""
