@@ -91,8 +91,29 @@ def test_the_prompt_is_computed_once(scorer, monkeypatch):
     hook.remove()
     each = [len(row.input_ids) for row in rows]
     (row,) = shared_rows([row.input_ids for row in rows], ["same"] * 4, 10**6, 10**4)
-    assert sum(seen) == row.length < sum(each) / 2
-    assert row.length == sum(each) - 3 * row.shared
+    assert row.length == sum(each) - 3 * row.shared < sum(each) / 2
+    assert sum(seen) == beginnings(rows) <= row.length  # two replies may begin alike
+
+
+def beginnings(rows: list[Any]) -> int:
+    """Tokens of which each differs from the others in itself or in what is before it."""
+    return len({tuple(row.input_ids[: j + 1]) for row in rows for j in range(len(row.input_ids))})
+
+
+def test_what_conversations_begin_with_is_computed_once(scorer):
+    """The template's words, where no prompt is shared."""
+    seen: list[int] = []
+    hook = scorer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, x, __: seen.append(len(x[0])))
+    talks = [
+        [{"role": "system", "content": "You are kind."}, *talk]
+        for talk in conversations([("one", ["1"]), ("two", ["22"]), ("one and two", ["3", "12"])])
+    ]
+    found = [score.logit for score in scorer.score(talks)]
+    hook.remove()
+    rows = render(scorer.tokenizer, talks, scorer.policy)
+    assert seen == [beginnings(rows)]
+    assert seen[0] < sum(len(row.input_ids) for row in rows) - 3 * 10
+    assert found == pytest.approx([scorer.batch_logits([row.input_ids])[0] for row in rows], abs=FP32)
 
 
 @given(

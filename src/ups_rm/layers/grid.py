@@ -24,26 +24,14 @@ class Grid:
         self.tokens = torch.zeros(count, dtype=torch.long, device=cells.device)  # (C,): of each cell, at padding any
         self.tokens[cells] = torch.arange(len(cells), device=cells.device)
         self.tokens[self.more_cells] = self.more_tokens
-        self.full = False
-
-    @classmethod
-    def of(cls, real: Tensor) -> Grid:
-        """A token in each cell that is `real`, in any shape of C cells."""
-        grid = cls(real.flatten().nonzero().squeeze(1), real.numel())
-        grid.full = len(grid.cells) == real.numel()
-        return grid
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (C, ...), 0 at padding: not a neighbour's token, which may be NaN and would get through masks."""
-        if self.full:
-            return x
         out: Tensor = Pad.apply(x, self)
         return out
 
     def pack(self, x: Tensor) -> Tensor:
         """(C, ...) -> (N, ...)"""
-        if self.full:
-            return x
         out: Tensor = Pack.apply(x, self.cells)
         return out
 
@@ -74,16 +62,21 @@ class Distinct:
 
     def cells(self, starts: list[int], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What `Grid` takes, where row i begins in cell starts[i]."""
-        first: list[int] = []
-        more: list[tuple[int, int]] = []
-        for start, row in zip(starts, self.tokens, strict=True):
-            for cell, token in enumerate(row, start):
-                if token == len(first):
-                    first.append(cell)
-                else:
-                    more.append((cell, token))
-        again = torch.tensor(more, dtype=torch.long, device=device).view(-1, 2)
-        return torch.tensor(first, dtype=torch.long, device=device), (again[:, 0], again[:, 1])
+        rows = zip(starts, self.tokens, strict=True)
+        return cells_of([pair for start, row in rows for pair in enumerate(row, start)], device)
+
+
+def cells_of(pairs: list[tuple[int, int]], device: str | torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What `Grid` takes, of pairs of a cell and the token that stands in it; tokens have numbers as they come first."""
+    first: list[int] = []
+    more: list[tuple[int, int]] = []
+    for cell, token in pairs:
+        if token == len(first):
+            first.append(cell)
+        else:
+            more.append((cell, token))
+    again = torch.tensor(more, dtype=torch.long, device=device).view(-1, 2)
+    return torch.tensor(first, dtype=torch.long, device=device), (again[:, 0], again[:, 1])
 
 
 class Pad(torch.autograd.Function):

@@ -2,9 +2,10 @@
 
 A reply's tokens attend to the prompt and to those before them in the same reply, by a mask over the row, and are
 counted on from the prompt's end, so states are those of the conversation alone. The rows of a batch stand side by side
-in the layers (`layers.decoder`), which see no padding. Decoders that place tokens by rotation only, with full
-attention, can be run like this; `can_share` names them, all others get plain batches. Shared is what the token ids have
-in common, so a tokenizer may merge across the prompt's end and texts may be cut anywhere.
+in the layers (`layers.decoder`), which see no padding, and what several texts begin with, such as the template's words,
+once. Decoders that place tokens by rotation only, with full attention, can be run like this; `can_share` names them,
+all others get plain batches. Shared is what the token ids have in common, so a tokenizer may merge across the prompt's
+end and texts may be cut anywhere.
 
 Letters: B rows, W tokens of the longest row, N texts, H hidden size.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ups_rm.layers.decoder import SCORES_AT_ONCE, DecoderLayers, is_known
-from ups_rm.layers.grid import Grid
+from ups_rm.layers.grid import Distinct, Grid, cells_of
 
 Ids = Sequence[int] | Tensor
 LEAST_SHARED = 16
@@ -118,12 +119,18 @@ def pooled_rows(
     positions = torch.zeros_like(input_ids)
     part = torch.full_like(input_ids, -1)  # 0: the prompt, 1, 2, ...: a reply, -1: padding
     spans: list[tuple[int, int, int, int]] = []  # of each text: row, shared tokens, first and last own place
+    distinct = iter(Distinct.of([torch.as_tensor(ids[i]).tolist() for i in texts_of(rows)]).tokens)
+    standing: list[tuple[int, int]] = []  # a cell of (B, W), and the token in it
     for b, row in enumerate(rows):
         part[b, : row.shared] = 0
         input_ids[b, : row.shared] = torch.as_tensor(ids[row.texts[0]][: row.shared])
         positions[b, : row.shared] = torch.arange(row.shared)
         start = row.shared
         for number, text in enumerate(row.texts, 1):
+            tokens = next(distinct)
+            if number == 1:
+                standing += enumerate(tokens[: row.shared], b * width)
+            standing += enumerate(tokens[row.shared :], b * width + start)
             own = torch.as_tensor(ids[text][row.shared :])
             place = slice(start, start + len(own))
             input_ids[b, place], part[b, place] = own, number
@@ -134,7 +141,8 @@ def pooled_rows(
     own_part = part[:, :, None] == part[:, None, :]  # padding sees padding, so that no query sees nothing
     order = torch.arange(width, device=device)
     seen = (own_part | (part == 0)[:, None, :]) & (order[:, None] >= order)  # (B, W, W)
-    grid, layers = Grid.of(part >= 0), DecoderLayers(backbone)
+    cells, again = cells_of(standing, device)
+    grid, layers = Grid(cells, part.numel(), again), DecoderLayers(backbone)
     mask = layers.additive(seen, backbone.layers[0].mlp.gate_proj.weight.dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
