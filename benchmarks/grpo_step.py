@@ -310,13 +310,16 @@ def _floor(case: Case, reply_tokens: float) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ups_rm.data.prompts import encode_prompts
+    from ups_rm.layers.grid import Distinct
     from ups_rm.models import fetch
 
-    lengths = [len(ids) for ids in encode_prompts(AutoTokenizer.from_pretrained(fetch()), chats(case))]
+    prompts = encode_prompts(AutoTokenizer.from_pretrained(fetch()), chats(case))
+    # what all begin with, the template's words, is computed once
+    read = [len(Distinct.of([prompts[i] for i in picked(case, step)]).ids) for step in range(2, 7)]
     model = AutoModelForCausalLM.from_pretrained(fetch())
     head = model.get_output_embeddings().weight.numel()
     return step_floor(
-        case.prompts * statistics.mean(lengths), reply_tokens, case.new_tokens,
+        statistics.mean(read), reply_tokens, case.new_tokens,
         body=model.num_parameters() - head, head=head,
     )  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 SmolLM2-135M, pairs of replies as in PKU-SafeRLHF. The peers run the same token ids through `AutoModel`: in bf16 sorted
 by length (in fp32 on a CPU that does not compute in bf16), and in fp32 as given, in batches of 16, and keep the last
-real token's state. Real tokens per second of the forward passes alone, loading and rendering left out; a prompt that we
-compute once for its replies counts for each.
+real token's state. Real tokens per second of the forward passes alone, loading and rendering left out; what we compute
+once, a prompt for its replies, the template's words for a batch, counts for each text.
 """
 
 from __future__ import annotations

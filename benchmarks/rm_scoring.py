@@ -2,9 +2,9 @@
 
 The peers load the same folder with its own code (`trust_remote_code`). The tuned one runs in bf16 (in fp32 on a CPU
 that does not compute in bf16), sorted by length, in batches of 16; the default one in fp32, in the order given, padded
-to the longest of each batch of 16. Real tokens per second, and per CPU second: padding does not count, and a prompt
-that we compute once for its replies counts for each. The floor: the layers' products over the tokens that we compute,
-at the machine's full speed.
+to the longest of each batch of 16. Real tokens per second, and per CPU second: padding does not count, and what we
+compute once, a prompt for its replies, the template's words for a batch, counts for each text. The floor: the layers'
+products over the tokens that we compute, at the machine's full speed.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _counted(embedding: Any) -> Iterator[list[int]]:
 
 
 def run(pairs: int = 5, prompts: int = 16) -> list[Result]:
-    """Groups of four replies to a prompt, as in training, and conversations that share nothing."""
+    """Groups of four replies to a prompt, as in training, and conversations that share the template's words alone."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from tiny import tiny_head
     from ups_rm.models import fetch

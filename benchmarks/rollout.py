@@ -3,7 +3,8 @@
 In bf16, on a CPU that computes in it, and in fp32; once with every reply 64 tokens long, once with early ends: full
 stop and comma count as end tokens, so that replies end at random and few are left at last. Both sides sample from the
 whole distribution at temperature 1, hold the same weights in the same number format, and are counted by the reply
-tokens they made, the end token included; prompts are read by both and counted for neither.
+tokens they made, the end token included; prompts are read by both and counted for neither. Nothing is kept for a
+training forward.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def sides(case: Case) -> tuple[Side, Side, float]:
     from transformers import GenerationConfig
 
     from ups_rm.data.prompts import encode_prompts
+    from ups_rm.layers.grid import Distinct
     from ups_rm.local.decode import FastDecoder
     from ups_rm.local.policy import load_model
     from ups_rm.local.sampling import Sampling
@@ -82,7 +84,7 @@ def sides(case: Case) -> tuple[Side, Side, float]:
         ended = torch.isin(replies, torch.tensor(ends, dtype=torch.long)).int().cumsum(1)
         return int((ended.cumsum(1) <= 1).sum())  # up to the first end token and with it
 
-    made, read = case.prompts * case.n * case.new_tokens, sum(map(len, prompts))
+    made, read = case.prompts * case.n * case.new_tokens, len(Distinct.of(prompts).ids)
     parameters = sum(one.numel() for one in model.parameters())
     size = parameters * (2 if case.dtype == "bfloat16" else 4)
     rate = flops(case.dtype)

@@ -243,7 +243,8 @@ class Actor:
     ppo_mini_batch_size: int = 64
     """Prompts per optimizer step."""
     ppo_micro_batch_size_per_gpu: int = 8
-    """Replies per forward and backward; results don't depend on it."""
+    """Replies per forward and backward; results don't depend on it but for rounding. From those of a whole step on, the
+    update goes on from what decoding computed."""
     use_dynamic_bsz: bool = False
     """verl engine: cut micro batches by tokens instead of replies, in every forward."""
     ppo_max_token_len_per_gpu: int = 16_384
@@ -326,7 +327,7 @@ class Rollout:
     dtype: str = "auto"
     """Number format of the rollout: `auto` is that of `actor.fsdp_config.dtype`, and no other is possible here."""
     max_num_seqs: int = 256
-    """Replies that decode at the same time."""
+    """Replies that decode at the same time; where that is less than a step, the update does not go on from them."""
     log_prob_micro_batch_size_per_gpu: int = 16
     """Replies per forward of the KL in the evaluation; results don't depend on it."""
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)

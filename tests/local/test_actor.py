@@ -14,7 +14,7 @@ from torch import Tensor
 from tiny_training import causal_lm, policy_of, random_sequences, recipe_yaml, slow_logprobs
 from ups_rm.errors import NumberError
 from ups_rm.grpo.losses import batch_totals
-from ups_rm.local.actor import Actor, lr_factor, response_logprobs
+from ups_rm.local.actor import Actor, lr_factor, on_policy, response_logprobs
 from ups_rm.local.policy import Policy
 from ups_rm.local.sequences import Sequences
 from ups_rm.recipe import Optim, Recipe, load_recipe
@@ -233,7 +233,7 @@ def test_on_policy_the_ratio_is_exactly_one(recipe_of: Callable[..., Recipe], dt
     """Whatever the number format and the micro batches: nothing clipped, no KL to the old policy."""
     actor = actor_on(recipe_of(f"{ACTOR}ppo_micro_batch_size_per_gpu={size}"), causal_lm().to(dtype))
     sequences, advantages, _, _ = batch()
-    assert actor.on_policy(3)
+    assert on_policy(actor.recipe, 3)
     metrics = actor.update(sequences, advantages, None, None, step=1)
     assert metrics["actor/ppo_kl"] == 0.0
     assert metrics["actor/pg_clipfrac"] == 0.0
@@ -242,9 +242,9 @@ def test_on_policy_the_ratio_is_exactly_one(recipe_of: Callable[..., Recipe], dt
 
 
 def test_several_uses_of_a_rollout_are_off_policy(recipe_of: Callable[..., Recipe]) -> None:
-    assert actor_on(recipe_of()).on_policy(3)
-    assert not actor_on(recipe_of(f"{ACTOR}ppo_epochs=2")).on_policy(3)
-    assert not actor_on(recipe_of(f"{ACTOR}ppo_mini_batch_size=1")).on_policy(3)
+    assert on_policy(recipe_of(), 3)
+    assert not on_policy(recipe_of(f"{ACTOR}ppo_epochs=2"), 3)
+    assert not on_policy(recipe_of(f"{ACTOR}ppo_mini_batch_size=1"), 3)
 
 
 # ---- the learning rate

@@ -172,7 +172,7 @@ def test_attention_takes_what_sdpa_lays_out_otherwise(monkeypatch: pytest.Monkey
 
 
 def test_padding_is_zero_and_nan_stays_in_its_row() -> None:
-    grid = Grid(torch.tensor([1, 2, 3]), 6)
+    grid = Grid(torch.tensor([1, 2, 3]), 6, (torch.tensor([], dtype=torch.long),) * 2)
     x = torch.tensor([[1.0], [float("nan")], [3.0]], requires_grad=True)
     padded = grid.pad(x)
     assert padded[:, 0].nan_to_num(7).tolist() == [0, 1, 7, 3, 0, 0]

@@ -136,7 +136,7 @@ def test_what_a_rollout_keeps_is_counted_exactly(tmp_path: Path, policy_folder: 
     sampling = Sampling(seed=1)
     decoder.generate([[5] * 40, [6] * 40], 4, 12, [], sampling, sampling.uniforms(8, 12), kept=kept)
     assert kept is not None
-    assert kept.filled + kept.run == kept.room == 2 * 40 + 8 * 11
+    assert kept.before + kept.now == kept.room == 2 * 40 + 8 * 11
     assert estimate(recipe).parts[KEPT] == size([part for layer in kept.layers for part in layer]) > 0
 
 

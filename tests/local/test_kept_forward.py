@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +14,16 @@ from test_shared_prefix import assert_gradients_close, by_row, gradients, naive_
 from torch import Tensor
 
 from tiny import qwen_tokenizer
-from tiny_training import FAST, causal_lm, policy_of
+from tiny_training import FAST, causal_lm, policy_of, prefers, tiny_recipe
+from ups_rm.errors import NumberError
 from ups_rm.layers import elementwise, linear, native
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.kept_forward import KeptForward
 from ups_rm.local.policy import Policy
 from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.local.sampling import Sampling
-from ups_rm.types import Message
+from ups_rm.local.trainer import Trainer
+from ups_rm.types import Message, Score
 
 CHATS = [
     [Message(role="user", content=text)]
@@ -186,3 +189,128 @@ def test_other_sequences_than_the_rollouts_are_refused() -> None:
     rollout.sequences.response_mask[0, 1:] = 0
     with pytest.raises(ValueError, match="are not the"):
         logprobs_of(policy, rollout, rollout.kept)
+
+
+@pytest.mark.parametrize("what", ["prompts", "responses"])
+def test_other_tokens_of_the_same_lengths_are_refused(what: str) -> None:
+    policy = policy_of(model_of("llama"))
+    rollout = rollout_of(policy)
+    getattr(rollout.sequences, what)[:, -1 if what == "prompts" else 0] += 1
+    with pytest.raises(ValueError, match="are not the"):
+        logprobs_of(policy, rollout, rollout.kept)
+
+
+def test_in_bf16_gradients_are_as_near_to_fp32s_as_those_of_the_whole_forward() -> None:
+    exact = model_of("qwen2 tied")
+    policy = policy_of(model_of("qwen2 tied"))
+    policy.make_masters(torch.bfloat16)
+    rollout = rollout_of(policy, n=6, temperature=TEMPERATURE)
+    advantages = torch.randn(len(rollout.texts), 1, generator=torch.Generator().manual_seed(2))
+
+    def gradients_of(of: Policy, kept: KeptForward | None) -> dict[str, Tensor]:
+        of.model.zero_grad()
+        (logprobs_of(of, rollout, kept) * advantages * rollout.sequences.response_mask).sum().backward()
+        return {name: grad.float() for name, grad in gradients(of.model).items()}
+
+    truth = gradients_of(policy_of(exact), None)
+    whole, going_on = gradients_of(policy, None), gradients_of(policy, rollout.kept)
+
+    def error(found: dict[str, Tensor]) -> float:
+        return max(float((found[name] - grad).norm() / grad.norm()) for name, grad in truth.items())
+
+    assert 0 < error(going_on) < 1.5 * error(whole) < 0.2
+
+
+# ---- in the trainer
+
+WHOLE = [f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={4 * 4}", "actor_rollout_ref.rollout.temperature=2"]
+
+
+def spied(trainer: Trainer) -> list[Rollout]:
+    """The rollouts of its steps, as they come."""
+    seen: list[Rollout] = []
+    generate = trainer.engine.generate
+
+    def spy(*given: Any, **named: Any) -> Rollout:
+        seen.append(generate(*given, **named))
+        return seen[-1]
+
+    trainer.engine.generate = spy  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("kl", ["true", "false"], ids=["KL", "no KL"])
+def test_steps_go_on_from_their_rollout_but_for_one_in_fifty(tmp_path: Path, policy_folder: Path, kl: str) -> None:
+    recipe = tiny_recipe(tmp_path, policy_folder, *WHOLE, f"algorithm.use_kl_in_reward={kl}")
+    trainer = Trainer(recipe, prefers("e"))
+    seen = spied(trainer)
+    calls: list[int] = []
+    trainer.policy.model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    for number, keeps in ((1, False), (2, True), (50, True), (51, False), (52, True)):
+        calls.clear()
+        record = trainer.step(trainer.train_rows[:4], number)
+        assert (seen[-1].kept is not None) == keeps
+        assert len(calls) == 1
+        if seen[-1].kept is not None:
+            assert not any(seen[-1].kept.layers)
+            assert torch.equal(record.old_logprobs, record.rollout.rollout_logprobs)
+        gap = "rollout/logprob_gap_max" in trainer.metrics(record, number)
+        assert gap == (not keeps and kl == "true")
+
+
+def test_a_run_ends_as_one_that_computes_every_forward_whole(
+    tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(name: str) -> dict[str, Tensor]:
+        recipe = tiny_recipe(tmp_path / name, policy_folder, *WHOLE, "trainer.total_training_steps=4")
+        trainer = Trainer(recipe, prefers("e"))
+        seen = spied(trainer)
+        trainer.fit()
+        assert [rollout.kept is None for rollout in seen] == [True, *[name == "whole"] * 3]
+        return {name: weight.detach().clone() for name, weight in trainer.policy.model.named_parameters()}
+
+    going_on = ended("going on")
+    monkeypatch.setattr(FastDecoder, "kept_forward", lambda self: None)
+    whole = ended("whole")
+    for name, weight in whole.items():
+        torch.testing.assert_close(going_on[name], weight, atol=1e-4, rtol=0)
+
+
+def test_nothing_is_held_of_replies_that_are_drawn_again(tmp_path: Path, policy_folder: Path) -> None:
+    """All scores are equal, so every group is flat and drawn anew."""
+
+    class Same:
+        def score(self, conversations: list[Any]) -> list[Score]:
+            return [Score(0.0, 0.5, 0, False) for _ in conversations]
+
+    overrides = ["algorithm.zero_std_groups=resample", "algorithm.resamples=2"]
+    trainer = Trainer(tiny_recipe(tmp_path, policy_folder, *WHOLE, *overrides), Same())
+    seen = spied(trainer)
+    trainer.step(trainer.train_rows[:4], 2)
+    first, *again = [rollout.kept for rollout in seen]
+    assert first is not None
+    assert first.layers == []
+    assert again == [None, None]
+
+
+def test_nothing_is_held_of_a_step_that_is_left_out(tmp_path: Path, policy_folder: Path) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path, policy_folder, *WHOLE), prefers("e"))
+    update = trainer.actor.update
+
+    def broken(*given: Any, step: int, **named: Any) -> dict[str, float]:
+        if step == 2:
+            raise NumberError("the loss")
+        assert trainer._at_work is not None
+        return update(*given, step=step, **named)
+
+    trainer.actor.update = broken  # type: ignore[method-assign]
+    skip, held = trainer._skip, []
+
+    def after(*given: Any) -> dict[str, float]:
+        metrics = skip(*given)
+        held.append(trainer._at_work)
+        return metrics
+
+    trainer._skip = after  # type: ignore[method-assign]
+    trainer.fit()
+    assert held == [None]

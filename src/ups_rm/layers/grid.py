@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ class Grid:
         again: further cells, and the token that stands there too. Shapes (E,) and (E,).
     """
 
-    def __init__(self, cells: Tensor, count: int, again: tuple[Tensor, Tensor] | None = None) -> None:
-        nothing = cells[:0]
-        self.cells, (self.more_cells, self.more_tokens) = cells, again or (nothing, nothing)
+    def __init__(self, cells: Tensor, count: int, again: tuple[Tensor, Tensor]) -> None:
+        self.cells, (self.more_cells, self.more_tokens) = cells, again
         self.tokens = torch.zeros(count, dtype=torch.long, device=cells.device)  # (C,): of each cell, at padding any
         self.tokens[cells] = torch.arange(len(cells), device=cells.device)
         self.tokens[self.more_cells] = self.more_tokens
+
+    @cached_property
+    def often(self) -> tuple[Tensor, Tensor]:
+        """The tokens that stand in several cells, and which of them each of `more_cells` holds."""
+        return self.more_tokens.unique(return_inverse=True)
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (C, ...), 0 at padding: not a neighbour's token, which may be NaN and would get through masks."""
@@ -95,7 +100,7 @@ class Pad(torch.autograd.Function):
         grid = ctx.grid
         out = grad.index_select(0, grid.cells)
         if len(grid.more_cells) > 0:  # sums in fp32 or wider
-            shared, place = grid.more_tokens.unique(return_inverse=True)
+            shared, place = grid.often
             sums = out.index_select(0, shared).to(torch.promote_types(grad.dtype, torch.float32))
             sums.index_add_(0, place, grad.index_select(0, grid.more_cells).to(sums.dtype))
             out.index_copy_(0, shared, sums.to(grad.dtype))

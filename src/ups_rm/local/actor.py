@@ -38,11 +38,17 @@ def response_logprobs(policy: Policy, sequences: Sequences, *, micro_batch_size:
     return out
 
 
+def on_policy(recipe: Recipe, batch_prompts: int) -> bool:
+    """The rollout serves exactly one optimizer step, so its old log-probabilities are the training forward's."""
+    actor = recipe.actor_rollout_ref.actor
+    return actor.ppo_epochs == 1 and batch_prompts <= actor.ppo_mini_batch_size
+
+
 def runs_once(recipe: Recipe, batch_prompts: int) -> bool:
     """One micro batch of one optimizer step takes the whole rollout: the policy runs forward once."""
     actor, replies = recipe.actor_rollout_ref.actor, batch_prompts * recipe.actor_rollout_ref.rollout.n
-    one_step = actor.ppo_epochs == 1 and batch_prompts <= actor.ppo_mini_batch_size
-    return one_step and replies <= actor.ppo_micro_batch_size_per_gpu and actor.entropy_coeff == 0
+    whole = replies <= actor.ppo_micro_batch_size_per_gpu
+    return on_policy(recipe, batch_prompts) and whole and actor.entropy_coeff == 0
 
 
 class Actor:
@@ -84,10 +90,6 @@ class Actor:
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def on_policy(self, batch_prompts: int) -> bool:
-        """The rollout serves exactly one optimizer step, so its old log-probabilities are the training forward's."""
-        return self.settings.ppo_epochs == 1 and batch_prompts <= self.settings.ppo_mini_batch_size
-
     def old_logprobs(self, sequences: Sequences, kept: KeptForward | None = None) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities before the update (B, R); the second time with their graph, where `update` can use it.
 
@@ -98,7 +100,7 @@ class Actor:
             size = self.settings.ppo_micro_batch_size_per_gpu
             return response_logprobs(self.policy, sequences, micro_batch_size=size, temperature=self.temperature), None
         rows = torch.arange(len(sequences), device=self.policy.device)
-        if kept is None:
+        if kept is None:  # as `_step` orders them: no bit differs from a forward of the update's own
             (rows,) = sequences.micro_batches(rows, len(rows))
         part = sequences.trimmed(rows)
         logprobs, _ = self.policy.response_logprobs(part, self.temperature, kept=kept)
@@ -121,7 +123,7 @@ class Actor:
         Args:
             sequences: B rows, rows of one prompt side by side.
             advantages: Shape (B, R).
-            old_logprobs: at sampling time (B, R); None where the batch is on-policy (see `on_policy`).
+            old_logprobs: at sampling time (B, R); None where the batch is `on_policy`.
             ref_logprobs: frozen reference (B, R); needed for the KL loss only.
             forward: the second result of `old_logprobs` (B, R): the backward starts there, no forward runs.
 

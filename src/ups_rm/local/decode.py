@@ -1,4 +1,4 @@
-"""A decode loop for Llama- and Qwen-type models: prompt computed once per group, preallocated KV cache, no `generate`.
+"""A decode loop for Llama- and Qwen-type models: what prompts share is computed once, preallocated KV cache.
 
 Weights are read from the transformers model itself (LoRA merged in) and packed on `refresh`, the rotary table is its
 own module, so biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. Finished rows leave
@@ -106,11 +106,11 @@ class FastDecoder:
 
     def kept_forward(self) -> KeptForward | None:
         """What `generate` can fill for the training forward, or None: adapters round otherwise once they are merged,
-        checkpointed layers keep nothing, and a recorded step writes over what it gave before."""
+        and checkpointed layers keep nothing."""
         linear = [layer for layer in self.causal.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
         same = all(is_plain(layer) and layer.weight.dtype == self.dtype for layer in linear)
         adapted = any(hasattr(layer, "lora_A") for layer in self.causal.modules())
-        if not same or adapted or self.causal.is_gradient_checkpointing or self.record is not None:
+        if not same or adapted or self.causal.is_gradient_checkpointing:
             return None
         keys = self.kv_heads * self.head_dim
         return KeptForward((self.heads * self.head_dim, keys, keys))
@@ -125,7 +125,7 @@ class FastDecoder:
         qkv = layer.qkv(self._rms(x, layer.norm1)).view(len(x), -1, self.head_dim)
         attended = layer.out.onto(attend(i, self._normed(qkv, layer)), x)
         y = self._rms(attended, layer.norm2)
-        if kept is None:
+        if kept is None:  # fused: what backward needs of gate and up is never there, and bf16 rounds once less
             return layer.down.onto(layer.up.times(y, layer.gate.silu(y)), attended)
         gate, up = layer.gate(y), layer.up(y)
         out = layer.down.onto(silu_mul(gate, up), attended)
@@ -154,7 +154,7 @@ class FastDecoder:
         cells, again = distinct.cells([i * width for i in range(count)], device)
         grid = Grid(cells, count * width, again)
         if kept is not None:
-            kept.begin(len(distinct.ids), count * n * (reply_length - 1))
+            kept.begin(distinct.ids, count * n * (reply_length - 1))
         x = F.embedding(torch.tensor(distinct.ids, device=device), self.embed)  # (N, H)
         cos, sin = self._rope(grid.cells % width)
         shape = (len(self.layers), count, self.kv_heads, width, self.head_dim)
@@ -233,7 +233,7 @@ class FastDecoder:
                 kept.go_on(rows)
             hidden = step(token, lengths + t, t)
         if kept is not None:
-            kept.drawn = Drawn(logprobs, norms, sampling.temperature)
+            kept.drawn = Drawn(out, logprobs, norms, sampling.temperature)
         out, logprobs = out.cpu(), logprobs.cpu()
         return [(out[i, :k], logprobs[i, :k]) for i, k in enumerate(count.tolist())]
 
@@ -243,8 +243,12 @@ class FastDecoder:
         """Reply token t of every live row, at these positions; returns the last hidden state (b, H)."""
         x = F.embedding(token, self.embed)  # (b, H)
         cos, sin = self._rope(position)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            return cache.attend(i, qkv, cos, sin, t)
+
         for i in range(len(self.layers)):
-            x = self._layer(i, x, lambda i, qkv: cache.attend(i, qkv, cos, sin, t), kept)
+            x = self._layer(i, x, attend, kept)
         return x
 
     def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:

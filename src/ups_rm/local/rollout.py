@@ -90,7 +90,8 @@ class RolloutEngine:
         """n replies to each prompt, at most `max_new_tokens` long; equal seeds give equal replies.
 
         Args:
-            keep: the rollout is for a training forward over all of it, with the weights as they are.
+            keep: the rollout is for a training forward over all of it, with the weights as they are. On CPUs only:
+                elsewhere room for the longest replies takes its memory at once, and recorded steps write over theirs.
             on_group: told of a prompt's replies once all have ended, if others are still decoded then. Only where the
                 decoder is ours.
         """
@@ -100,8 +101,8 @@ class RolloutEngine:
         uniforms = sampling.uniforms(len(prompts) * n, max_new_tokens)
         rows: list[tuple[Tensor, Tensor]] = []  # (tokens, logprobs) per sequence
         per_call = max(1, self.max_num_seqs // n)
-        keep = keep and self.decoder is not None and len(uniforms) <= self.max_num_seqs
-        kept = self.decoder.kept_forward() if keep and self.decoder is not None else None
+        keep = keep and len(uniforms) <= self.max_num_seqs and self.policy.device.type == "cpu"
+        kept = self.decoder.kept_forward() if self.decoder is not None and keep else None
         for start in range(0, len(ids), per_call):
             chunk = ids[start : start + per_call]
             drawn = uniforms[start * n : (start + len(chunk)) * n]

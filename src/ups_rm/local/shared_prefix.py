@@ -3,9 +3,8 @@
 The n replies to a prompt share every prompt token, and prompts share what they begin with, such as the template's
 system prompt. Here a micro batch is G prompts (G, T) and b replies (b, R), whose distinct real tokens stand side by
 side in one flat sequence: the linear layers see each once and no padding, and a reply's queries attend to its group's
-prompt keys and to its own. Same mathematics as the plain forward, which is the
-reference in tests. `lm_head` runs only where a response token is predicted, in chunks, with the closed-form gradient of
-log softmax: no logits are stored.
+prompt keys and to its own. Same mathematics as the plain forward, which is the reference in tests. `lm_head` runs only
+where a response token is predicted, in chunks, with the closed-form gradient of log softmax: no logits are stored.
 
 `SharedPrefixForward.of` returns None for an architecture it does not know; the caller then uses the plain forward.
 """
@@ -64,10 +63,11 @@ class SharedPrefixForward:
         """
         device, keep = prompts.device, response_mask.bool()
         read = keep[:, 1:]  # (b, R - 1): the last token of a reply predicts nothing, so it is not read
-        cells, again = self._prompt_cells(prompts, prompt_mask)
+        distinct, starts = self._distinct(prompts, prompt_mask)
+        cells, again = distinct.cells(starts, device)
         of_replies = read.flatten().nonzero().squeeze(1)
         if kept is not None:
-            of_replies = kept.ordered(of_replies, len(cells), read.shape[1])
+            of_replies = kept.ordered(of_replies, distinct.ids, responses[:, :-1])
         grid = Grid(torch.cat([cells, prompts.numel() + of_replies]), prompts.numel() + read.numel(), again)
         ids = torch.cat([prompts.flatten(), responses[:, :-1].flatten()])
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
@@ -80,18 +80,17 @@ class SharedPrefixForward:
         last = in_prompts.view(prompts.shape)[:, -1]  # left padding: the last column is real
         before = torch.cat([last[group, None], in_replies.view(read.shape)], dim=1)  # what predicts response token r
         hidden = self.layers.norm(x.index_select(0, before[keep]))
-        drawn = None if kept is None else kept.at(keep, temperature)
+        drawn = None if kept is None else kept.logprobs_and_norms(keep, temperature)
         weight = self.causal.lm_head.weight
         flat = SelectedLogprobs.apply(hidden, weight, responses[keep], temperature, self.chunk, drawn)
         return torch.zeros(keep.shape, dtype=torch.float32, device=device).masked_scatter(keep, flat)
 
-    def _prompt_cells(self, prompts: Tensor, prompt_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Cells of the distinct tokens of left-padded prompts (G, T), and where they stand again: see `Grid`."""
+    def _distinct(self, prompts: Tensor, prompt_mask: Tensor) -> tuple[Distinct, list[int]]:
+        """The tokens of left-padded prompts (G, T), and the cell in which each prompt begins."""
         width = prompts.shape[1]
         lengths = prompt_mask.sum(1).tolist()
         rows = [row[width - length :] for row, length in zip(prompts.tolist(), lengths, strict=True)]
-        starts = [(g + 1) * width - length for g, length in enumerate(lengths)]
-        return Distinct.of(rows).cells(starts, prompts.device)
+        return Distinct.of(rows), [(g + 1) * width - length for g, length in enumerate(lengths)]
 
     def _attention(self, seen: Tensor, read: Tensor, group: Tensor, grid: Grid) -> SharedAttention:
         """seen (G, T): real prompt tokens; read (b, R - 1): reply tokens in the grid."""

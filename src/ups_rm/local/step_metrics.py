@@ -136,7 +136,7 @@ def step_metrics(record: StepRecord, recipe: Recipe, *, number: int, epoch: floa
     # an end token alone is no reply either
     metrics["response/aborted_ratio"] = sum(not text.strip() for text in rollout.texts) / len(rollout.texts)
     metrics |= {"actor/reward_kl_penalty_coeff": kl_coef}
-    if record.old_logprobs is not None:
+    if record.old_logprobs is not None and rollout.kept is None:  # else they are those of the rollout
         gap = (record.old_logprobs - rollout.rollout_logprobs).abs() * mask
         metrics["rollout/logprob_gap_mean"] = float(gap.sum() / mask.sum().clamp(min=1))
         metrics["rollout/logprob_gap_max"] = float(gap.max())

@@ -26,7 +26,7 @@ from ups_rm.device import keep_freed_memory
 from ups_rm.errors import CheckpointError, NumberError, RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL
 from ups_rm.interrupt import interruptible
-from ups_rm.local.actor import Actor, response_logprobs, runs_once
+from ups_rm.local.actor import Actor, on_policy, response_logprobs, runs_once
 from ups_rm.local.checkpoint import CheckpointWriter, Provenance, TrainingState
 from ups_rm.local.judged import Judged, judge, judge_again
 from ups_rm.local.policy import Policy, needs_reference
@@ -53,6 +53,11 @@ from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.made_with import versions, write_made_with
 from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Conversation, Scorer, TrainResult
+
+WHOLE_FORWARD = 50
+"""Of so many steps the first computes the training forward whole, whatever the rollout could keep for it: that is where
+`rollout/logprob_gap_*` says how far decoding is off, and where the policy and its reference, both computed so, are
+seen to begin as one."""
 
 
 class Trainer:
@@ -121,10 +126,10 @@ class Trainer:
         judged = self._judged_rollout(prompts, number, clock)  # B replies with their scores
         sequences, mask = judged.rollout.sequences, judged.rollout.sequences.response_mask
         old_logprobs = ref_logprobs = forward = None
-        once = runs_once(recipe, len(prompts))
-        if once or algorithm.use_kl_in_reward or not self.actor.on_policy(len(prompts)) or self.reference is not None:
+        kept, strictly_on_policy = judged.rollout.kept, on_policy(recipe, len(prompts))
+        if kept is not None or algorithm.use_kl_in_reward or not strictly_on_policy or self.reference is not None:
             with clock("old_log_prob"):
-                old_logprobs, forward = self.actor.old_logprobs(sequences, judged.rollout.kept)
+                old_logprobs, forward = self.actor.old_logprobs(sequences, kept)
                 check_finite("the policy's log-probabilities", old_logprobs, mask)
         if self.reference is not None:
             with clock("ref"), self.reference.as_reference():
@@ -145,7 +150,7 @@ class Trainer:
                 recipe=recipe,
             )
         with clock("update_actor"):
-            old = None if self.actor.on_policy(len(prompts)) else old_logprobs
+            old = None if strictly_on_policy else old_logprobs
             if not bool(worth.learns.all()):
                 sequences = replace(sequences, response_mask=mask * worth.learns[:, None])
             if bool(worth.learns.any()):
@@ -293,6 +298,8 @@ class Trainer:
         for again in range(1, algorithm.resamples + 1 if algorithm.zero_std_groups == "resample" else 1):
             if not (groups := judged.flat_prompts()):
                 break
+            if rollout.kept is not None:
+                rollout.kept.drop()
             with clock("gen"):
                 new = self._rollout([prompts[group] for group in groups], number, again)
             with clock("reward"):
@@ -316,7 +323,7 @@ class Trainer:
             max_new_tokens=self.recipe.data.max_response_length,
             sampling=sampling,
             on_group=on_group,
-            keep=again == 0 and runs_once(self.recipe, len(prompts)),
+            keep=again == 0 and runs_once(self.recipe, len(prompts)) and number % WHOLE_FORWARD != 1,
         )
         self.engine.refresh()  # or the copy that decodes would stand beside the activations
         check_finite("the policy's logits in the rollout", rollout.rollout_logprobs, rollout.sequences.response_mask)

@@ -97,7 +97,7 @@ def best_own_tokens(shared: int, hidden_size: int) -> int:
     A token in a row of W costs 24 H^2 in matrix products and 4 W H in attention, which looks at the whole row whatever
     the mask says: in proportion 1 + W / 6H. K tokens of replies share a prompt of S, so each costs
     (S/K + 1) (1 + (S + K) / 6H), which is least at K = sqrt(S (S + 6H)). Two replies within it never cost more than in
-    rows of their own.
+    rows of their own. That another row of the batch may share the prompt's products too is left out.
     """
     return isqrt(shared * (shared + 6 * hidden_size))
 
@@ -119,7 +119,8 @@ def pooled_rows(
     positions = torch.zeros_like(input_ids)
     part = torch.full_like(input_ids, -1)  # 0: the prompt, 1, 2, ...: a reply, -1: padding
     spans: list[tuple[int, int, int, int]] = []  # of each text: row, shared tokens, first and last own place
-    distinct = iter(Distinct.of([torch.as_tensor(ids[i]).tolist() for i in texts_of(rows)]).tokens)
+    texts = [ids[i] for i in texts_of(rows)]
+    distinct = iter(Distinct.of([text.tolist() if isinstance(text, Tensor) else list(text) for text in texts]).tokens)
     standing: list[tuple[int, int]] = []  # a cell of (B, W), and the token in it
     for b, row in enumerate(rows):
         part[b, : row.shared] = 0
