@@ -184,7 +184,7 @@ BASE: dict[str, Any] = {
     "actor_rollout_ref": {
         "actor": {
             "ppo_mini_batch_size": 4,
-            "ppo_micro_batch_size_per_gpu": 8,
+            "ppo_micro_batch_size_per_gpu": 16,
             "fsdp_config": {"dtype": "float32"},
             "optim": {"lr": 1.0e-3},
         },

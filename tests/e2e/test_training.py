@@ -48,7 +48,8 @@ def series(rows: list[dict[str, Any]], name: str) -> list[float]:
 LEARN = ["data.train_batch_size=8", f"{ACTOR}ppo_mini_batch_size=8", f"{ROLLOUT}n=8", f"{ACTOR}optim.lr=1e-2",
          "trainer.total_training_steps=24"]  # fmt: skip
 VARIANTS = {
-    "plain": [],
+    "micro batches": [f"{ACTOR}ppo_micro_batch_size_per_gpu=8"],
+    "one forward, the rollout's": [f"{ACTOR}ppo_micro_batch_size_per_gpu=64"],
     "Dr. GRPO": [
         f"{ALGORITHM}norm_adv_by_std_in_grpo=false",
         f"{ACTOR}loss_agg_mode=seq-mean-token-sum-norm",

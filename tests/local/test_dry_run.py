@@ -274,7 +274,7 @@ def test_any_architecture_under_the_home_folder_is_estimated(
     recipe = tiny_recipe(tmp_path, policy_folder, "actor_rollout_ref.model.path=~/gpt2", f"{DTYPE}float32")
     print_dry_run(recipe)
     assert "activations of a micro batch" in capsys.readouterr().out
-    by_hand = 2 * (8 * (128 + 8)) * 2 * (6 * 16 + 3 * 64) * 4  # layers, tokens, numbers per layer and token, bytes
+    by_hand = 2 * (16 * (128 + 8)) * 2 * (6 * 16 + 3 * 64) * 4  # layers, tokens, numbers per layer and token, bytes
     assert estimate_memory(recipe, config, 0).parts["activations of a micro batch"] == by_hand
 
 

@@ -83,7 +83,7 @@ def trainer_of(
     engine, step = trainer.engine, 0
 
     def generate(
-        prompts: list[list[Message]], *, n: int, max_new_tokens: int, sampling: Sampling, on_group: object = None
+        prompts: list[list[Message]], *, n: int, max_new_tokens: int, sampling: Sampling, **_: object
     ) -> Rollout:
         nonlocal step
         if sampling.seed > 1_000_003:  # a training step's own seed; validation has trainer.seed
