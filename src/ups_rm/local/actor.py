@@ -25,6 +25,8 @@ from ups_rm.local.sequences import Sequences
 from ups_rm.recipe import Actor as ActorSettings
 from ups_rm.recipe import Optim, Recipe
 
+WHOLE_FORWARD = 50
+
 
 @torch.no_grad()
 def response_logprobs(policy: Policy, sequences: Sequences, *, micro_batch_size: int, temperature: float) -> Tensor:
@@ -49,6 +51,15 @@ def runs_once(recipe: Recipe, batch_prompts: int) -> bool:
     actor, replies = recipe.actor_rollout_ref.actor, batch_prompts * recipe.actor_rollout_ref.rollout.n
     whole = replies <= actor.ppo_micro_batch_size_per_gpu
     return on_policy(recipe, batch_prompts) and whole and actor.entropy_coeff == 0
+
+
+def goes_on_from_rollout(recipe: Recipe, batch_prompts: int, step: int) -> bool:
+    """The training forward of this step takes over what decoding computed, where that can be kept.
+
+    The first of `WHOLE_FORWARD` steps computes it whole: there `rollout/logprob_gap_*` says how far decoding is off,
+    and policy and reference, computed alike, are seen to begin as one.
+    """
+    return runs_once(recipe, batch_prompts) and step % WHOLE_FORWARD != 1
 
 
 class Actor:

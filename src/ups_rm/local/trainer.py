@@ -26,7 +26,7 @@ from ups_rm.device import keep_freed_memory
 from ups_rm.errors import CheckpointError, NumberError, RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL
 from ups_rm.interrupt import interruptible
-from ups_rm.local.actor import Actor, on_policy, response_logprobs, runs_once
+from ups_rm.local.actor import Actor, goes_on_from_rollout, on_policy, response_logprobs
 from ups_rm.local.checkpoint import CheckpointWriter, Provenance, TrainingState
 from ups_rm.local.judged import Judged, judge, judge_again
 from ups_rm.local.policy import Policy, needs_reference
@@ -53,11 +53,6 @@ from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.made_with import versions, write_made_with
 from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Conversation, Scorer, TrainResult
-
-WHOLE_FORWARD = 50
-"""Of so many steps the first computes the training forward whole, whatever the rollout could keep for it: that is where
-`rollout/logprob_gap_*` says how far decoding is off, and where the policy and its reference, both computed so, are
-seen to begin as one."""
 
 
 class Trainer:
@@ -323,7 +318,7 @@ class Trainer:
             max_new_tokens=self.recipe.data.max_response_length,
             sampling=sampling,
             on_group=on_group,
-            keep=again == 0 and runs_once(self.recipe, len(prompts)) and number % WHOLE_FORWARD != 1,
+            keep=again == 0 and goes_on_from_rollout(self.recipe, len(prompts), number),
         )
         self.engine.refresh()  # or the copy that decodes would stand beside the activations
         check_finite("the policy's logits in the rollout", rollout.rollout_logprobs, rollout.sequences.response_mask)
