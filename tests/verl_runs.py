@@ -77,6 +77,7 @@ def planned(
         "trainer.logger=[console]",
         "algorithm.kl_ctrl.kl_coef=0.05",
         *(f"actor_rollout_ref.{part}.log_prob_micro_batch_size_per_gpu=8" for part in ("rollout", "ref")),
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",  # the replies of one of two workers
         # AdamW's first step is lr * g / (|g| + 1e-8): where g itself is rounding, the weights show it times lr. By its
         # order of summation alone, one of 60 batches led 1.6e-5 apart at 1e-4; at 1e-5 none more than 1.6e-6
         "actor_rollout_ref.actor.optim.lr=1e-5",
