@@ -296,6 +296,7 @@ def test_ctrl_c_gets_out_of_waiting_for_a_tracker(tmp_path: Path) -> None:
 
         tracking.LOGGER_TYPE_TO_CLASS["hangs"] = Hangs
         trackers.PATIENCE = 0.1
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
         folder = Path({str(tmp_path)!r})
         with Trackers(["hangs"], project_name="p", experiment_name="e", folder=folder, config={{}}) as run:
