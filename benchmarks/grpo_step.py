@@ -64,10 +64,13 @@ class Case:
 QUARTERS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
 """Of TRL's 32 rows, where all at once take more than 17 GB; of 64 rows twice as many."""
 BASE = Case("8 prompts x 4 replies x 64 tokens")
+EAGER = {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "eager"}}
+"""Faster for TRL than sdpa at this size (`trl_settings`)."""
 HALF = replace(BASE, name="the same, TRL with bf16 weights", peer_dtype="bfloat16")
 CASES = (
     BASE,
     replace(BASE, name="the same, none of our C++", native=False),
+    replace(BASE, name="the same, TRL with eager attention", peer_settings=EAGER),
     HALF,
     replace(BASE, name="256 new tokens, early ends", new_tokens=256, peer_settings=QUARTERS),
     replace(BASE, name="prompts of 50-600 tokens", words=(0, 500), peer_settings=QUARTERS),

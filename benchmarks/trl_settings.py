@@ -10,12 +10,11 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.grpo_step import BASE, trl_in_turn
+from benchmarks.grpo_step import BASE, EAGER, trl_in_turn
 from benchmarks.machine import computes_in_bf16
 from benchmarks.result import Result, versions
 
 FP32 = "fp32 throughout"
-EAGER = {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "eager"}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "as in grpo_step": {},
     "two micro batches of 16": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2},
