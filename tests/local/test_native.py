@@ -272,7 +272,8 @@ def test_what_a_killed_build_left_is_removed_and_a_built_one_is_not_touched_agai
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
     assert native.kernels() is built
-    assert seen == [["kernels.cpp"]]
+    assert seen == [[source.name for source in native.SOURCES]]
+    assert "products.cpp" in seen[0]
     library = folder / "ups_rm_kernels.so"
     before = library.stat().st_mtime_ns
     assert native.kernels.__wrapped__().rms_norm(torch.ones(1, 2), torch.ones(2), 0.0).tolist() == [[1.0, 1.0]]
@@ -286,9 +287,11 @@ def test_the_environment_can_leave_them_out(anew: Path, monkeypatch: pytest.Monk
     assert not (anew / "native").exists()
 
 
-def test_another_source_or_cpu_is_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", [source.name for source in native.SOURCES])
+def test_another_source_or_cpu_is_another_folder(which: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     key = native._key()
-    changed = tmp_path / "kernels.cpp"
-    changed.write_text(native.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(native, "SOURCE", changed)
+    for source in native.SOURCES:
+        more = "\n" if source.name == which else ""
+        (tmp_path / source.name).write_text(source.read_text() + more)
+    monkeypatch.setattr(native, "SOURCES", [tmp_path / source.name for source in native.SOURCES])
     assert native._key() != key

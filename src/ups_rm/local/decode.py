@@ -44,6 +44,16 @@ class _Layer:
     q_norm: Tensor | None
     k_norm: Tensor | None
 
+    def whole(self, eps: float) -> Any | None:
+        """What the kernel for a whole layer takes, where there is one for it."""
+        products = [self.qkv, self.out, self.gate, self.up, self.down]
+        kernels = self.qkv.kernels
+        if kernels is None or self.q_norm is not None or any(part.kernels is None for part in products):
+            return None
+        qkv, out, gate, up, down = (part.weight for part in products)
+        norm1, norm2 = self.norm1.to(qkv.dtype), self.norm2.to(qkv.dtype)
+        return kernels.LayerWeights(norm1, qkv, out, norm2, gate, up, down, self.qkv.bias, self.out.bias, eps)
+
 
 class FastDecoder:
     """See the module. Letters: b rows, N tokens, S heads, K key/value heads, D head size, H hidden size."""
@@ -57,6 +67,8 @@ class FastDecoder:
         self.kernels = usable(self.causal.model.embed_tokens.weight)
         self.record = recorder(self.causal.model.embed_tokens.weight.device)
         self.layers: list[_Layer] = []
+        self.whole: list[Any | None] = []
+        """Per layer: see `_Layer.whole`."""
         self.head: Projection | None = None
         self.refresh()
 
@@ -91,10 +103,11 @@ class FastDecoder:
                     k_norm=getattr(getattr(attention, "k_norm", None), "weight", None),
                 )
             )
+        self.whole = [layer.whole(self.eps) for layer in self.layers]
 
     def release(self) -> None:
         """Give back the weights that were laid out; the next `generate` takes over the model's present ones."""
-        self.layers, self.head = [], None
+        self.layers, self.whole, self.head = [], [], None
 
     def copies(self, *, packed: bool) -> list[Tensor]:
         """Weights that the decoder holds beside the model's own: all projections where they are packed, else fused."""
@@ -125,11 +138,10 @@ class FastDecoder:
         qkv = layer.qkv(self._rms(x, layer.norm1)).view(len(x), -1, self.head_dim)
         attended = layer.out.onto(attend(i, self._normed(qkv, layer)), x)
         y = self._rms(attended, layer.norm2)
-        if kept is None:  # fused: what backward needs of gate and up is never there, and bf16 rounds once less
-            return layer.down.onto(layer.up.times(y, layer.gate.silu(y)), attended)
         gate, up = layer.gate(y), layer.up(y)
         out = layer.down.onto(silu_mul(gate, up), attended)
-        kept.add(i, qkv, attended, gate, up, out)
+        if kept is not None:
+            kept.add(i, qkv, attended, gate, up, out)
         return out
 
     def _normed(self, qkv: Tensor, layer: _Layer) -> Tensor:
@@ -247,8 +259,11 @@ class FastDecoder:
         def attend(i: int, qkv: Tensor) -> Tensor:
             return cache.attend(i, qkv, cos, sin, t)
 
-        for i in range(len(self.layers)):
-            x = self._layer(i, x, attend, kept)
+        for i, whole in enumerate(self.whole):
+            if whole is None or not isinstance(cache, NativeCache):
+                x = self._layer(i, x, attend, kept)
+            else:
+                x = cache.layer(i, whole, x, cos, sin, t, [] if kept is None else kept.room_now(i))
         return x
 
     def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,9 +181,20 @@ class NativeCache(GroupCache):
         self.cells = torch.arange(groups * columns, device=keys.device)
 
     def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor) -> Tensor:
-        held = (part[layer] for part in (self.prompt_keys, self.prompt_values, self.keys, self.values))
-        out: Tensor = self.kernels.attend(qkv, cos, sin, *held, self.cells, self.lengths, position)
+        out: Tensor = self.kernels.attend(qkv, cos, sin, *self._held(layer), self.cells, self.lengths, position)
         return out
+
+    def layer(
+        self, layer: int, weights: Any, x: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor, kept: list[Tensor]
+    ) -> Tensor:
+        """All of a layer, x (b, H) -> (b, H); `kept`: room for its parts, as `KeptForward.room_now` gives it."""
+        out: Tensor = self.kernels.decode_layer(
+            x, weights, cos, sin, self._held(layer), self.cells, self.lengths, position, kept
+        )
+        return out
+
+    def _held(self, layer: int) -> list[Tensor]:
+        return [part[layer] for part in (self.prompt_keys, self.prompt_values, self.keys, self.values)]
 
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:

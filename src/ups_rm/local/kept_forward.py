@@ -64,12 +64,16 @@ class KeptForward:
         self.rows.append(rows)
         self.before, self.now = self.before + self.now, len(rows)
 
+    def room_now(self, layer: int) -> list[Tensor]:
+        """Where a layer's parts of the tokens that are read now belong, each (N, ...): it has had others before."""
+        return [room[self.before : self.before + self.now] for room in self.layers[layer]]
+
     def add(self, layer: int, *parts: Tensor) -> None:
         """Of the tokens that are read now: qkv (N, S + 2 K, D), then attended, gate, up and out of `KnownLayer`."""
         if layer == len(self.layers):
             self.layers.append(tuple(part.new_empty(self.room, part[0].numel()) for part in parts))
-        for room, part in zip(self.layers[layer], parts, strict=True):
-            room[self.before : self.before + self.now] = part.flatten(1)
+        for room, part in zip(self.room_now(layer), parts, strict=True):
+            room.copy_(part.flatten(1))
 
     def take(self, layer: int) -> KnownLayer:
         """All tokens of a layer, which are given out of hand."""

@@ -23,10 +23,12 @@ from torch import Tensor
 from ups_rm.console import console
 from ups_rm.models import cache_folder
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 BLOCK = 32
 """Positions that the attention kernel takes at once: capacities are multiples of it."""
+PANEL = 32
+"""Columns that products take at once: a weight's sizes are multiples of it."""
 
 
 @functools.cache
@@ -68,6 +70,14 @@ def usable(*tensors: Tensor) -> Any | None:
     return kernels()
 
 
+def multiplier(x: Tensor, weight: Tensor) -> Any | None:
+    """The kernels, if their products take these, each with two dimensions: bf16, the weight's sizes whole panels."""
+    if x.dtype != torch.bfloat16 or any(size == 0 or size % PANEL for size in weight.shape):
+        return None
+    found = usable(x, weight)
+    return found if found is not None and found.multiplies() else None
+
+
 def _imported(library: Path) -> Any:
     spec = importlib.util.spec_from_file_location("ups_rm_kernels", library)
     if spec is None or spec.loader is None:
@@ -83,12 +93,13 @@ def _build(folder: Path) -> Any:
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    source = folder / SOURCE.name
-    source.write_bytes(SOURCE.read_bytes())
+    for source in SOURCES:
+        (folder / source.name).write_bytes(source.read_bytes())
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])  # ninja of the environment
     try:
-        return load("ups_rm_kernels", [str(source)], extra_cflags=list(FLAGS), build_directory=str(folder))
+        units = [str(folder / source.name) for source in SOURCES if source.suffix == ".cpp"]
+        return load("ups_rm_kernels", units, extra_cflags=list(FLAGS), build_directory=str(folder))
     finally:
         os.environ["PATH"] = path
 
@@ -101,5 +112,6 @@ def _key() -> str:
         )
     except (OSError, StopIteration):
         cpu = platform.processor()
-    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, torch.__version__, sys.version, platform.machine(), cpu]
+    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
+    parts = [*texts, *FLAGS, torch.__version__, sys.version, platform.machine(), cpu]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
