@@ -18,7 +18,7 @@ def computes_in_bf16() -> bool:
 
 
 def flops(dtype: str = "bfloat16") -> float:
-    """FLOP/s of the faster of torch's plain and packed product, best of ten rounds."""
+    """FLOP/s of the faster of torch's product and that of a `Projection`, best of ten rounds."""
     import torch
 
     from ups_rm.layers.projection import Projection

@@ -10,6 +10,7 @@ from torch import nn
 from ups_rm.layers import linear as linear_module
 from ups_rm.layers.elementwise import silu_mul_linear
 from ups_rm.layers.linear import by_onednn, laid_out, linear, of_layout, product
+from ups_rm.layers.native import multiplier
 from ups_rm.layers.projection import can_pack
 
 
@@ -63,13 +64,12 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_laid_out_weights_give_the_same_and_are_gone_after(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("inner", [48, 96], ids=["by oneDNN", "by our product, on CPUs that have it"])
+def test_laid_out_weights_give_the_same_and_are_gone_after(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_pack(torch.zeros(1, dtype=torch.bfloat16)):
         pytest.skip("this CPU does not compute in bf16")
     monkeypatch.setattr(linear_module, "COPY", 10**6)
-    layers = nn.ModuleList([layer_of(64, 48, True, torch.bfloat16), layer_of(48, 32, False, torch.bfloat16)])
+    layers = nn.ModuleList([layer_of(64, inner, True, torch.bfloat16), layer_of(inner, 32, False, torch.bfloat16)])
     hooked, doubled = layer_of(32, 16, True, torch.bfloat16), Doubled(8, 4).bfloat16()
     hooked.register_forward_hook(lambda *_: None)
     layers += [hooked, doubled, layer_of(8, 8, True)]
@@ -83,6 +83,7 @@ def test_laid_out_weights_give_the_same_and_are_gone_after(
         plain = run()
         with laid_out(layers):
             assert [of_layout(layer, x) is not None for layer in layers] == [True, True, False, False, False]
+            assert (of_layout(layers[0], x).kernels is not None) == (multiplier(layers[0].weight) is not None)
             assert of_layout(layers[0], x.float()) is None
             assert of_layout(layers[0], x[:0]) is None
             with laid_out(layers):  # another thread's
@@ -101,13 +102,15 @@ def test_laid_out_weights_give_the_same_and_are_gone_after(
         assert of_layout(layers[0], x) is None  # too large
 
 
-def test_laid_out_weights_round_an_fp32_bias_as_autocast_does() -> None:
+@pytest.mark.parametrize("outer", [48, 96], ids=["by oneDNN", "by our product, on CPUs that have it"])
+def test_laid_out_weights_round_an_fp32_bias_as_autocast_does(outer: int) -> None:
     """Backbones that are lowered to bf16 keep biases in fp32, and a service holds its weights laid out for good."""
     if not can_pack(torch.zeros(1, dtype=torch.bfloat16)):
         pytest.skip("this CPU does not compute in bf16")
-    layer = layer_of(64, 48, True, torch.bfloat16)
-    layer.bias.data = 3 * torch.randn(48)
-    x = torch.randn(33, 64, dtype=torch.bfloat16)
+    layer = layer_of(64, outer, True, torch.bfloat16)
+    layer.weight.data = torch.randint(-3, 4, layer.weight.shape).bfloat16()  # sums are exact, in any order
+    layer.bias.data = 3 * torch.randn(outer)
+    x = torch.randint(-3, 4, (33, 64)).bfloat16()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         plain = linear(x, layer)
         with laid_out(nn.ModuleList([layer])):

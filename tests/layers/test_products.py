@@ -25,7 +25,7 @@ SHAPE = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
 
 @pytest.fixture(scope="module")
 def products() -> Any:
-    found = multiplier(torch.zeros(1, 32, dtype=BF16), torch.zeros(32, 32, dtype=BF16))
+    found = multiplier(torch.zeros(32, 32, dtype=BF16))
     if found is None:
         pytest.skip("needs a compiler and a CPU with AVX512_BF16 and without AMX")
     return found
@@ -59,6 +59,18 @@ def test_products_are_the_exact_ones_rounded_once(
     assert (around[[0, -1]] == 7).all(), "written beyond the rows that were given"
 
 
+@pytest.mark.parametrize(("rows", "inner"), [(400, 6000), (1821, 576), (4000, 576)])
+def test_rows_beyond_those_that_meet_the_panels_at_once(products: Any, rows: int, inner: int) -> None:
+    x, weight, more = whole_numbers(rows, inner), whole_numbers(96, inner), whole_numbers(rows, 96)
+    panels = products.pack(weight)
+    exact = x.float() @ weight.float().t()
+    assert torch.equal(products.times_packed(x, panels, None, more, None), (exact + more.float()).to(BF16))
+    product, gates, ups = products.gated(x, panels, panels, None, None)
+    assert torch.equal(gates, exact.to(BF16))
+    assert torch.equal(ups, gates)
+    assert torch.equal(product, silu_mul(gates, ups))
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 70), inner=st.sampled_from([32, 576, 2080]), columns=st.sampled_from([32, 160]))
 def test_the_gated_product_is_its_steps(products: Any, rows: int, inner: int, columns: int) -> None:
@@ -90,6 +102,8 @@ def test_sizes_that_do_not_fit_are_refused(products: Any) -> None:
         products.pack(whole_numbers(33, 32))
     with pytest.raises(RuntimeError, match="no panels"):
         products.pack(whole_numbers(32, 31))
+    with pytest.raises(RuntimeError, match="has not laid out"):
+        products.times_packed(whole_numbers(2, 64), whole_numbers(32, 32), None, None, None)
     panels = products.pack(whole_numbers(32, 64))
     with pytest.raises(RuntimeError, match="32 columns and the weight 64"):
         products.times_packed(whole_numbers(2, 32), panels, None, None, None)
@@ -105,9 +119,9 @@ def test_sizes_that_do_not_fit_are_refused(products: Any) -> None:
 
 def test_what_has_no_panels_goes_to_torch(products: Any) -> None:
     good = torch.zeros(32, 64, dtype=BF16)
-    assert multiplier(good, good) is not None
+    assert multiplier(good) is not None
     for bad in (good.float(), good[:31], good[:, :62]):
-        assert multiplier(good.to(bad.dtype), bad) is None
+        assert multiplier(bad) is None
         x = torch.randn(3, bad.shape[1]).to(bad.dtype)
         torch.testing.assert_close(Projection(bad)(x), x @ bad.t())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -160,7 +162,7 @@ def test_draws_are_the_torch_forms(
 @settings(max_examples=25, deadline=None)
 @given(
     dtype=DTYPES, groups=st.integers(1, 4), columns=st.integers(1, 5), kv_heads=st.integers(1, 2),
-    shared=st.integers(1, 3), size=st.sampled_from([4, 64, 128]), width=st.integers(1, 70), length=st.integers(1, 40),
+    shared=st.integers(1, 7), size=st.sampled_from([4, 64, 128]), width=st.integers(1, 70), length=st.integers(1, 40),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_attention_is_the_torch_forms_while_rows_leave(
@@ -215,6 +217,27 @@ def test_tensors_that_the_kernels_do_not_take_are_left_to_torch() -> None:
     assert native.usable(double) is None
     assert native.usable(single, single.bfloat16()) is None
     assert native.usable(torch.ones(2, device="meta")) is None
+
+
+def test_python_goes_on_while_a_kernel_computes(built: Any) -> None:
+    """Checkpoints, trackers and requests have threads of their own, which must not wait for decoding."""
+    logits, uniform = torch.randn(6000, 8192), torch.rand(6000)
+    ticks: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(0.001):
+            ticks.append(perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begun = perf_counter()
+    built.draw(logits, uniform, 1.0)
+    ended = perf_counter()
+    over.set()
+    thread.join()
+    inside = [tick for tick in ticks if begun < tick < ended]
+    assert len(inside) > 3, f"{len(inside)} turns in {ended - begun:.3f} s"  # one at either end does not count
 
 
 def test_wrong_sizes_and_targets_are_refused(built: Any) -> None:

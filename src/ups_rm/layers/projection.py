@@ -29,18 +29,18 @@ class Projection:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight.detach().contiguous(), None if bias is None else bias.detach()
-        self.kernels = multiplier(self.weight, self.weight)
-        self.packed = can_pack(self.weight)
+        self.kernels = multiplier(self.weight)
+        self.by_onednn = self.kernels is None and can_pack(self.weight)
         if self.kernels is not None:
             self.weight = self.kernels.pack(self.weight)
-        elif self.packed:
+        elif self.by_onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.kernels is not None:
             out: Tensor = self.kernels.times_packed(x.contiguous(), self.weight, self.bias, None, None)
             return out
-        if not self.packed:
+        if not self.by_onednn:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
@@ -49,6 +49,6 @@ class Projection:
         if self.kernels is not None:
             out: Tensor = self.kernels.times_packed(x.contiguous(), self.weight, self.bias, residual.contiguous(), None)
             return out
-        if not self.packed:
+        if not self.by_onednn:
             return residual + F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")

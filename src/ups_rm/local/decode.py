@@ -263,7 +263,7 @@ class FastDecoder:
             if whole is None or not isinstance(cache, NativeCache):
                 x = self._layer(i, x, attend, kept)
             else:
-                x = cache.layer(i, whole, x, cos, sin, t, [] if kept is None else kept.room_now(i))
+                x = cache.decode_layer(i, whole, x, cos, sin, t, [] if kept is None else kept.room_now(i))
         return x
 
     def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:

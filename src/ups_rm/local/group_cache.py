@@ -184,7 +184,7 @@ class NativeCache(GroupCache):
         out: Tensor = self.kernels.attend(qkv, cos, sin, *self._held(layer), self.cells, self.lengths, position)
         return out
 
-    def layer(
+    def decode_layer(
         self, layer: int, weights: Any, x: Tensor, cos: Tensor, sin: Tensor, position: int | Tensor, kept: list[Tensor]
     ) -> Tensor:
         """All of a layer, x (b, H) -> (b, H); `kept`: room for its parts, as `KeptForward.room_now` gives it."""

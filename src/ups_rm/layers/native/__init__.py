@@ -1,7 +1,8 @@
 """Kernels in C++ for CPUs, built at first use by torch's own extension builder.
 
-They are no more than a faster form of what `elementwise`, `sampling`, `group_cache` and `selected_logprobs` say in
-torch, and are left out where they can't be built (no compiler, no headers) and with UPS_RM_NATIVE=0.
+They are no more than a faster form of what `elementwise`, `projection`, `sampling`, `group_cache`, `decode` and
+`selected_logprobs` say in torch, and are left out where they can't be built (no compiler, no headers) and with
+UPS_RM_NATIVE=0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor
 from ups_rm.console import console
 from ups_rm.models import cache_folder
 
-SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
+NAMES = ("attention.cpp", "kernels.cpp", "kernels.h", "layer.cpp", "numbers.h", "products.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 BLOCK = 32
 """Positions that the attention kernel takes at once: capacities are multiples of it."""
@@ -70,11 +72,11 @@ def usable(*tensors: Tensor) -> Any | None:
     return kernels()
 
 
-def multiplier(x: Tensor, weight: Tensor) -> Any | None:
-    """The kernels, if their products take these, each with two dimensions: bf16, the weight's sizes whole panels."""
-    if x.dtype != torch.bfloat16 or any(size == 0 or size % PANEL for size in weight.shape):
+def multiplier(weight: Tensor) -> Any | None:
+    """The kernels, if their products take a weight (O, I): in bf16, both sizes whole panels, on a CPU that has them."""
+    if weight.dtype != torch.bfloat16 or any(size == 0 or size % PANEL for size in weight.shape):
         return None
-    found = usable(x, weight)
+    found = usable(weight)
     return found if found is not None and found.multiplies() else None
 
 

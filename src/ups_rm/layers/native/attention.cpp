@@ -19,7 +19,8 @@ struct Part {
 constexpr int64_t BLOCK = 32;  // positions whose scores are summed up in registers; divides every capacity
 constexpr int64_t PARTS = BLOCK / WIDE;
 
-// Query heads of one key head that go through its keys and values together, each of which is then read once for all.
+// Query heads of one key head that go through its keys together, and through its values where the head size is known
+// here: each is then read once for all.
 constexpr int64_t HEADS = WIDE == 16 ? 3 : 1;  // as their sums find room in registers
 
 // Products of queries (G, D) with the keys of a part, to the end of its last block, into scores (G, most). D is even.

@@ -3,8 +3,8 @@
 // attention.cpp, products.cpp and layer.cpp.
 //
 // Loops that a compiler vectorises for whatever CPU it is told (-march=native); all sums are fp32. What they compute is
-// written down in torch in sampling.py, elementwise.py and selected_logprobs.py, which are the reference in the tests and serve
-// wherever this folder cannot be built. Rows are independent; only the gradient of RMSNorm's weight,
+// written down in torch in sampling.py, elementwise.py and selected_logprobs.py, which are the reference in the tests and
+// serve wherever this folder cannot be built. Rows are independent; only the gradient of RMSNorm's weight,
 // a sum over rows, is added up in an order that depends on the number of threads.
 #include "kernels.h"
 
@@ -329,22 +329,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> draw(const at::Tensor& logits, co
 
 }  // namespace ups_rm
 
+// Python's other threads go on meanwhile: those that write, score and answer requests.
+template <typename Function>
+void define(pybind11::module_& module, const char* name, Function function) {
+  module.def(name, function, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("rms_norm", &ups_rm::rms_norm);
-  module.def("rms_norm_backward", &ups_rm::rms_norm_backward);
-  module.def("silu_mul", &ups_rm::silu_mul);
-  module.def("silu_mul_backward", &ups_rm::silu_mul_backward);
-  module.def("rotate", &ups_rm::rotate_heads);
-  module.def("draw", &ups_rm::draw);
-  module.def("selected_logprobs", &ups_rm::selected_logprobs);
-  module.def("logits_to_gradient", &ups_rm::logits_to_gradient);
-  module.def("attend", &ups_rm::attend);
-  module.def("multiplies", &ups_rm::multiplies);
-  module.def("pack", &ups_rm::pack);
-  module.def("times_packed", &ups_rm::times_packed);
-  module.def("gated", &ups_rm::gated);
-  module.def("decode_layer", &ups_rm::decode_layer);
-  pybind11::class_<ups_rm::LayerWeights>(module, "LayerWeights")
+  define(module, "rms_norm", &ups_rm::rms_norm);
+  define(module, "rms_norm_backward", &ups_rm::rms_norm_backward);
+  define(module, "silu_mul", &ups_rm::silu_mul);
+  define(module, "silu_mul_backward", &ups_rm::silu_mul_backward);
+  define(module, "rotate", &ups_rm::rotate_heads);
+  define(module, "draw", &ups_rm::draw);
+  define(module, "selected_logprobs", &ups_rm::selected_logprobs);
+  define(module, "logits_to_gradient", &ups_rm::logits_to_gradient);
+  define(module, "attend", &ups_rm::attend);
+  define(module, "multiplies", &ups_rm::multiplies);
+  define(module, "pack", &ups_rm::pack);
+  define(module, "times_packed", &ups_rm::times_packed);
+  define(module, "gated", &ups_rm::gated);
+  define(module, "decode_layer", &ups_rm::decode_layer);
+  // module_local: a second build in one process brings its own
+  pybind11::class_<ups_rm::LayerWeights>(module, "LayerWeights", pybind11::module_local())
       .def(pybind11::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                           std::optional<at::Tensor>, std::optional<at::Tensor>, double>());
 }

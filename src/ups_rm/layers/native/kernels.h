@@ -25,7 +25,8 @@ bool multiplies();
 // weight (N, K) -> its transposed in panels (N / 32, K / 2, 32, 2). N is a multiple of 32, K even.
 at::Tensor pack(const at::Tensor& weight);
 
-// x (M, K) and panels of a weight -> x W^T + bias (N,) + residual (M, N), rounded once; into `out`, where it is given.
+// x (M, K) and panels of a weight -> x W^T + bias (N,) + residual (M, N), rounded once; into `out`, where it is given,
+// which may be the residual but not x.
 at::Tensor times_packed(const at::Tensor& x, const at::Tensor& panels, const std::optional<at::Tensor>& bias,
                         const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& out);
 

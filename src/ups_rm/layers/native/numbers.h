@@ -1,4 +1,4 @@
-// Numbers in fp32 and bf16, one at a time and as many as a register holds.
+// Numbers in fp32 and bf16, one at a time and as many as a register holds, their rotation, and tensors of either.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -111,7 +111,6 @@ inline floats sigmoid(floats x) {
   const floats power = exp_of_negative(x < 0 ? x : -x), inverse = 1.0f / (1.0f + power);
   return x < 0 ? power * inverse : inverse;
 }
-
 
 inline void check(const at::Tensor& tensor, at::ScalarType type, const char* name) {
   TORCH_CHECK(tensor.device().is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type, name,

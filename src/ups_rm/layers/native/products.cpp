@@ -2,7 +2,7 @@
 //
 // oneDNN, which torch asks, waits for a part of the weight to come from memory, then computes with it, which is a third
 // of the time when few rows meet a large weight, as in decoding. Here the next part is fetched while this one is in use.
-// What is computed is what torch computes: the reference in the tests.
+// What comes out are the sums in fp32, rounded once; torch's own products serve on every other CPU.
 //
 // The weight, transposed, lies in panels: 32 of its columns, in them its rows two by two, in them the columns' pairs.
 #include <ATen/Parallel.h>
@@ -20,8 +20,8 @@ namespace {
 
 constexpr int64_t PANEL = 32;         // columns: two registers of sums
 constexpr int64_t ROWS = 14;          // of the left side at once: 28 registers of sums, 2 of the panel, 1 of the row
-constexpr int64_t PART = 2048;        // rows of a panel at once: with the next ones a quarter of a core's 1 MiB
-constexpr int64_t AT_ONCE = 1 << 20;  // numbers of the left side that stay in the cache while all panels pass
+constexpr int64_t PART = 2048;        // rows of a panel at once at most: with the next ones a quarter of a core's 1 MiB
+constexpr int64_t AT_ONCE = 1 << 20;  // numbers of the left side that all panels meet, near in the cores' common cache
 
 // What is written: sums, plus `bias` (columns) and `residual` (as `to`) where there are any. Of a panel too long for the
 // cache a part is taken at a time; the sums so far lie in `sums` (rows, 32).
@@ -79,18 +79,20 @@ constexpr Tile TILES[ROWS + 1] = {nullptr, tile<1>, tile<2>,  tile<3>,  tile<4>,
 
 // `rows` rows by one panel, in tiles of equal height. The `next` panel, if any, is brought into the cache meanwhile.
 void strip(const bits16* left, int64_t rows, int64_t inner, const bits16* panel, const bits16* next, const Out out) {
-  const int64_t tiles = (rows + ROWS - 1) / ROWS;
-  std::vector<float> sums(inner > PART ? rows * PANEL : 0);
-  for (int64_t k = 0; k < inner; k += PART) {
-    const int64_t part = std::min(PART, inner - k);
-    const bits16* ahead = k + part < inner ? panel + (k + part) * PANEL : next;
+  const int64_t tiles = (rows + ROWS - 1) / ROWS, parts = (inner + PART - 1) / PART;
+  std::vector<float> sums(parts > 1 ? rows * PANEL : 0);
+  for (int64_t part = 0; part < parts; part++) {
+    const bool ends = part + 1 == parts;
+    // pairs stay together; parts differ by one pair at most, so what is fetched ends one line beyond the part at most
+    const int64_t k = part * (inner / 2) / parts * 2, size = (part + 1) * (inner / 2) / parts * 2 - k;
+    const bits16* ahead = ends ? next : panel + (k + size) * PANEL;
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t first = i * rows / tiles, count = (i + 1) * rows / tiles - first, at = first * out.row;
       // spread over two tiles: more at once than a core can wait for would stop it
-      const int lines = next == nullptr || i > 1 ? 0 : tiles == 1 ? 2 : 1;
-      TILES[count](left + first * inner + k, inner, panel + k * PANEL, part, lines > 0 ? ahead + i * PANEL : nullptr,
+      const int lines = ahead == nullptr || i > 1 ? 0 : tiles == 1 ? 2 : 1;
+      TILES[count](left + first * inner + k, inner, panel + k * PANEL, size, lines > 0 ? ahead + i * PANEL : nullptr,
                    lines, {out.to + at, out.row, out.residual ? out.residual + at : nullptr, out.bias,
-                           sums.data() + first * PANEL, k == 0, k + part == inner});
+                           sums.data() + first * PANEL, part == 0, ends});
     }
   }
 }
@@ -108,6 +110,8 @@ void for_each_panel(int64_t rows, int64_t inner, int64_t panels, const Work& wor
 at::Tensor room(const std::optional<at::Tensor>& given, int64_t rows, const at::Tensor& x, const at::Tensor& panels) {
   check(x, at::kBFloat16, "x");
   check(panels, at::kBFloat16, "panels");
+  TORCH_CHECK(panels.dim() == 4 && panels.size(1) > 0 && panels.size(2) == PANEL && panels.size(3) == 2,
+              "a weight that `pack` has not laid out");
   TORCH_CHECK(x.size(1) == panels.size(1) * 2, "x has ", x.size(1), " columns and the weight ", panels.size(1) * 2);
   const int64_t columns = panels.size(0) * PANEL;
   if (!given) return at::empty({rows, columns}, x.options());
