@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -85,44 +84,10 @@ def keep_freed_memory() -> bool:
     By default it hands each large block back to the kernel and takes new pages, filled with zeros, a moment later,
     which costs a good part of a step's CPU time. The price: the process's memory stays at its peak.
     """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return False
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # all blocks from the heap: one beside it (by default each over 32 MiB) is new pages every time; -1: never trimmed
-    kept = bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
-    if kept and _may_reserve():
-        _grow_in_huge_pages(libc)
-    return kept
-
-
-def _may_reserve() -> bool:
-    """Addresses that are taken and not used cost nobody anything here."""
-    limits = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    try:
-        strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    except OSError:
-        return False
-    return not strict and all(limit == resource.RLIM_INFINITY for limit in limits)
-
-
-def _grow_in_huge_pages(libc: ctypes.CDLL) -> None:
-    """Have what the heap grows by, up to half of the machine's memory, come in pages of 2 MiB where the kernel leaves
-    that to programs: looking up which page an address is in is some 4% of a step.
-
-    The heap is extended and marked, and the block freed at once: malloc keeps it, and what nobody has touched is no
-    memory.
-    """
-    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, madv_hugepage = os.sysconf("SC_PAGE_SIZE"), 14  # MADV_HUGEPAGE of mman.h
-    size = os.sysconf("SC_PHYS_PAGES") // 2 * page
-    block = libc.malloc(size)
-    if block is None:
-        return
-    first = -(-block // page) * page
-    libc.madvise(first, (block + size - first) // page * page, madv_hugepage)
-    libc.free(block)
+    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
 
 def _has_fast_bf16(kind: str) -> bool:
