@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ups_rm.layers import native
-from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul, silu_mul_linear
+from ups_rm.layers.elementwise import masked_softmax, rms_norm, rotate, silu_mul, silu_mul_linear
 from ups_rm.local.group_cache import GroupCache, NativeCache
 from ups_rm.local.sampling import Sampling, draw
 from ups_rm.local.selected_logprobs import SelectedLogprobs
@@ -82,6 +82,32 @@ def test_elementwise_functions_and_their_gradients(
     torch.testing.assert_close(  # a rotation keeps lengths
         rotate(heads, cos, sin).float().norm(dim=-1), heads.float().norm(dim=-1), rtol=3e-2, atol=1e-3
     )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=DTYPES, batch=st.integers(1, 3), kv_heads=st.integers(1, 2), shared=st.integers(1, 3),
+    queries=st.integers(1, 9), keys=st.sampled_from([1, 2, 15, 16, 17, 63, 116]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_masked_softmax_and_its_gradient(
+    module_patch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int, kv_heads: int, shared: int, queries: int,
+    keys: int, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    scores = (5 * torch.randn(batch, kv_heads, shared * queries, keys)).to(dtype)
+    seen = torch.rand(batch, 1, queries, keys) < 0.6
+    seen[..., 0] = True  # no query sees nothing
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    ours, theirs = both(module_patch, lambda x: masked_softmax(x, mask, 0.3), scores)
+    close(ours, theirs)
+    exact = scores.double().requires_grad_()
+    hidden = (~seen)[:, :, None].expand(-1, kv_heads, shared, -1, -1).flatten(2, 3)
+    expected = (0.3 * exact).masked_fill(hidden, float("-inf")).softmax(-1)
+    expected.backward(torch.linspace(-1, 1, expected.numel()).view(expected.shape).to(dtype).double())
+    assert exact.grad is not None
+    for found, wanted in zip(ours, (expected.detach(), exact.grad), strict=True):
+        torch.testing.assert_close(found.double(), wanted, **TOLERANCE[dtype])
+    assert (ours[0][hidden] == 0).all()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -245,6 +271,8 @@ def test_wrong_sizes_and_targets_are_refused(built: Any) -> None:
         built.rms_norm(torch.ones(2, 4), torch.ones(3), 1e-5)
     with pytest.raises(RuntimeError, match="not in the vocabulary"):
         built.selected_logprobs(torch.ones(2, 4), torch.tensor([0, 4]), 1.0)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        built.masked_softmax(torch.ones(2, 2, 6, 5), torch.ones(2, 1, 4, 5), 1.0)
     with pytest.raises(RuntimeError, match="contiguous"):
         built.silu_mul(torch.ones(4, 2).t(), torch.ones(2, 4))
     with pytest.raises(RuntimeError, match="fp32 or bf16"):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ups_rm.layers.elementwise import rms_norm, rotate, silu_mul_linear_onto
+from ups_rm.layers.elementwise import masked_softmax, rms_norm, rotate, silu_mul_linear_onto
 from ups_rm.layers.linear import linear, linear_onto
 
 KNOWN = ("llama", "qwen2", "qwen3")
@@ -138,9 +138,8 @@ class DecoderLayers:
         grouped = q.transpose(1, 2).reshape(rows, self.kv_heads, groups * length, self.head_dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, M, D)
         if self.by_products(mask):
-            scores = torch.matmul(grouped, k.transpose(-1, -2)) * self.head_dim**-0.5
-            scores = scores.unflatten(2, (groups, length)) + mask[:, :, None]  # (B, K, groups, L, M)
-            out = scores.softmax(dim=-1).flatten(2, 3) @ v
+            scores = torch.matmul(grouped, k.transpose(-1, -2))  # (B, K, groups * L, M)
+            out = masked_softmax(scores, mask, self.head_dim**-0.5) @ v
         else:
             out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         # unflatten, not view: SDPA's kernels on GPUs give other strides

@@ -35,6 +35,13 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def masked_softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale scores + mask) over keys, fp32 inside. scores (B, K, G * L, M), mask (B, 1, L, M), the same for
+    each of the K * G heads -> as scores."""
+    out: Tensor = MaskedSoftmax.apply(scores, mask, scale)
+    return out
+
+
 def silu_mul_linear(gate: Tensor, up: Tensor, linear: torch.nn.Module) -> Tensor:
     """linear(silu(gate) * up), gate and up (N, I)."""
     packed = of_layout(linear, gate)
@@ -122,8 +129,8 @@ class SiluMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return _gated_backward(grad, gate, up)
+        d_gate, d_up, _ = _gated_backward(grad, *ctx.saved_tensors)
+        return d_gate, d_up
 
 
 class SiluMulLinear(torch.autograd.Function):
@@ -138,8 +145,8 @@ class SiluMulLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         gate, up, weight = ctx.saved_tensors
-        d_weight = grad.t() @ _gated(gate, up) if ctx.needs_input_grad[2] else None
-        return *_gated_backward(grad @ weight, gate, up), d_weight, None
+        d_gate, d_up, gated = _gated_backward(grad @ weight, gate, up)
+        return d_gate, d_up, grad.t() @ gated if ctx.needs_input_grad[2] else None, None
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -150,12 +157,34 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """With s = sigmoid(gate): d_gate = g up s (1 + gate (1 - s)), d_up = g gate s."""
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With s = sigmoid(gate): d_gate = g up s (1 + gate (1 - s)), d_up = g gate s; and the product, gate s up."""
     kernels = usable(grad, gate, up)
     if kernels is not None:
-        d_gate, d_up = kernels.silu_mul_backward(grad.contiguous(), gate.contiguous(), up.contiguous())
-        return d_gate, d_up
+        d_gate, d_up, again = kernels.silu_mul_backward(grad.contiguous(), gate.contiguous(), up.contiguous())
+        return d_gate, d_up, again
     s = torch.sigmoid(gate)
     silu = gate * s
-    return grad * up * (s + silu * (1 - s)), grad * silu
+    return grad * up * (s + silu * (1 - s)), grad * silu, silu * up
+
+
+class MaskedSoftmax(torch.autograd.Function):
+    """With p the softmax: d_scores = scale p (g - sum over keys of g p)."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, mask: Tensor, scale: float) -> Tensor:
+        kernels = usable(scores, mask)
+        if kernels is not None:
+            out: Tensor = kernels.masked_softmax(scores.contiguous(), mask.contiguous(), scale)
+        else:
+            wide = (scores * scale).unflatten(2, (-1, mask.shape[2])) + mask[:, :, None]  # (B, K, G, L, M)
+            out = wide.softmax(dim=-1).flatten(2, 3)
+        ctx.save_for_backward(out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (out,) = ctx.saved_tensors
+        d_scores = torch.ops.aten._softmax_backward_data(grad, out, -1, out.dtype)
+        return d_scores.mul_(ctx.scale), None, None

@@ -1,4 +1,5 @@
-// Attention of one token per row, of a rollout whose groups share their prompt's keys and values. In torch: group_cache.py.
+// Attention of one token per row, of a rollout whose groups share their prompt's keys and values, in torch group_cache.py;
+// and the softmax of all others, in torch elementwise.py.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -68,8 +69,7 @@ void add_values(const float* weights, int64_t most, const Part<scalar>& part, in
 void softmax(float* row, int64_t count) {
   const int64_t end = (count + WIDE - 1) / WIDE * WIDE;
   std::fill(row + count, row + end, -std::numeric_limits<float>::infinity());
-  float greatest = row[0];
-  for (int64_t j = 1; j < count; j++) greatest = std::max(greatest, row[j]);
+  const float greatest = greatest_of(row, count);
   floats totals = {};
   for (int64_t j = 0; j < end; j += WIDE) {
     const floats power = exp_of_negative(load(row + j) - greatest);
@@ -132,6 +132,35 @@ void attend_rows(const scalar* qkv, const scalar* cos, const scalar* sin, const 
 }
 
 }  // namespace
+
+at::Tensor masked_softmax(const at::Tensor& scores, const at::Tensor& mask, double scale) {
+  const auto type = scores.scalar_type();
+  check(scores, type, "scores");
+  check(mask, type, "mask");
+  const int64_t keys = scores.size(3), queries = mask.size(2), per_batch = scores.size(1) * scores.size(2);
+  TORCH_CHECK(mask.size(0) == scores.size(0) && mask.size(1) == 1 && mask.size(3) == keys && queries > 0 &&
+                  scores.size(2) % queries == 0,
+              "sizes do not fit");
+  at::Tensor out = at::empty_like(scores);
+  dispatch(type, [&](auto zero) {
+    using scalar = decltype(zero);
+    const scalar *from = in<scalar>(scores), *hidden = in<scalar>(mask);
+    scalar* into = to<scalar>(out);
+    at::parallel_for(0, scores.size(0) * per_batch, 64, [&](int64_t begin, int64_t end) {
+      std::vector<float> row(keys + WIDE);
+      for (int64_t i = begin; i < end; i++) {
+        const scalar *mine = from + i * keys, *hides = hidden + (i / per_batch * queries + i % queries) * keys;
+        int64_t j = 0;
+        for (; j + WIDE <= keys; j += WIDE) save(&row[j], load(mine + j) * float(scale) + load(hides + j));
+        for (; j < keys; j++) row[j] = widen(mine[j]) * float(scale) + widen(hides[j]);
+        softmax(row.data(), keys);
+        for (j = 0; j + WIDE <= keys; j += WIDE) save(into + i * keys + j, load(&row[j]));
+        for (; j < keys; j++) into[i * keys + j] = narrow<scalar>(row[j]);
+      }
+    });
+  });
+  return out;
+}
 
 at::Tensor attend(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& prompt_keys,
                   const at::Tensor& prompt_values, const at::Tensor& keys, const at::Tensor& values,

@@ -74,7 +74,7 @@ void rms_norm_backward_rows(const scalar* grad, const scalar* x, const scalar* w
   });
 }
 
-// silu(gate) * up, and with a gradient: (d_gate, d_up).
+// silu(gate) * up, and with a gradient: (d_gate, d_up), and the product again.
 template <typename scalar>
 void silu_mul_all(const scalar* gate, const scalar* up, scalar* out, int64_t count) {
   at::parallel_for(0, count / WIDE, 4096, [&](int64_t begin, int64_t end) {
@@ -90,18 +90,20 @@ void silu_mul_all(const scalar* gate, const scalar* up, scalar* out, int64_t cou
 }
 template <typename scalar>
 void silu_mul_backward_all(const scalar* grad, const scalar* gate, const scalar* up, scalar* d_gate, scalar* d_up,
-                           int64_t count) {
+                           scalar* product, int64_t count) {
   at::parallel_for(0, count / WIDE, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * WIDE; i < end * WIDE; i += WIDE) {
-      const floats x = load(gate + i), g = load(grad + i), s = sigmoid(x);
+      const floats x = load(gate + i), u = load(up + i), g = load(grad + i), s = sigmoid(x);
       save(d_up + i, g * x * s);
-      save(d_gate + i, g * load(up + i) * s * (1.0f + x * (1.0f - s)));
+      save(d_gate + i, g * u * s * (1.0f + x * (1.0f - s)));
+      save(product + i, x * s * u);
     }
   });
   for (int64_t i = count / WIDE * WIDE; i < count; i++) {
     const float x = widen(gate[i]), g = widen(grad[i]), s = 1.0f / (1.0f + std::exp(-x));
     d_up[i] = narrow<scalar>(g * x * s);
     d_gate[i] = narrow<scalar>(g * widen(up[i]) * s * (1.0f + x * (1.0f - s)));
+    product[i] = narrow<scalar>(x * s * widen(up[i]));
   }
 }
 
@@ -241,17 +243,17 @@ at::Tensor silu_mul(const at::Tensor& gate, const at::Tensor& up) {
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& grad, const at::Tensor& gate,
-                                                     const at::Tensor& up) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> silu_mul_backward(const at::Tensor& grad, const at::Tensor& gate,
+                                                                 const at::Tensor& up) {
   for (const auto& tensor : {grad, gate, up}) check(tensor, gate.scalar_type(), "a tensor");
   TORCH_CHECK(gate.numel() == up.numel() && gate.numel() == grad.numel(), "sizes do not fit");
-  at::Tensor d_gate = at::empty_like(gate), d_up = at::empty_like(up);
+  at::Tensor d_gate = at::empty_like(gate), d_up = at::empty_like(up), product = at::empty_like(gate);
   dispatch(gate.scalar_type(), [&](auto zero) {
     using scalar = decltype(zero);
     silu_mul_backward_all(in<scalar>(grad), in<scalar>(gate), in<scalar>(up), to<scalar>(d_gate), to<scalar>(d_up),
-                          gate.numel());
+                          to<scalar>(product), gate.numel());
   });
-  return {d_gate, d_up};
+  return {d_gate, d_up, product};
 }
 
 // x (N, heads, D), cos and sin (N, D) in x's dtype or fp32 -> x rotated; with `sign` -1 rotated back, the gradient.
@@ -345,6 +347,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   define(module, "selected_logprobs", &ups_rm::selected_logprobs);
   define(module, "logits_to_gradient", &ups_rm::logits_to_gradient);
   define(module, "attend", &ups_rm::attend);
+  define(module, "masked_softmax", &ups_rm::masked_softmax);
   define(module, "multiplies", &ups_rm::multiplies);
   define(module, "pack", &ups_rm::pack);
   define(module, "times_packed", &ups_rm::times_packed);

@@ -19,6 +19,10 @@ at::Tensor attend(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor
                   const at::Tensor& prompt_values, const at::Tensor& keys, const at::Tensor& values,
                   const at::Tensor& cells, const at::Tensor& lengths, int64_t position);
 
+// scores (B, K, G * L, M), mask (B, 1, L, M) -> softmax(scale * scores + mask) over the last dimension, the mask the same
+// for each of K * G heads.
+at::Tensor masked_softmax(const at::Tensor& scores, const at::Tensor& mask, double scale);
+
 // This CPU has the products below, which raise otherwise.
 bool multiplies();
 
