@@ -36,8 +36,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(scale scores + mask) over keys, fp32 inside. scores (B, K, G * L, M), mask (B, 1, L, M), the same for
-    each of the K * G heads -> as scores."""
+    """softmax(scale scores + mask) over keys. scores (B, K, G * L, M), mask (B, 1, L, M), the same for each of the
+    K * G heads -> as scores. The kernel rounds once; torch's form rounds scaled and masked scores to their dtype."""
     out: Tensor = MaskedSoftmax.apply(scores, mask, scale)
     return out
 
