@@ -7,7 +7,8 @@ CPU that does not compute in bf16, where torch's bf16 is ten times slower than i
 and the case with bf16 weights is left out. A step is everything from prompts to changed weights. Both sides take the
 same prompts in the same steps, and count the reply tokens that they made. TRL runs in a process of its own, with the
 same threads and waiting as ours: what we ask of malloc holds for a whole process, and would make its steps faster than
-its users see them.
+its users see them. Of the two cases with RM scoring, TRL asks our scorer in one, and in the other the model itself, in
+bf16, by its own `reward_funcs`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from unittest import mock
 
 from benchmarks.machine import computes_in_bf16, step_floor
 from benchmarks.result import Result, versions
+from benchmarks.rm_scoring import plain_model
 from ups_rm.layers.native import kernels
 from ups_rm.local.trainer import Trainer
 from ups_rm.recipe import load_recipe
@@ -45,8 +47,9 @@ FILLER = "For context, here is what I have tried so far and what came of it on e
 
 @dataclass(frozen=True)
 class Case:
-    """One size of the step. `words`: least and most words that a prompt is filled up with; `model`: another policy;
-    `native`: with our C++ kernels where they can be built; `peer_settings`: other values of TRL's GRPOConfig."""
+    """One size of the step. `words`: least and most words that a prompt is filled up with; `peer_scores`: TRL asks the
+    RM by its own means; `model`: another policy; `native`: with our C++ kernels where they can be built;
+    `peer_settings`: other values of TRL's GRPOConfig."""
 
     name: str
     prompts: int = 8
@@ -56,6 +59,7 @@ class Case:
     lora_rank: int = 0
     peer_dtype: str = "float32"
     with_rm: bool = False
+    peer_scores: bool = False
     model: str = ""
     native: bool = True
     peer_settings: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +81,7 @@ CASES = (
     replace(BASE, name="n = 8", n=8, peer_settings=QUARTERS | {"per_device_train_batch_size": 16}),
     replace(BASE, name="LoRA of rank 16", lora_rank=16, peer_dtype="bfloat16"),
     replace(BASE, name="with RM scoring", with_rm=True),
+    replace(BASE, name="with RM scoring, TRL by its own means", with_rm=True, peer_scores=True),
 )
 
 
@@ -184,7 +189,8 @@ def _parquet(file: Path, case: Case) -> Path:
 
 
 def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callable[[], None]) -> list[Cost]:
-    """TRL's steps after one of warm-up; `between` runs after each of them."""
+    """TRL's steps after one of warm-up; `between` runs after each of them. With `peer_scores` TRL asks the RM itself,
+    and what `scorer` says counts for nothing."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -222,12 +228,17 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
         learning_rate=1e-6, max_steps=pairs + 1, save_strategy="no", report_to=[], disable_tqdm=True,
         use_cpu=True, seed=0, temperature=1.0, shuffle_dataset=False, **(given | case.peer_settings),
     )  # fmt: skip
+    rewards: dict[str, Any] = {"reward_funcs": reward}
+    if case.peer_scores:
+        model, tokenizer = plain_model(_reward_model(folder, case.model), "bfloat16" if half else "float32")
+        rewards = {"reward_funcs": [model, reward], "reward_processing_classes": [tokenizer, None]}
+        settings.reward_weights = [-1.0, 0.0]  # the model's logit says how unsafe a reply is
     lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
     talks = chats(case)
     data = Dataset.from_list([{"prompt": talks[i]} for step in range(pairs + 1) for i in picked(case, step + 1)])
     trainer = GRPOTrainer(
         model=case.model or str(fetch()),
-        reward_funcs=reward,
+        **rewards,
         args=settings,
         train_dataset=data,
         peft_config=lora,
@@ -239,11 +250,11 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
 
 def main(arguments: Sequence[str]) -> None:
     """What `trl_in_turn` starts: a step of TRL, its cost on a line, and the next when a line is read."""
-    case, pairs = json.loads(arguments[0]), int(arguments[1])
-    case["words"] = tuple(case["words"])
+    given, pairs = json.loads(arguments[0]), int(arguments[1])
+    case = Case(**given | {"words": tuple(given["words"])})
     with tempfile.TemporaryDirectory() as name:
-        scorer = _reward_model(Path(name)) if case["with_rm"] else LengthScorer()
-        trl_steps(Case(**case), Path(name), scorer, pairs, lambda: print(input(), flush=True))
+        scorer = _scorer(case, Path(name)) if not case.peer_scores else LengthScorer()
+        trl_steps(case, Path(name), scorer, pairs, lambda: print(input(), flush=True))
 
 
 def trl_in_turn(case: Case, pairs: int, between: Callable[[], None]) -> list[Cost]:
@@ -269,8 +280,7 @@ def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
     """Medians over the pairs: wall and CPU seconds of a step, and reply tokens made in it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        scorer = _reward_model(folder) if case.with_rm else LengthScorer()
-        step, ours = our_step(case, folder, scorer), []
+        step, ours = our_step(case, folder, _scorer(case, folder)), []
         theirs = trl_in_turn(case, pairs, lambda: ours.append(step()))
         ours = ours[1:]
         if profile is not None:
@@ -327,16 +337,26 @@ def _floor(case: Case, reply_tokens: float) -> float:
     )  # fmt: skip
 
 
-def _reward_model(folder: Path) -> Any:
+def _scorer(case: Case, folder: Path) -> Any:
+    from ups_rm.reward.scorer import RewardScorer
+
+    return RewardScorer.load(_reward_model(folder, case.model)) if case.with_rm else LengthScorer()
+
+
+def _reward_model(folder: Path, backbone: str) -> Path:
+    """A folder with a head of no training on the policy that the case names."""
+    from transformers import AutoConfig
+
     from ups_rm.models import fetch
     from ups_rm.reward.merge import merge
-    from ups_rm.reward.scorer import RewardScorer
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from tiny import tiny_head
 
-    merge(fetch(), tiny_head(folder / "head", hidden_size=576, hidden_dims=(64, 16)), folder / "rm")
-    return RewardScorer.load(folder / "rm")
+    source = backbone or fetch()
+    size = AutoConfig.from_pretrained(source).hidden_size
+    merge(source, tiny_head(folder / "head", hidden_size=size, hidden_dims=(64, 16)), folder / "rm")
+    return folder / "rm"
 
 
 def _trace(step: Callable[[], Cost], file: Path) -> None:

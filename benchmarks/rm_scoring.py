@@ -62,15 +62,21 @@ def conversations(prompts: int, n: int, seed: int = 0) -> list[Conversation]:
     ]
 
 
-def plain_scorer(folder: Path, peer: Peer) -> Callable[[Sequence[Conversation]], list[float]]:
-    """Logits by transformers alone."""
-    import torch
+def plain_model(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer, loaded as transformers alone does."""
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model: Any = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True, dtype=peer.dtype)
-    model.eval()
+    model: Any = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    return model.eval(), tokenizer
+
+
+def plain_scorer(folder: Path, peer: Peer) -> Callable[[Sequence[Conversation]], list[float]]:
+    """Logits by transformers alone."""
+    import torch
+
+    model, tokenizer = plain_model(folder, peer.dtype)
 
     @torch.inference_mode()
     def score(talks: Sequence[Conversation]) -> list[float]:

@@ -37,6 +37,14 @@ def test_trl_and_we_take_turns_on_the_same_work(policy: Path) -> None:
     assert all(2 * 3 <= count.ours <= 2 * 3 * 5 and count.ratio is None for count in (ours, theirs))
 
 
+def test_trl_asks_the_reward_model_by_its_own_means(policy: Path) -> None:
+    pytest.importorskip("trl", reason="needs the extra trl")
+    case = Case("tiny", prompts=2, n=3, new_tokens=5, model=str(policy), with_rm=True, peer_scores=True)
+    wall, _, ours, theirs = measure(case, 1, None)
+    assert wall.peer is not None
+    assert all(2 * 3 <= count.ours <= 2 * 3 * 5 for count in (ours, theirs))
+
+
 def test_prompts_are_distinct_and_enough_for_every_case() -> None:
     for case in CASES:
         texts = [messages[0]["content"] for messages in chats(case)]

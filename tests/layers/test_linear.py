@@ -1,15 +1,19 @@
-"""Products by oneDNN are torch's own, forward and backward, and taken only where they are meant."""
+"""Products by oneDNN are torch's own, LoRA's are peft's, forward and backward, and taken only where they are meant."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from ups_rm.layers import linear as linear_module
 from ups_rm.layers.elementwise import silu_mul_linear
-from ups_rm.layers.linear import by_onednn, laid_out, linear, of_layout, product
+from ups_rm.layers.linear import by_onednn, is_simple_lora, laid_out, linear, of_layout, product
 from ups_rm.layers.native import multiplier
 from ups_rm.layers.projection import can_pack
 
@@ -146,3 +150,111 @@ def test_other_formats_other_classes_and_no_rows_go_to_torch() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, layer_of(8, 4, True)).dtype == torch.bfloat16
     assert linear(torch.empty(3, 8, device="meta"), layer_of(8, 4, False).to("meta")).shape == (3, 4)
+
+
+def adapted(bias: bool, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A frozen layer of 24 -> 40 with LoRA whose B is not nothing, as after some updates."""
+    settings = {"r": 4, "lora_alpha": 10, "bias": "none", "target_modules": ["0"]} | settings
+    model = nn.Sequential(layer_of(24, 40, bias, dtype).requires_grad_(False))
+    layer = inject_adapter_in_model(LoraConfig(**settings), model)[0]
+    layer.lora_A.float()
+    layer.lora_B.float()
+    for part in layer.lora_B.values():
+        nn.init.normal_(part.weight)
+    return layer
+
+
+def is_ours(out: torch.Tensor) -> bool:
+    return "LoraBackward" in type(out.grad_fn).__name__
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_is_pefts_value_and_every_gradient(bias: bool) -> None:
+    layer = adapted(bias)
+    x, slope = torch.randn(37, 24, requires_grad=True), torch.randn(37, 40)
+    out, wanted = linear(x, layer), layer(x)
+    assert is_ours(out)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    leaves = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    ours, theirs = (torch.autograd.grad(y, leaves, slope) for y in (out, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+    first = linear(x.detach(), layer)  # of a model whose embedding is frozen: no gradient of x
+    torch.testing.assert_close(torch.autograd.grad(first, leaves[1:], slope), ours[1:])
+
+
+def test_lora_in_bf16_is_as_near_to_fp32_as_peft_and_its_gradients_are_fp32() -> None:
+    layer, wide = adapted(True, torch.bfloat16), adapted(True)
+    wide.load_state_dict({name: tensor.float() for name, tensor in layer.state_dict().items()})
+    x, slope = torch.randn(300, 24).bfloat16(), torch.randn(300, 40).bfloat16()
+
+    def run(how: Callable[[torch.Tensor, Any], torch.Tensor], of: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        out, leaves = how(x, of), [of.lora_A["default"].weight, of.lora_B["default"].weight]
+        return [out, *torch.autograd.grad(out, leaves, slope.to(out.dtype))]
+
+    def called(x: torch.Tensor, layer: Any) -> torch.Tensor:
+        return layer(x)
+
+    ours, pefts, exact = run(linear, layer, x), run(called, layer, x), run(called, wide, x.float())
+    assert [tensor.dtype for tensor in ours] == [torch.bfloat16, torch.float32, torch.float32]
+    for one, other, true in zip(ours, pefts, exact, strict=True):
+        size = true.norm()
+        assert (one.float() - true).norm() / size < max(1.5 * (other.float() - true).norm() / size, 6e-3)
+
+
+def test_lora_keeps_its_input_once_and_nothing_wider() -> None:
+    layer, x = adapted(False, torch.bfloat16), torch.randn(50, 24).bfloat16()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        linear(x, layer)
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(4, 24), (40, 4), (40, 24), (50, 4), (50, 24)]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in kept if len(tensor) == 50)
+
+
+def test_the_base_alone_is_computed_where_adapters_are_off() -> None:
+    layer, x = adapted(True), torch.randn(5, 24)
+    layer.enable_adapters(False)
+    assert torch.equal(linear(x, layer), linear(x, layer.base_layer))
+    layer.enable_adapters(True)
+    assert not torch.allclose(linear(x, layer), linear(x, layer.base_layer))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}], ids=["dropout", "DoRA", "bias"]
+)
+def test_other_adapters_are_computed_by_peft(settings: dict[str, Any]) -> None:
+    layer = adapted(True, **settings)
+    x = torch.randn(5, 24)
+    assert not is_simple_lora(layer)
+    torch.manual_seed(1)
+    out = linear(x, layer)
+    torch.manual_seed(1)
+    assert torch.equal(out, layer(x))
+
+
+def test_what_else_peft_can_do_to_a_layer_is_left_to_it() -> None:
+    x = torch.randn(5, 24)
+    hooked, seen = adapted(False), []
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    within = adapted(False)
+    within.lora_A["default"].register_forward_hook(lambda *_: seen.append(2))
+    trained = adapted(False)
+    trained.base_layer.weight.requires_grad_(True)
+    merged = adapted(False)
+    merged.merge()
+    for layer in (hooked, within, trained, merged):
+        assert torch.equal(linear(x, layer), layer(x))
+        assert not is_simple_lora(layer)
+    assert seen == [1, 1, 2, 2]
+    two = inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["0"]), nn.Sequential(adapted(False).base_layer), adapter_name="first"
+    )
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["0"]), two, adapter_name="second")
+    for part in two[0].lora_B.values():
+        nn.init.normal_(part.weight)
+    two[0].set_adapter(["first", "second"])
+    assert torch.equal(linear(x, two[0]), two[0](x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one = adapted(False)
+        assert torch.equal(linear(x, one), one(x))
+        assert not is_ours(linear(x, one))

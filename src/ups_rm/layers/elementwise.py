@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ups_rm.layers.linear import is_plain, known_sum, of_layout, product
+from ups_rm.layers.linear import is_plain, known_sum, linear, of_layout, product
 from ups_rm.layers.native import usable
 
 
@@ -42,27 +42,24 @@ def masked_softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
     return out
 
 
-def silu_mul_linear(gate: Tensor, up: Tensor, linear: torch.nn.Module) -> Tensor:
-    """linear(silu(gate) * up), gate and up (N, I)."""
-    packed = of_layout(linear, gate)
+def silu_mul_linear(gate: Tensor, up: Tensor, layer: Any) -> Tensor:
+    """layer(silu(gate) * up), gate and up (N, I)."""
+    packed = of_layout(layer, gate)
     if packed is not None:
         return packed(_gated(gate, up))
-    if not is_plain(linear) or linear.bias is not None:  # adapters and hooks read the product themselves
-        out: Tensor = linear(silu_mul(gate, up))
-    else:
-        out = SiluMulLinear.apply(gate, up, linear.weight, None)
+    if not is_plain(layer) or layer.bias is not None:  # adapters and hooks read the product themselves
+        return linear(silu_mul(gate, up), layer)
+    out: Tensor = SiluMulLinear.apply(gate, up, layer.weight, None)
     return out
 
 
-def silu_mul_linear_onto(
-    residual: Tensor, gate: Tensor, up: Tensor, linear: torch.nn.Module, known: Tensor | None = None
-) -> Tensor:
-    """residual + linear(silu(gate) * up), gate and up (N, I), residual (N, O) -> (N, O). Where that is `known`, its
+def silu_mul_linear_onto(residual: Tensor, gate: Tensor, up: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
+    """residual + layer(silu(gate) * up), gate and up (N, I), residual (N, O) -> (N, O). Where that is `known`, its
     gradients alone are computed: of a plain layer without bias."""
     if known is None:
-        return residual + silu_mul_linear(gate, up, linear)
+        return residual + silu_mul_linear(gate, up, layer)
     # as in `linear_onto`: what stands for the product is read by nobody
-    return known_sum(residual, SiluMulLinear.apply(gate, up, linear.weight, known), known)
+    return known_sum(residual, SiluMulLinear.apply(gate, up, layer.weight, known), known)
 
 
 class RMSNorm(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Products with a weight, in fp32 on CPUs by oneDNN.
+"""Products with a weight, in fp32 on CPUs by oneDNN, and what LoRA adds to them.
 
 torch asks MKL for them, which on the CPUs of other makers than its own is slower: of SmolLM2-135M's layers by a seventh
 on two Zen 3 cores, of its head by a third. In other formats torch asks oneDNN itself, but brings the weight into its
@@ -30,6 +30,8 @@ def linear(x: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
         out: Tensor = Linear.apply(x, layer.weight, layer.bias, known)
     elif packed is not None:
         out = packed(x)
+    elif is_simple_lora(layer) and not torch.is_autocast_enabled(x.device.type):
+        out = lora(x, layer)
     elif not is_plain(layer) or not by_onednn(x, layer.weight):
         out = layer(x)
     else:
@@ -83,8 +85,44 @@ def _gains(layer: Any) -> bool:
 
 def is_plain(layer: Any) -> bool:
     """A linear layer whose weight and bias say all that it does: no adapters, no hooks."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is torch.nn.Linear and not hooked
+    return type(layer) is torch.nn.Linear and not has_hooks(layer)
+
+
+def has_hooks(layer: Any) -> bool:
+    """Something else wants to see or change what goes through the layer."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def is_simple_lora(layer: Any) -> bool:
+    """A plain frozen layer with peft's LoRA, whose adapters add their product and do nothing else: no dropout, no
+    variant such as DoRA, no hooks, not merged."""
+    if not hasattr(layer, "lora_A"):
+        return False
+    from peft.tuners.lora import Linear as LoraLinear
+
+    if type(layer) is not LoraLinear or has_hooks(layer) or not is_plain(layer.base_layer):
+        return False
+    adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+    return (
+        not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
+        and not layer.merged
+        and not layer.lora_variant
+        and all(type(dropout) is torch.nn.Identity for dropout in layer.lora_dropout.values())
+        and all(is_plain(adapter) and adapter.bias is None for adapter in adapters)
+    )
+
+
+def lora(x: Tensor, layer: Any) -> Tensor:
+    """layer(x) of one that `is_simple_lora`; its base alone where adapters are disabled. x (N, I) -> (N, O)"""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or not active:
+        return linear(x, layer.base_layer)
+    if len(active) > 1:
+        out: Tensor = layer(x)
+        return out
+    a, b, scale = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight, layer.scaling[active[0]]
+    out = Lora.apply(x, layer.base_layer.weight, layer.base_layer.bias, a, b, scale)
+    return out
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -129,3 +167,26 @@ class Linear(torch.autograd.Function):
             grad.sum(0) if ctx.needs_input_grad[2] else None,
             None,
         )
+
+
+class Lora(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T (arXiv:2106.09685), W (O, I) and b (O,) frozen, A (r, I), B (O, r): with
+    h = s g B, dx = g W + h A, dA = h^T x, dB = s g^T (x A^T).
+
+    peft computes the second product in the adapters' format, fp32, for which it copies x and adds in fp32; here it is
+    computed in x's, as under autocast, and added to the first in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = x @ (scale * a).to(x.dtype).t()  # (N, r)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale = scale
+        return product(x, weight, bias).addmm_(low, b.to(x.dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, weight, a, b, low = ctx.saved_tensors
+        h = grad @ (ctx.scale * b).to(grad.dtype)  # (N, r)
+        d_x = (grad @ weight).addmm_(h, a.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        return d_x, None, None, (h.t() @ x).to(a.dtype), (grad.t() @ low).to(b.dtype), None

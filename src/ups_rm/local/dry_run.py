@@ -86,7 +86,7 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
         tokens -= (micro_batch - prompts) * recipe.data.max_prompt_length
         kept = kept_by_a_layer(
             config, prompts, micro_batch, recipe.data.max_prompt_length, length,
-            lora_rank=settings.model.lora_rank, width=width,
+            lora_rank=settings.model.lora_rank,
         )  # fmt: skip
         logits = max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width
     rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
@@ -131,17 +131,16 @@ def prompts_at_once(micro_batch: int, n: int, recipe: Recipe) -> int:
 
 
 def kept_by_a_layer(
-    config: Any, prompts: int, rows: int, prompt_length: int, length: int, *, lora_rank: int = 0, width: int = 4
+    config: Any, prompts: int, rows: int, prompt_length: int, length: int, *, lora_rank: int = 0
 ) -> int:
     """Numbers that a layer of `layers.decoder` keeps for backward, of replies that share prompts (`shared_prefix`).
 
     Per token: both residual sums, both norms' outputs, queries, attention's output, gate and up. Beside them keys and
     values as replies see them, and the softmax of plain products or, of SDPA, a second copy of its output. Frozen
-    weights keep no input, but each adapter (at every linear layer) does: in fp32, of its own unless compute is fp32.
+    weights keep no input, but each adapter (at every linear layer) does, and what its A makes of it.
 
     Args:
         prompts, rows: prompts and replies of a micro batch. length: of the longest prompt and reply together.
-        width: bytes of a number in the compute dtype.
     """
     heads, replies = config.num_attention_heads, length - prompt_length
     kv_heads = getattr(config, "num_key_value_heads", heads)
@@ -150,7 +149,7 @@ def kept_by_a_layer(
     tokens = prompts * prompt_length + rows * replies
     inputs = 2 * hidden + heads * size  # of q, k and v; of gate and up; of the output projection
     if lora_rank > 0:
-        inputs = ((2 if width == 4 else 5) * hidden + heads * size + inner + 7 * lora_rank) * 4 // width
+        inputs += inner + 7 * lora_rank
     per_token = 2 * hidden + heads * size + 2 * inner + inputs
     if config.model_type == "qwen3":  # norms of queries and keys keep what they are given
         per_token += (heads + kv_heads) * size
