@@ -286,7 +286,7 @@ def measure(case: Case, pairs: int, profile: Path | None) -> list[Result]:
         if profile is not None:
             _trace(step, profile.with_name(f"{profile.stem}-{CASES.index(case)}{profile.suffix}"))
     reply_tokens = statistics.median(cost.tokens for cost in ours)
-    floor = None if case.with_rm else _floor(case, reply_tokens)
+    floor = _floor(case, reply_tokens)
     with_kernels = "built" if case.native and kernels() is not None else "none"
     programs = versions("torch", "transformers", "trl", "peft") | {"our C++ kernels": with_kernels}
     name = f"GRPO step, {case.name}"
@@ -333,7 +333,7 @@ def _floor(case: Case, reply_tokens: float) -> float:
     head = model.get_output_embeddings().weight.numel()
     return step_floor(
         statistics.mean(read), reply_tokens, case.new_tokens,
-        body=model.num_parameters() - head, head=head,
+        body=model.num_parameters() - head, head=head, lora=case.lora_rank > 0, with_rm=case.with_rm,
     )  # fmt: skip
 
 

@@ -48,18 +48,29 @@ def bandwidth() -> float:
     return 2.0 * source.numel() * source.element_size() / min(times)
 
 
-def step_floor(prompt_tokens: float, reply_tokens: float, new_tokens: int, *, body: int, head: int) -> float:
+def step_floor(
+    prompt_tokens: float,
+    reply_tokens: float,
+    new_tokens: int,
+    *,
+    body: int,
+    head: int,
+    lora: bool = False,
+    with_rm: bool = False,
+) -> float:
     """Seconds that a GRPO step takes if all its products run at `flops` and weights are read at `bandwidth`.
 
     Each prompt is computed once: by the policy while it decodes, by the reference and backward (two products a layer).
-    With LoRA the policy reads all again, as its adapters are not rounded into the weights then, and backward has one
-    product a layer. Decoding reads the weights once per token position.
+    Decoding reads the weights once per token position.
 
     Args:
         body: parameters of the layers. head: of the output embedding.
+        lora: backward has one product a layer, as no frozen weight wants a gradient. Adapters count as nothing.
+        with_rm: a reward model with as many layers reads prompts and replies once.
     """
     dtype, size = ("bfloat16", 2) if computes_in_bf16() else ("float32", 4)
     rate, tokens = flops(dtype), prompt_tokens + reply_tokens
-    compute = 2 * 3 * (body * tokens + head * reply_tokens) + 2 * body * prompt_tokens
+    compute = 2 * (2 if lora else 3) * (body * tokens + head * reply_tokens) + 2 * body * prompt_tokens
+    compute += 2 * body * tokens if with_rm else 0
     decode = max(2 * (body + head) * reply_tokens / rate, new_tokens * size * (body + head) / bandwidth())
     return compute / rate + decode

@@ -109,6 +109,21 @@ def causal_lm(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> 
     return model.eval()
 
 
+def with_adapters(model: Any, **settings: Any) -> Any:
+    """The model with adapters of LoRA, on all its linear layers unless the settings say otherwise, which are not
+    nothing: as after some updates."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    return adapted
+
+
 def policy_of(model: Any, *, trainable: bool = True) -> Policy:
     """The model as a `Policy` on the CPU, with masters where it is trained."""
     policy = Policy(model, qwen_tokenizer(), torch.device("cpu"))

@@ -66,10 +66,17 @@ def test_the_curves_of_a_step_have_every_axis_and_a_picture(
     assert (tmp_path / "step.png").stat().st_size > 5_000
 
 
-def test_the_floor_grows_with_the_work() -> None:
+def test_the_floor_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"body": 10**6, "head": 10**5}
-    one, twice = (machine.step_floor(400 * k, 2000 * k, 64 * k, **sizes) for k in (1, 4))
-    assert 0 < one < twice
+    one, more = (machine.step_floor(400 * k, 2000 * k, 64 * k, **sizes) for k in (1, 4))
+    assert 0 < one < more
+    monkeypatch.setattr(machine, "flops", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "bandwidth", lambda: 1e13)
+    step, with_rm, lora = (
+        machine.step_floor(400, 2000, 64, **sizes, **given) for given in ({}, {"with_rm": True}, {"lora": True})
+    )
+    assert with_rm - step == pytest.approx(2 * 10**6 * 2400 / 1e12)
+    assert step - lora == pytest.approx(2 * (10**6 * 2400 + 10**5 * 2000) / 1e12)
 
 
 def test_trls_settings_are_taken_by_trl(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

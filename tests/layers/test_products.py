@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny_training import causal_lm, random_prompts
+from tiny_training import causal_lm, random_prompts, with_adapters
 from ups_rm.layers import native, projection
 from ups_rm.layers.elementwise import silu_mul
 from ups_rm.layers.native import multiplier
@@ -148,12 +148,14 @@ def decoded(model: Any, keep: bool) -> tuple[list[tuple[Tensor, Tensor]], KeptFo
 @pytest.mark.parametrize(
     ("architecture", "whole"),
     [("llama", True), ("llama without GQA, biases", True), ("llama 3 rope", True), ("qwen2 tied", True),
-     ("qwen3 wide heads", False)],
+     ("qwen3 wide heads", False), ("llama without GQA, biases and LoRA", True)],
 )  # fmt: skip
 def test_a_whole_layer_is_its_steps_to_the_last_bit(
     products: Any, monkeypatch: pytest.MonkeyPatch, architecture: str, whole: bool, keep: bool
 ) -> None:
-    model = causal_lm(architecture, **SHAPE).to(BF16)
+    model = causal_lm(architecture.removesuffix(" and LoRA"), **SHAPE).to(BF16)
+    if "LoRA" in architecture:
+        model = with_adapters(model)
     calls: list[int] = []
     run = native.kernels().decode_layer
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tiny import qwen_tokenizer
-from tiny_training import FAST, UNKNOWN, causal_lm, policy_of, random_prompts, slow_logprobs
+from tiny_training import FAST, UNKNOWN, causal_lm, policy_of, random_prompts, slow_logprobs, with_adapters
 from ups_rm.errors import PolicyError
-from ups_rm.local.decode import FastDecoder
+from ups_rm.layers.projection import Projection
+from ups_rm.local.decode import FastDecoder, _beside, _side_by_side, _weight
 from ups_rm.local.rollout import Rollout, RolloutEngine
 from ups_rm.local.sampling import Sampling, draw
 from ups_rm.types import Message
@@ -307,11 +308,13 @@ def test_an_end_token_drawn_at_once_leaves_an_empty_text() -> None:
 # ---- weights that change
 
 
-def test_refresh_takes_over_new_weights_and_merged_adapters() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(causal_lm("qwen2 untied"), config)
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "gate_proj"]], ids=["all", "some"])
+def test_refresh_takes_over_new_weights_of_adapters(targets: str | list[str]) -> None:
+    model = with_adapters(causal_lm("qwen2 untied"), target_modules=targets)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
     decoder = FastDecoder.of(model)
     assert decoder is not None
     prompts, uniforms = random_prompts(4), torch.zeros(4, 12)
@@ -330,7 +333,50 @@ def test_refresh_takes_over_new_weights_and_merged_adapters() -> None:
             torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=0)
     with model.disable_adapter(), torch.no_grad():
         expected = slow_logprobs(model, prompts[0], before[0][0].tolist())
+        decoder.refresh()
+        assert same(before, decoder.generate(prompts, 1, 12, EOS, GREEDY, uniforms))
     torch.testing.assert_close(before[0][1], expected, atol=1e-4, rtol=0)
+
+
+def test_several_active_adapters_and_merged_ones_are_decoded_as_peft_computes_them() -> None:
+    from peft import LoraConfig
+
+    model = with_adapters(causal_lm("llama"))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.second" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    model.base_model.set_adapter(["default", "second"])
+    prompts, uniforms = random_prompts(4), torch.zeros(4, 12)
+    for merge in (False, True):
+        if merge:
+            model.merge_adapter()
+        decoder = FastDecoder.of(model)
+        assert decoder is not None
+        with torch.no_grad():
+            for prompt, (tokens, logprobs) in zip(
+                prompts, decoder.generate(prompts, 1, 12, EOS, GREEDY, uniforms), strict=True
+            ):
+                torch.testing.assert_close(logprobs, slow_logprobs(model, prompt, tokens.tolist()), atol=1e-4, rtol=0)
+
+
+def test_small_adapters_do_not_round_away_in_bf16() -> None:
+    """A thousandth beside weights of 1 is less than bf16 can tell: merged, nothing of it would be left."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layer = inject_adapter_in_model(
+        LoraConfig(r=1, lora_alpha=1, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+    )[0].bfloat16()
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.tensor([1.0, -1.0]).repeat(32).expand(32, 64))
+        layer.lora_A["default"].weight.fill_(1 / 1024)
+        layer.lora_B["default"].weight.fill_(1.0)
+        (weight,), low = _side_by_side([layer])
+        x = torch.ones(1, 64, dtype=torch.bfloat16)
+        assert low is not None
+        assert torch.equal(Projection(weight)(_beside(x, low)), torch.full((1, 32), 1 / 16, dtype=torch.bfloat16))
+        assert not Projection(_weight(layer))(x).any()
 
 
 # ---- architectures that the decoder does not know

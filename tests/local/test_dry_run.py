@@ -115,7 +115,7 @@ def test_the_kv_cache_is_counted_exactly(tmp_path: Path, policy_folder: Path) ->
 
 
 def test_packed_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folder: Path) -> None:
-    for dtype, lora in (("float32", 0), ("bfloat16", 0), ("float32", 2)):
+    for dtype, lora in (("float32", 0), ("bfloat16", 0), ("float32", 2), ("bfloat16", 2)):
         recipe = tiny_recipe(tmp_path, policy_folder, f"{DTYPE}{dtype}", f"actor_rollout_ref.model.lora_rank={lora}")
         decoder = Trainer(recipe, prefers("e")).engine.decoder
         assert decoder is not None
@@ -125,10 +125,14 @@ def test_packed_rollout_weights_are_counted_exactly(tmp_path: Path, policy_folde
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_a_rollout_keeps_is_counted_exactly(tmp_path: Path, policy_folder: Path, dtype: str) -> None:
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_what_a_rollout_keeps_is_counted_exactly(
+    tmp_path: Path, policy_folder: Path, dtype: str, lora_rank: int
+) -> None:
     recipe = tiny_recipe(
         tmp_path, policy_folder, f"{DTYPE}{dtype}", "data.max_prompt_length=40", "data.max_response_length=12",
         "data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4",
+        f"{MODEL}lora_rank={lora_rank}",
     )  # fmt: skip
     decoder = FastDecoder.of(Policy.load(recipe).model)
     assert decoder is not None
@@ -145,7 +149,7 @@ def test_what_a_rollout_keeps_is_counted_exactly(tmp_path: Path, policy_folder: 
     [
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4", "actor_rollout_ref.actor.ppo_epochs=2",
         "actor_rollout_ref.actor.ppo_mini_batch_size=1", "actor_rollout_ref.actor.entropy_coeff=0.1",
-        "actor_rollout_ref.rollout.max_num_seqs=7", f"{MODEL}lora_rank=2", f"{MODEL}enable_gradient_checkpointing=true",
+        "actor_rollout_ref.rollout.max_num_seqs=7", f"{MODEL}enable_gradient_checkpointing=true",
     ],
 )  # fmt: skip
 def test_nothing_is_kept_where_the_trainer_would_not(tmp_path: Path, policy_folder: Path, override: str) -> None:

@@ -14,7 +14,7 @@ from test_shared_prefix import assert_gradients_close, by_row, gradients, naive_
 from torch import Tensor
 
 from tiny import qwen_tokenizer
-from tiny_training import FAST, causal_lm, policy_of, prefers, tiny_recipe
+from tiny_training import FAST, causal_lm, policy_of, prefers, tiny_recipe, with_adapters
 from ups_rm.errors import NumberError
 from ups_rm.layers import elementwise, linear, native
 from ups_rm.local.decode import FastDecoder
@@ -79,6 +79,22 @@ def test_logprobs_and_every_gradient_equal_the_plain_forward(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     naive_loss(found, rollout.sequences).backward()
     assert_gradients_close(gradients(model), gradients(plain), trained=len(list(plain.parameters())))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj", "down_proj"]], ids=["all", "some"])
+@pytest.mark.parametrize("architecture", ["llama without GQA, biases", "qwen2 tied", "qwen3 wide heads"])
+def test_with_adapters_too(architecture: str, targets: str | list[str], kernels: bool) -> None:
+    plain, model = (with_adapters(model_of(architecture), target_modules=targets) for _ in range(2))
+    policy = policy_of(model)
+    rollout = rollout_of(policy, temperature=TEMPERATURE)
+    expected = by_row(plain, rollout.sequences)
+    naive_loss(expected, rollout.sequences).backward()
+    assert rollout.kept is not None
+    found = logprobs_of(policy, rollout, rollout.kept)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    naive_loss(found, rollout.sequences).backward()
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    assert_gradients_close(gradients(model), gradients(plain), trained=len(trained))
 
 
 def test_no_product_of_a_layer_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,10 +171,12 @@ def _hooked(model: Any) -> Any:
     return model
 
 
-def _adapted(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _dropping(model: Any) -> Any:
+    return with_adapters(model, lora_dropout=0.5)
 
-    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+def _adapted_head(model: Any) -> Any:
+    return with_adapters(model, target_modules=["q_proj", "lm_head"])
 
 
 def _mixed(model: Any) -> Any:
@@ -166,7 +184,7 @@ def _mixed(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("change", [_checkpointed, _hooked, _adapted, _mixed])
+@pytest.mark.parametrize("change", [_checkpointed, _hooked, _dropping, _adapted_head, _mixed])
 def test_nothing_is_kept_where_the_training_forward_computes_otherwise(change: Callable[[Any], Any]) -> None:
     decoder = FastDecoder.of(change(model_of("llama")))
     assert decoder is not None
@@ -200,9 +218,12 @@ def test_other_tokens_of_the_same_lengths_are_refused(what: str) -> None:
         logprobs_of(policy, rollout, rollout.kept)
 
 
-def test_in_bf16_gradients_are_as_near_to_fp32s_as_those_of_the_whole_forward() -> None:
-    exact = model_of("qwen2 tied")
-    policy = policy_of(model_of("qwen2 tied"))
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+def test_in_bf16_gradients_are_as_near_to_fp32s_as_those_of_the_whole_forward(lora: bool) -> None:
+    exact, rounded = model_of("qwen2 tied"), model_of("qwen2 tied")
+    if lora:
+        exact, rounded = with_adapters(exact), with_adapters(rounded.to(torch.bfloat16))
+    policy = policy_of(rounded)
     policy.make_masters(torch.bfloat16)
     rollout = rollout_of(policy, n=6, temperature=TEMPERATURE)
     advantages = torch.randn(len(rollout.texts), 1, generator=torch.Generator().manual_seed(2))

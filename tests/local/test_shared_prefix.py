@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny_training import FAST, UNKNOWN, VOCAB, causal_lm, policy_of, random_sequences, slow_logprobs
+from tiny_training import (
+    FAST,
+    UNKNOWN,
+    VOCAB,
+    causal_lm,
+    policy_of,
+    random_sequences,
+    slow_logprobs,
+    with_adapters,
+)  # fmt: skip
 from ups_rm.layers import decoder
 from ups_rm.layers.elementwise import RMSNorm
 from ups_rm.local.actor import response_logprobs
@@ -254,19 +263,10 @@ def test_the_plain_path_checkpoints_where_the_recipe_asks_for_it(architecture: s
 
 
 def lora_model(checkpointing: bool) -> Any:
-    from peft import LoraConfig, get_peft_model
-
     base = causal_lm("qwen2 untied")
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
-    return model
+    return with_adapters(base)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -42,24 +42,22 @@ def masked_softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
     return out
 
 
-def silu_mul_linear(gate: Tensor, up: Tensor, layer: Any) -> Tensor:
-    """layer(silu(gate) * up), gate and up (N, I)."""
+def silu_mul_linear(gate: Tensor, up: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
+    """layer(silu(gate) * up), gate and up (N, I). `known`: as for `linear`."""
     packed = of_layout(layer, gate)
     if packed is not None:
         return packed(_gated(gate, up))
     if not is_plain(layer) or layer.bias is not None:  # adapters and hooks read the product themselves
-        return linear(silu_mul(gate, up), layer)
-    out: Tensor = SiluMulLinear.apply(gate, up, layer.weight, None)
+        return linear(silu_mul(gate, up), layer, known)
+    out: Tensor = SiluMulLinear.apply(gate, up, layer.weight, known)
     return out
 
 
 def silu_mul_linear_onto(residual: Tensor, gate: Tensor, up: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
-    """residual + layer(silu(gate) * up), gate and up (N, I), residual (N, O) -> (N, O). Where that is `known`, its
-    gradients alone are computed: of a plain layer without bias."""
-    if known is None:
-        return residual + silu_mul_linear(gate, up, layer)
-    # as in `linear_onto`: what stands for the product is read by nobody
-    return known_sum(residual, SiluMulLinear.apply(gate, up, layer.weight, known), known)
+    """residual + layer(silu(gate) * up), gate and up (N, I), residual (N, O) -> (N, O). `known`: as for
+    `linear_onto`."""
+    out = silu_mul_linear(gate, up, layer, known)
+    return residual + out if known is None else known_sum(residual, out, known)
 
 
 class RMSNorm(torch.autograd.Function):

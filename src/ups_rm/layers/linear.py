@@ -24,14 +24,19 @@ COPY = 2**30
 
 
 def linear(x: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
-    """layer(x), x (N, I) -> (N, O). Where that is `known`, its gradients alone are computed: of a plain layer."""
+    """layer(x), x (N, I) -> (N, O). Where that is `known`, its gradients alone are computed: of a plain layer or one
+    that `is_simple_lora`."""
+    if is_simple_lora(layer) and not torch.is_autocast_enabled(x.device.type):
+        adapter = adapter_of(layer)
+        if adapter is None:
+            return linear(x, layer.base_layer, known)
+        added: Tensor = Lora.apply(x, layer.base_layer.weight, layer.base_layer.bias, *adapter, known)
+        return added
     packed = of_layout(layer, x)
     if known is not None:
         out: Tensor = Linear.apply(x, layer.weight, layer.bias, known)
     elif packed is not None:
         out = packed(x)
-    elif is_simple_lora(layer) and not torch.is_autocast_enabled(x.device.type):
-        out = lora(x, layer)
     elif not is_plain(layer) or not by_onednn(x, layer.weight):
         out = layer(x)
     else:
@@ -94,8 +99,8 @@ def has_hooks(layer: Any) -> bool:
 
 
 def is_simple_lora(layer: Any) -> bool:
-    """A plain frozen layer with peft's LoRA, whose adapters add their product and do nothing else: no dropout, no
-    variant such as DoRA, no hooks, not merged."""
+    """A plain frozen layer with peft's LoRA, of which one adapter at most is active, adds its product and does nothing
+    else: no dropout, no variant such as DoRA, no hooks, not merged."""
     if not hasattr(layer, "lora_A"):
         return False
     from peft.tuners.lora import Linear as LoraLinear
@@ -107,22 +112,20 @@ def is_simple_lora(layer: Any) -> bool:
         not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
         and not layer.merged
         and not layer.lora_variant
+        and len(_active(layer)) <= 1
         and all(type(dropout) is torch.nn.Identity for dropout in layer.lora_dropout.values())
         and all(is_plain(adapter) and adapter.bias is None for adapter in adapters)
     )
 
 
-def lora(x: Tensor, layer: Any) -> Tensor:
-    """layer(x) of one that `is_simple_lora`; its base alone where adapters are disabled. x (N, I) -> (N, O)"""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or not active:
-        return linear(x, layer.base_layer)
-    if len(active) > 1:
-        out: Tensor = layer(x)
-        return out
-    a, b, scale = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight, layer.scaling[active[0]]
-    out = Lora.apply(x, layer.base_layer.weight, layer.base_layer.bias, a, b, scale)
-    return out
+def adapter_of(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """A (r, I), B (O, r) and the scale of what is added in a layer that `is_simple_lora`; None where nothing is."""
+    active = [] if layer.disable_adapters else _active(layer)
+    return next(((layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active), None)
+
+
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -171,22 +174,31 @@ class Linear(torch.autograd.Function):
 
 class Lora(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T (arXiv:2106.09685), W (O, I) and b (O,) frozen, A (r, I), B (O, r): with
-    h = s g B, dx = g W + h A, dA = h^T x, dB = s g^T (x A^T).
+    h = s g B, dx = g W + h A, dA = h^T x, dB = s g^T (x A^T). y is not computed where it is `known`.
 
     peft computes the second product in the adapters' format, fp32, for which it copies x and adds in fp32; here it is
     computed in x's, as under autocast, and added to the first in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        known: Tensor | None,
+    ) -> Tensor:
         low = x @ (scale * a).to(x.dtype).t()  # (N, r)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
-        return product(x, weight, bias).addmm_(low, b.to(x.dtype).t())
+        return product(x, weight, bias).addmm_(low, b.to(x.dtype).t()) if known is None else known
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None, None]:
         x, weight, a, b, low = ctx.saved_tensors
         h = grad @ (ctx.scale * b).to(grad.dtype)  # (N, r)
         d_x = (grad @ weight).addmm_(h, a.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        return d_x, None, None, (h.t() @ x).to(a.dtype), (grad.t() @ low).to(b.dtype), None
+        return d_x, None, None, (h.t() @ x).to(a.dtype), (grad.t() @ low).to(b.dtype), None, None

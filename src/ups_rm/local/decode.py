@@ -1,8 +1,9 @@
 """A decode loop for Llama- and Qwen-type models: what prompts share is computed once, preallocated KV cache.
 
-Weights are read from the transformers model itself (LoRA merged in) and packed on `refresh`, the rotary table is its
-own module, so biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. Finished rows leave
-the batch.
+Weights are read from the transformers model itself and packed on `refresh`, the rotary table is its own module, so
+biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. LoRA's adapters are not merged into
+a weight, where small ones would round away: their B stands beside it as further columns, and reads what A makes of the
+input. Finished rows leave the batch.
 Sampling inverts the CDF with uniforms drawn beforehand per row and position: a row's reply does not depend on which
 other rows are in its batch or when they end.
 
@@ -23,8 +24,8 @@ from torch import Tensor
 from ups_rm.layers.decoder import is_known
 from ups_rm.layers.elementwise import rms_norm, silu_mul
 from ups_rm.layers.grid import Distinct, Grid
-from ups_rm.layers.linear import is_plain
-from ups_rm.layers.native import usable
+from ups_rm.layers.linear import adapter_of, is_plain, is_simple_lora
+from ups_rm.layers.native import PANEL, usable
 from ups_rm.layers.projection import Projection
 from ups_rm.local.graphed import GraphedSteps, recorder
 from ups_rm.local.group_cache import GroupCache, NativeCache, StaticCache, rotated
@@ -34,6 +35,8 @@ from ups_rm.local.sampling import Sampling, draw
 
 @dataclass
 class _Layer:
+    """`..._low`: LoRA's A, whose output the products after it read beside their input; None without adapters."""
+
     qkv: Projection
     out: Projection
     gate: Projection
@@ -43,16 +46,55 @@ class _Layer:
     norm2: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
+    qkv_low: Projection | None
+    out_low: Projection | None
+    mlp_low: Projection | None
+    down_low: Projection | None
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        """The present weights of a transformers layer."""
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        bias = [part.bias for part in qkv]
+        of_qkv, qkv_low = _side_by_side(qkv)
+        (out,), out_low = _side_by_side([attention.o_proj])
+        (gate, up), mlp_low = _side_by_side([mlp.gate_proj, mlp.up_proj])
+        (down,), down_low = _side_by_side([mlp.down_proj])
+        return cls(
+            qkv=Projection(torch.cat(of_qkv), None if bias[0] is None else torch.cat(bias)),
+            out=Projection(out, attention.o_proj.bias),
+            gate=Projection(gate),
+            up=Projection(up),
+            down=Projection(down),
+            norm1=layer.input_layernorm.weight,
+            norm2=layer.post_attention_layernorm.weight,
+            q_norm=getattr(getattr(attention, "q_norm", None), "weight", None),
+            k_norm=getattr(getattr(attention, "k_norm", None), "weight", None),
+            qkv_low=qkv_low,
+            out_low=out_low,
+            mlp_low=mlp_low,
+            down_low=down_low,
+        )
+
+    @property
+    def low(self) -> list[Projection | None]:
+        return [self.qkv_low, self.out_low, self.mlp_low, self.down_low]
+
+    @property
+    def products(self) -> list[Projection]:
+        every = [self.qkv, self.out, self.gate, self.up, self.down, *self.low]
+        return [part for part in every if part is not None]
 
     def whole(self, eps: float) -> Any | None:
         """What the kernel for a whole layer takes, where there is one for it."""
-        products = [self.qkv, self.out, self.gate, self.up, self.down]
         kernels = self.qkv.kernels
-        if kernels is None or self.q_norm is not None or any(part.kernels is None for part in products):
+        if kernels is None or self.q_norm is not None or any(part.kernels is None for part in self.products):
             return None
-        qkv, out, gate, up, down = (part.weight for part in products)
+        qkv, out, gate, up, down = (part.weight for part in self.products[:5])
         norm1, norm2 = self.norm1.to(qkv.dtype), self.norm2.to(qkv.dtype)
-        return kernels.LayerWeights(norm1, qkv, out, norm2, gate, up, down, self.qkv.bias, self.out.bias, eps)
+        low = [None if part is None else part.weight for part in self.low]
+        return kernels.LayerWeights(norm1, qkv, out, norm2, gate, up, down, self.qkv.bias, self.out.bias, eps, *low)
 
 
 class FastDecoder:
@@ -84,25 +126,7 @@ class FastDecoder:
         base = self.causal.model
         self.embed, self.norm, self.rotary = base.embed_tokens.weight, base.norm.weight, base.rotary_emb
         self.head, self.dtype = Projection(_weight(self.causal.lm_head)), self.embed.dtype
-        for layer in base.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-            bias = [part.bias for part in qkv]
-            self.layers.append(
-                _Layer(
-                    qkv=Projection(
-                        torch.cat([_weight(part) for part in qkv]), None if bias[0] is None else torch.cat(bias)
-                    ),
-                    out=Projection(_weight(attention.o_proj), attention.o_proj.bias),
-                    gate=Projection(_weight(mlp.gate_proj)),
-                    up=Projection(_weight(mlp.up_proj)),
-                    down=Projection(_weight(mlp.down_proj)),
-                    norm1=layer.input_layernorm.weight,
-                    norm2=layer.post_attention_layernorm.weight,
-                    q_norm=getattr(getattr(attention, "q_norm", None), "weight", None),
-                    k_norm=getattr(getattr(attention, "k_norm", None), "weight", None),
-                )
-            )
+        self.layers = [_Layer.of(layer) for layer in base.layers]
         self.whole = [layer.whole(self.eps) for layer in self.layers]
 
     def release(self) -> None:
@@ -110,20 +134,20 @@ class FastDecoder:
         self.layers, self.whole, self.head = [], [], None
 
     def copies(self, *, packed: bool) -> list[Tensor]:
-        """Weights that the decoder holds beside the model's own: all projections where they are packed, else fused."""
-        layers = [[layer.qkv, layer.out, layer.gate, layer.up, layer.down] for layer in self.layers]
+        """Weights that the decoder holds beside the model's own: all projections where they are packed or adapted, else
+        fused."""
         if packed:
             assert self.head is not None
-            return [part.weight for part in (self.head, *(part for layer in layers for part in layer))]
-        return [layer[0].weight for layer in layers]
+            return [part.weight for part in (self.head, *(part for layer in self.layers for part in layer.products))]
+        return [part.weight for layer in self.layers for part in (layer.products if any(layer.low) else [layer.qkv])]
 
     def kept_forward(self) -> KeptForward | None:
-        """What `generate` can fill for the training forward, or None: adapters round otherwise once they are merged,
-        and checkpointed layers keep nothing."""
-        linear = [layer for layer in self.causal.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
-        same = all(is_plain(layer) and layer.weight.dtype == self.dtype for layer in linear)
-        adapted = any(hasattr(layer, "lora_A") for layer in self.causal.modules())
-        if not same or adapted or self.causal.is_gradient_checkpointing:
+        """What `generate` can fill for the training forward, or None: layers of other kinds are called in it, and
+        checkpointed ones keep nothing."""
+        blocks = [block for layer in self.causal.model.layers for block in (layer.self_attn, layer.mlp)]
+        linear = [part for block in blocks for name, part in block.named_children() if name.endswith("_proj")]
+        same = all((is_plain(part) or is_simple_lora(part)) and part.weight.dtype == self.dtype for part in linear)
+        if not same or hasattr(self.causal.lm_head, "lora_A") or self.causal.is_gradient_checkpointing:
             return None
         keys = self.kv_heads * self.head_dim
         return KeptForward((self.heads * self.head_dim, keys, keys))
@@ -135,11 +159,11 @@ class FastDecoder:
         """x (N, H) -> (N, H). `attend`: the layer's number, and queries, keys and values, not rotated
         (N, S + 2 K, D) -> (N, S * D)"""
         layer = self.layers[i]
-        qkv = layer.qkv(self._rms(x, layer.norm1)).view(len(x), -1, self.head_dim)
-        attended = layer.out.onto(attend(i, self._normed(qkv, layer)), x)
-        y = self._rms(attended, layer.norm2)
+        qkv = layer.qkv(_beside(self._rms(x, layer.norm1), layer.qkv_low)).view(len(x), -1, self.head_dim)
+        attended = layer.out.onto(_beside(attend(i, self._normed(qkv, layer)), layer.out_low), x)
+        y = _beside(self._rms(attended, layer.norm2), layer.mlp_low)
         gate, up = layer.gate(y), layer.up(y)
-        out = layer.down.onto(silu_mul(gate, up), attended)
+        out = layer.down.onto(_beside(silu_mul(gate, up), layer.down_low), attended)
         if kept is not None:
             kept.add(i, qkv, attended, gate, up, out)
         return out
@@ -272,11 +296,39 @@ class FastDecoder:
         return cos[0, :, None], sin[0, :, None]
 
 
+def _beside(x: Tensor, low: Projection | None) -> Tensor:
+    return x if low is None else torch.cat([x, low(x)], dim=-1)
+
+
+def _side_by_side(parts: list[Any]) -> tuple[list[Tensor], Projection | None]:
+    """The weights of linear layers that read one input, each (O, I). Where they have adapters of LoRA, ranks r in all:
+    (O, I + r), and the product that makes the further columns of the input. r is filled up to whole panels."""
+    adapters = [adapter_of(part) if is_simple_lora(part) else None for part in parts]
+    found = [adapter for adapter in adapters if adapter is not None]
+    if not found:
+        return [_weight(part) for part in parts], None
+    total = sum(len(a) for a, _, _ in found)
+    room, dtype = total + -total % PANEL, parts[0].weight.dtype
+    low = torch.cat([(scale * a).to(dtype) for a, _, scale in found])
+    weights, start = [], 0
+    for part, adapter in zip(parts, adapters, strict=True):
+        weight = _weight(part) if adapter is None else part.base_layer.weight
+        further = weight.new_zeros(len(weight), room)
+        if adapter is not None:
+            b = adapter[1]
+            further[:, start : start + b.shape[1]] = b
+            start += b.shape[1]
+        weights.append(torch.cat([weight, further], dim=1))
+    return weights, Projection(F.pad(low, (0, 0, 0, room - total)))
+
+
 def _weight(linear: Any) -> Tensor:
-    """The weight of a linear layer with its active LoRA adapters merged in."""
+    """The weight of a linear layer; adapters of other kinds than `is_simple_lora` are merged in."""
     if not hasattr(linear, "lora_A"):
         return linear.weight
     weight = linear.base_layer.weight
+    if linear.disable_adapters or linear.merged:
+        return weight
     for name in linear.active_adapters:
         if name in linear.lora_A:
             weight = weight + linear.get_delta_weight(name).to(weight.dtype)

@@ -40,18 +40,21 @@ class SelectedLogprobs(torch.autograd.Function):
         `selected`, which are not computed then."""
         ctx.frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         ctx.temperature, ctx.chunk = temperature, chunk
-        if known is not None and not ctx.frozen:
+        if known is not None:
             logprobs, norms = known
+        else:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        if known is not None and not ctx.frozen:
             ctx.save_for_backward(hidden, weight, targets, norms)
             return logprobs
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
         d_logprobs = torch.empty_like(hidden) if ctx.frozen else None
         ones = torch.full_like(logprobs, 1 / temperature)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = product(hidden[rows], weight)
-            logprobs[rows], norms[rows] = selected(logits, targets[rows], temperature)
+            if known is None:
+                logprobs[rows], norms[rows] = selected(logits, targets[rows], temperature)
             if d_logprobs is not None:
                 to_gradient(logits, targets[rows], norms[rows], ones[rows], temperature)
                 d_logprobs[rows] = logits @ weight

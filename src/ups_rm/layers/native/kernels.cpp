@@ -356,5 +356,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   // module_local: a second build in one process brings its own
   pybind11::class_<ups_rm::LayerWeights>(module, "LayerWeights", pybind11::module_local())
       .def(pybind11::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                          std::optional<at::Tensor>, std::optional<at::Tensor>, double>());
+                          std::optional<at::Tensor>, std::optional<at::Tensor>, double, std::optional<at::Tensor>,
+                          std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>>());
 }

@@ -40,11 +40,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gated(const at::Tensor& x, const 
                                                      const std::optional<at::Tensor>& gate,
                                                      const std::optional<at::Tensor>& up);
 
-// Of a layer without norms of queries and keys: weights of its products in panels.
+// Of a layer without norms of queries and keys: weights of its products in panels. With LoRA, `..._low` makes more columns
+// of a product's input, which its weight reads beside it.
 struct LayerWeights {
   at::Tensor norm1, qkv, out, norm2, gate, up, down;
   std::optional<at::Tensor> qkv_bias, out_bias;
   double eps;
+  std::optional<at::Tensor> qkv_low, out_low, mlp_low, down_low;
 };
 
 // x (b, H), cos and sin (b, 1, D), `cache`: what `attend` takes from prompt_keys to values -> (b, H). `kept`: none, or room
