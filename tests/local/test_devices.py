@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_training import FAST, VOCAB, causal_lm, policy_of, random_prompts, random_sequences
+from tiny_training import FAST, VOCAB, causal_lm, policy_of, random_prompts, random_sequences, with_adapters
 from ups_rm.errors import RunError
 from ups_rm.layers.decoder import DecoderLayers
 from ups_rm.layers.grid import Grid
@@ -36,19 +36,24 @@ def generate(decoder: FastDecoder, sampling: Sampling, n: int = 3, length: int =
         return decoder.generate(prompts, n, length, EOS, sampling, uniforms)
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("architecture", FAST)
-def test_forward_and_backward_make_every_tensor_on_the_models_device(architecture: str) -> None:
-    policy, sequences = policy_of(causal_lm(architecture)), random_sequences([5, 3, 0, 7], [0, 0, 1, 2])
+def test_forward_and_backward_make_every_tensor_on_the_models_device(architecture: str, lora: bool) -> None:
+    model = with_adapters(causal_lm(architecture)) if lora else causal_lm(architecture)
+    policy, sequences = policy_of(model), random_sequences([5, 3, 0, 7], [0, 0, 1, 2])
     with torch.device("meta"):
         logprobs, _ = policy.response_logprobs(sequences, 0.8)
         logprobs.sum().backward()
     assert logprobs.device.type == "cpu"
-    assert all(parameter.grad.device.type == "cpu" for parameter in policy.model.parameters())
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad.device.type == "cpu" for parameter in trained)
 
 
-def test_the_layers_run_on_a_device_without_numbers() -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_layers_run_on_a_device_without_numbers(lora: bool) -> None:
     """On `meta` there are shapes and devices only: a tensor of another device would be an error."""
-    model = causal_lm("qwen3 wide heads").to("meta")
+    model = causal_lm("qwen3 wide heads")
+    model = (with_adapters(model).get_base_model() if lora else model).to("meta")
     layers = DecoderLayers(model.model)
     ids = torch.zeros(6, dtype=torch.long, device="meta")
     mask = layers.additive(torch.ones(2, 3, 3, dtype=torch.bool, device="meta"), torch.float32)
@@ -60,8 +65,10 @@ def test_the_layers_run_on_a_device_without_numbers() -> None:
     assert (hidden.device.type, hidden.shape) == ("meta", (6, model.config.hidden_size))
 
 
-def test_a_recorded_step_runs_on_a_device_without_numbers() -> None:
-    decoder = decoder_of(causal_lm("qwen2 untied").to("meta"), lambda run: run)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_recorded_step_runs_on_a_device_without_numbers(lora: bool) -> None:
+    model = causal_lm("qwen2 untied")
+    decoder = decoder_of((with_adapters(model) if lora else model).to("meta"), lambda run: run)
     last, lengths, cache = decoder._prefill([[4, 5, 6], [7]], 2, 8)
     assert isinstance(cache, StaticCache)
     token = torch.zeros(4, dtype=torch.long, device="meta")

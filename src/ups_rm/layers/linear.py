@@ -26,7 +26,7 @@ COPY = 2**30
 def linear(x: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
     """layer(x), x (N, I) -> (N, O). Where that is `known`, its gradients alone are computed: of a plain layer or one
     that `is_simple_lora`."""
-    if is_simple_lora(layer) and not torch.is_autocast_enabled(x.device.type):
+    if is_simple_lora(layer) and not _has_autocast(x.device.type):
         adapter = adapter_of(layer)
         if adapter is None:
             return linear(x, layer.base_layer, known)
@@ -122,6 +122,10 @@ def adapter_of(layer: Any) -> tuple[Tensor, Tensor, float] | None:
     """A (r, I), B (O, r) and the scale of what is added in a layer that `is_simple_lora`; None where nothing is."""
     active = [] if layer.disable_adapters else _active(layer)
     return next(((layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active), None)
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _active(layer: Any) -> list[str]:
