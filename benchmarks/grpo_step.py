@@ -230,7 +230,7 @@ def trl_steps(case: Case, folder: Path, scorer: Any, pairs: int, between: Callab
     )  # fmt: skip
     rewards: dict[str, Any] = {"reward_funcs": reward}
     if case.peer_scores:
-        model, tokenizer = plain_model(_reward_model(folder, case.model), "bfloat16" if half else "float32")
+        model, tokenizer = plain_model(reward_model(folder, case.model), "bfloat16" if half else "float32")
         rewards = {"reward_funcs": [model, reward], "reward_processing_classes": [tokenizer, None]}
         settings.reward_weights = [-1.0, 0.0]  # the model's logit says how unsafe a reply is
     lora = LoraConfig(r=case.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
@@ -326,10 +326,11 @@ def _floor(case: Case, reply_tokens: float) -> float:
     from ups_rm.layers.grid import Distinct
     from ups_rm.models import fetch
 
-    prompts = encode_prompts(AutoTokenizer.from_pretrained(fetch()), chats(case))
+    source = case.model or fetch()
+    prompts = encode_prompts(AutoTokenizer.from_pretrained(source), chats(case))
     # what all begin with, the template's words, is computed once
     read = [len(Distinct.of([prompts[i] for i in picked(case, step)]).ids) for step in range(2, 7)]
-    model = AutoModelForCausalLM.from_pretrained(fetch())
+    model = AutoModelForCausalLM.from_pretrained(source)
     head = model.get_output_embeddings().weight.numel()
     return step_floor(
         statistics.mean(read), reply_tokens, case.new_tokens,
@@ -340,11 +341,11 @@ def _floor(case: Case, reply_tokens: float) -> float:
 def _scorer(case: Case, folder: Path) -> Any:
     from ups_rm.reward.scorer import RewardScorer
 
-    return RewardScorer.load(_reward_model(folder, case.model)) if case.with_rm else LengthScorer()
+    return RewardScorer.load(reward_model(folder, case.model)) if case.with_rm else LengthScorer()
 
 
-def _reward_model(folder: Path, backbone: str) -> Path:
-    """A folder with a head of no training on the policy that the case names."""
+def reward_model(folder: Path, backbone: str = "") -> Path:
+    """An RM folder within, with a head of no training on the policy that a case names."""
     from transformers import AutoConfig
 
     from ups_rm.models import fetch

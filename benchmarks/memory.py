@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.grpo_step import BASE, our_step, trl_steps
+from benchmarks.grpo_step import BASE, our_step, reward_model, trl_steps
 from benchmarks.result import Result, versions
 
 LIMIT = 5000.0
@@ -51,14 +51,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(pairs: int = 1) -> list[Result]:
     """The larger of `pairs` runs of each side, in turn."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from tiny import tiny_head
-    from ups_rm.models import fetch
-    from ups_rm.reward.merge import merge
-
     with tempfile.TemporaryDirectory() as folder:
-        rm = Path(folder) / "rm"
-        merge(fetch(), tiny_head(Path(folder) / "head", hidden_size=576, hidden_dims=(64, 16)), rm)
+        rm = reward_model(Path(folder))
         runs = [(peak("ours", rm), peak("trl", rm)) for _ in range(pairs)]
     ours, theirs = (max(side) for side in zip(*runs, strict=True))
     used = versions("torch", "transformers", "trl")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from benchmarks.grpo_step import CASES, Case, LengthScorer, chats, measure, our_step
+from benchmarks.grpo_step import CASES, Case, LengthScorer, chats, measure, our_step, trl_steps
 
 from benchmarks import machine, step_curve, trl_settings
 from tiny import tiny_policy
@@ -37,12 +38,24 @@ def test_trl_and_we_take_turns_on_the_same_work(policy: Path) -> None:
     assert all(2 * 3 <= count.ours <= 2 * 3 * 5 and count.ratio is None for count in (ours, theirs))
 
 
-def test_trl_asks_the_reward_model_by_its_own_means(policy: Path) -> None:
-    pytest.importorskip("trl", reason="needs the extra trl")
+def test_trl_asks_the_reward_model_by_its_own_means(
+    tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trl = pytest.importorskip("trl", reason="needs the extra trl")
+    asked: list[int] = []
+
+    class Watched(trl.GRPOTrainer):  # type: ignore[name-defined,misc]
+        def __init__(self, *, reward_funcs: list[Any], **named: Any) -> None:
+            assert type(reward_funcs[0]).__name__ == "MyRMForTokenClassification"
+            reward_funcs[0].register_forward_hook(lambda model, given, out: asked.append(len(out.logits)))
+            super().__init__(reward_funcs=reward_funcs, **named)
+            assert self.reward_weights.tolist() == [-1, 0]
+
+    monkeypatch.setattr(trl, "GRPOTrainer", Watched)
     case = Case("tiny", prompts=2, n=3, new_tokens=5, model=str(policy), with_rm=True, peer_scores=True)
-    wall, _, ours, theirs = measure(case, 1, None)
-    assert wall.peer is not None
-    assert all(2 * 3 <= count.ours <= 2 * 3 * 5 for count in (ours, theirs))
+    (cost,) = trl_steps(case, tmp_path, LengthScorer(), 1, lambda: None)
+    assert asked == [2 * 3] * 2  # replies of a step of warm-up and of one that counts
+    assert 2 * 3 <= cost.tokens <= 2 * 3 * 5
 
 
 def test_prompts_are_distinct_and_enough_for_every_case() -> None:

@@ -361,6 +361,34 @@ def test_several_active_adapters_and_merged_ones_are_decoded_as_peft_computes_th
                 torch.testing.assert_close(logprobs, slow_logprobs(model, prompt, tokens.tolist()), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "bias"])
+def test_adapters_that_do_more_than_to_be_added_are_left_to_generate(settings: dict[str, bool]) -> None:
+    assert FastDecoder.of(with_adapters(causal_lm("llama"), **settings)) is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"), [(None, 1), ("all-linear", 9), (["q_proj", "down_proj"], 4)], ids=["none", "all", "some"]
+)
+def test_copies_are_what_is_not_the_models_own(
+    targets: str | list[str] | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("can_pack", "multiplier"):  # as on a GPU: packed weights have no storage that could be looked at
+        monkeypatch.setattr(f"ups_rm.layers.projection.{name}", lambda *_: None)
+    model = causal_lm("llama") if targets is None else with_adapters(causal_lm("llama"), target_modules=targets)
+    decoder = FastDecoder.of(model)
+    assert decoder is not None
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = [
+        part.weight
+        for layer in decoder.layers
+        for part in vars(layer).values()
+        if isinstance(part, Projection) and part.weight.untyped_storage().data_ptr() not in own
+    ]
+    copies = decoder.copies(packed=False)
+    assert sorted(map(id, copies)) == sorted(map(id, held))
+    assert len(copies) == count * len(decoder.layers)
+
+
 def test_small_adapters_do_not_round_away_in_bf16() -> None:
     """A thousandth beside weights of 1 is less than bf16 can tell: merged, nothing of it would be left."""
     from peft import LoraConfig, inject_adapter_in_model

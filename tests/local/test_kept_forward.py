@@ -91,14 +91,18 @@ def test_with_adapters_too(architecture: str, targets: str | list[str], kernels:
     naive_loss(expected, rollout.sequences).backward()
     assert rollout.kept is not None
     found = logprobs_of(policy, rollout, rollout.kept)
+    mask = rollout.sequences.response_mask.bool()
+    assert torch.equal(found[mask], rollout.rollout_logprobs[mask])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     naive_loss(found, rollout.sequences).backward()
     trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
     assert_gradients_close(gradients(model), gradients(plain), trained=len(trained))
 
 
-def test_no_product_of_a_layer_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = policy_of(model_of("qwen3 wide heads"))
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+def test_no_product_of_a_layer_is_computed_again(monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+    model = model_of("qwen3 wide heads")
+    policy = policy_of(with_adapters(model) if lora else model)
     rollout = rollout_of(policy)
     calls: list[int] = []
 

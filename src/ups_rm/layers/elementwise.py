@@ -45,7 +45,7 @@ def masked_softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
 def silu_mul_linear(gate: Tensor, up: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
     """layer(silu(gate) * up), gate and up (N, I). `known`: as for `linear`."""
     packed = of_layout(layer, gate)
-    if packed is not None:
+    if packed is not None and known is None:
         return packed(_gated(gate, up))
     if not is_plain(layer) or layer.bias is not None:  # adapters and hooks read the product themselves
         return linear(silu_mul(gate, up), layer, known)

@@ -34,6 +34,7 @@ def linear(x: Tensor, layer: Any, known: Tensor | None = None) -> Tensor:
         return added
     packed = of_layout(layer, x)
     if known is not None:
+        assert is_plain(layer), "gradients of what is known are those of a plain layer"
         out: Tensor = Linear.apply(x, layer.weight, layer.bias, known)
     elif packed is not None:
         out = packed(x)
@@ -181,7 +182,8 @@ class Lora(torch.autograd.Function):
     h = s g B, dx = g W + h A, dA = h^T x, dB = s g^T (x A^T). y is not computed where it is `known`.
 
     peft computes the second product in the adapters' format, fp32, for which it copies x and adds in fp32; here it is
-    computed in x's, as under autocast, and added to the first in place.
+    computed in x's, as under autocast, and added to the first in place. In bf16 what is less than half a unit in the
+    last place of x W^T + b is lost there, as in peft; decoding rounds the whole once.
     """
 
     @staticmethod
@@ -201,8 +203,10 @@ class Lora(torch.autograd.Function):
         return product(x, weight, bias).addmm_(low, b.to(x.dtype).t()) if known is None else known
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
         h = grad @ (ctx.scale * b).to(grad.dtype)  # (N, r)
         d_x = (grad @ weight).addmm_(h, a.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        return d_x, None, None, (h.t() @ x).to(a.dtype), (grad.t() @ low).to(b.dtype), None, None
+        d_a = (h.t() @ x).to(a.dtype) if ctx.needs_input_grad[3] else None
+        d_b = (grad.t() @ low).to(b.dtype) if ctx.needs_input_grad[4] else None
+        return d_x, None, None, d_a, d_b, None, None

@@ -1,9 +1,9 @@
 """A decode loop for Llama- and Qwen-type models: what prompts share is computed once, preallocated KV cache.
 
 Weights are read from the transformers model itself and packed on `refresh`, the rotary table is its own module, so
-biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. LoRA's adapters are not merged into
-a weight, where small ones would round away: their B stands beside it as further columns, and reads what A makes of the
-input. Finished rows leave the batch.
+biases, q/k norms, GQA, tied embeddings and rope scaling follow the configuration. LoRA's adapter of a layer is not
+merged into its weight, where a small one would round away: its B stands beside it as further columns, and reads what A
+makes of the input. Several adapters at once, and those of the head, are merged. Finished rows leave the batch.
 Sampling inverts the CDF with uniforms drawn beforehand per row and position: a row's reply does not depend on which
 other rows are in its batch or when they end.
 
@@ -81,17 +81,24 @@ class _Layer:
     def low(self) -> list[Projection | None]:
         return [self.qkv_low, self.out_low, self.mlp_low, self.down_low]
 
-    @property
-    def products(self) -> list[Projection]:
-        every = [self.qkv, self.out, self.gate, self.up, self.down, *self.low]
-        return [part for part in every if part is not None]
+    def copies(self, *, packed: bool) -> list[Projection]:
+        """See `FastDecoder.copies`: qkv is put together from three, an adapted weight has further columns."""
+        read = [
+            (self.out, self.out_low),
+            (self.gate, self.mlp_low),
+            (self.up, self.mlp_low),
+            (self.down, self.down_low),
+        ]
+        own = [part for part, low in read if packed or low is not None]
+        return [self.qkv, *own, *(low for low in self.low if low is not None)]
 
     def whole(self, eps: float) -> Any | None:
         """What the kernel for a whole layer takes, where there is one for it."""
         kernels = self.qkv.kernels
-        if kernels is None or self.q_norm is not None or any(part.kernels is None for part in self.products):
+        if self.q_norm is not None or any(part.kernels is None for part in self.copies(packed=True)):
             return None
-        qkv, out, gate, up, down = (part.weight for part in self.products[:5])
+        assert kernels is not None
+        qkv, out, gate, up, down = (part.weight for part in (self.qkv, self.out, self.gate, self.up, self.down))
         norm1, norm2 = self.norm1.to(qkv.dtype), self.norm2.to(qkv.dtype)
         low = [None if part is None else part.weight for part in self.low]
         return kernels.LayerWeights(norm1, qkv, out, norm2, gate, up, down, self.qkv.bias, self.out.bias, eps, *low)
@@ -116,8 +123,10 @@ class FastDecoder:
 
     @classmethod
     def of(cls, model: Any) -> FastDecoder | None:
-        """A decoder for the model, or None where the architecture is not known."""
-        return cls(model) if is_known(model.get_base_model() if hasattr(model, "peft_config") else model) else None
+        """A decoder for the model, or None: its architecture is not known, or adapters do more than to be added."""
+        causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        more = any(hasattr(part, "lora_A") and _does_more(part) for part in causal.modules())
+        return cls(model) if is_known(causal) and not more else None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -134,12 +143,13 @@ class FastDecoder:
         self.layers, self.whole, self.head = [], [], None
 
     def copies(self, *, packed: bool) -> list[Tensor]:
-        """Weights that the decoder holds beside the model's own: all projections where they are packed or adapted, else
-        fused."""
-        if packed:
-            assert self.head is not None
-            return [part.weight for part in (self.head, *(part for layer in self.layers for part in layer.products))]
-        return [part.weight for layer in self.layers for part in (layer.products if any(layer.low) else [layer.qkv])]
+        """Weights that the decoder holds beside the model's own: all projections where they are packed, else those that
+        are put together."""
+        assert self.head is not None
+        head = [self.head] if packed else []
+        return [
+            part.weight for part in (*head, *(part for layer in self.layers for part in layer.copies(packed=packed)))
+        ]
 
     def kept_forward(self) -> KeptForward | None:
         """What `generate` can fill for the training forward, or None: layers of other kinds are called in it, and
@@ -322,8 +332,13 @@ def _side_by_side(parts: list[Any]) -> tuple[list[Tensor], Projection | None]:
     return weights, Projection(F.pad(low, (0, 0, 0, room - total)))
 
 
+def _does_more(layer: Any) -> bool:
+    """An adapter of the layer is a variant, such as DoRA, or has a bias: what it does is not in A and B alone."""
+    return bool(layer.lora_variant) or any(layer.lora_bias.values())
+
+
 def _weight(linear: Any) -> Tensor:
-    """The weight of a linear layer; adapters of other kinds than `is_simple_lora` are merged in."""
+    """The weight of a linear layer; adapters of one that is not `is_simple_lora` are merged in."""
     if not hasattr(linear, "lora_A"):
         return linear.weight
     weight = linear.base_layer.weight

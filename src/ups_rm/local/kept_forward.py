@@ -2,8 +2,8 @@
 
 On-policy, the update trains on the very tokens that the same weights have just read while they decoded them. What the
 layers' products gave then need not be computed again, nor the log-probabilities: the training forward takes them from
-here, computes what is cheap (norms, rotation, attention), and its backward is the same as ever. So the policy reads
-each token once per step, and what is trained is exactly what was sampled.
+here, computes what is cheap (norms, rotation, attention, the narrow products of adapters), and its backward is the same
+as ever. So the policy reads each token once per step, and what is trained is exactly what was sampled.
 
 What is kept is most of what layers keep for backward anyway: it is there earlier, from the rollout on.
 """
