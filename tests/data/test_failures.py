@@ -11,11 +11,14 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ups_rm.data import prepare as module
+from ups_rm.data.digest import KeptRows
 from ups_rm.data.files import publish, staging
 from ups_rm.data.prepare import prepare
+from ups_rm.data.spool import Spool
 from ups_rm.errors import RunError
 
 from .conftest import make_row, write_jsonl
@@ -182,6 +185,44 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         peaks.append(int(printed) / 1024)
     assert peaks[1] - peaks[0] < 25
     assert peaks[1] < 400
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says which pages of a file are held")
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_pages_of_the_spool_are_given_back_while_it_is_read(tmp_path: Path, shuffle: bool) -> None:
+    """Of a million rows, 20 MB of places, labels, kinds and harms, a batch's are held at a time."""
+    count, step = 1_000_000, 100_000
+    spool = Spool(tmp_path / "train.spool")
+    for first in range(0, count, step):
+        labels = np.arange(first, first + step, dtype=np.uint32).view(np.uint8).reshape(-1, 4)
+        texts = b"".join(b"%06d" % n for n in range(first, first + step))
+        none = np.full(step, -1, dtype=np.int32)
+        sizes, hashes = np.full(step, 6, dtype=np.int64), np.zeros(step, dtype=np.uint64)
+        spool.append(KeptRows(texts, sizes, labels, none, hashes, (), none))
+    numbers = np.arange(count, dtype=np.uint32)
+    if shuffle:  # near each other in a batch, as more pages than a batch's rows can be held in any case
+        numbers = np.random.default_rng(0).permutation(numbers.reshape(-1, 1000)).reshape(-1)
+    seen, held = 0, 0
+    for batch in spool.batches(numbers, rows=2000, size=1_000_000):
+        wanted = numbers[seen : seen + len(batch)]
+        assert np.array_equal(batch.labels.copy().view(np.uint32).ravel(), wanted)
+        assert batch.texts == b"".join(b"%06d" % n for n in wanted)
+        seen += len(batch)
+        held = max(held, held_of(tmp_path) if seen % 50_000 == 0 else 0)
+    assert seen == count
+    assert 0 < held < 8_000  # faults bring in neighbours
+    spool.close()
+
+
+def held_of(folder: Path) -> int:
+    """kB of files in the folder that are mapped and in memory."""
+    counts, within = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            within = str(folder) in line
+        elif within and line.startswith("Rss:"):
+            counts += int(line.split()[1])
+    return counts
 
 
 def test_a_big_file_of_bad_rows_stays_flat_too(tmp_path: Path) -> None:

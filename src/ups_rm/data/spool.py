@@ -7,6 +7,7 @@ found.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +81,13 @@ class Spool:
         """Rows by number, in the order given, at most so many at once and of about `size` bytes (or one row)."""
         if not self._rows:
             return
-        ends, labels = self._map("ends", np.int64), self._map("labels", np.uint8, 4)
-        kinds, harms = self._map("kinds", np.int32), self._map("harms", np.int32)
+        maps = {name: self._map(name) for name in ("ends", "labels", "kinds", "harms")}
+        ends, labels = np.frombuffer(maps["ends"], np.int64), np.frombuffer(maps["labels"], np.uint8).reshape(-1, 4)
+        kinds, harms = np.frombuffer(maps["kinds"], np.int32), np.frombuffer(maps["harms"], np.int32)
         self._files["texts"].flush()
         for first in range(0, len(numbers), rows):
+            for one in maps.values():
+                _give_back(one)
             some = numbers[first : first + rows].astype(np.int64)
             stops = ends[some]
             starts = np.where(some > 0, ends[some - 1], 0)
@@ -94,9 +98,9 @@ class Spool:
                 texts = self._read(starts[group], stops[group])
                 yield Batch(texts, offsets, labels[some[group]], kinds[some[group]], harms[some[group]])
 
-    def _map(self, name: str, dtype: Any, *width: int) -> npt.NDArray[Any]:
+    def _map(self, name: str) -> mmap.mmap:
         self._files[name].flush()
-        return np.memmap(self._files[name], dtype=dtype, mode="r", shape=(self._rows, *width))
+        return mmap.mmap(self._files[name].fileno(), 0, access=mmap.ACCESS_READ)
 
     def _read(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> bytes:
         """The texts at some places, one behind the other; neighbours that follow each other are read at once."""
@@ -118,6 +122,12 @@ class Spool:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _give_back(pages: mmap.mmap) -> None:
+    """What was read of a file counts as this process's memory until it says that it needs no more of it."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _renumbered(places: npt.NDArray[np.int32], names: Sequence[T], known: dict[T, int]) -> npt.NDArray[np.int32]:
