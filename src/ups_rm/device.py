@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from functools import lru_cache
@@ -88,6 +89,15 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # all blocks from the heap: one beside it (by default each over 32 MiB) is new pages every time; -1: never trimmed
     return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+
+
+def give_back_memory() -> None:
+    """What a stage has left is garbage: collect it and hand what glibc's malloc keeps to the kernel, whatever
+    `keep_freed_memory` says, before the next stage takes its own."""
+    gc.collect()  # models and optimizers hold each other
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _has_fast_bf16(kind: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ups_rm.device import give_back_memory
 from ups_rm.durable import write_text
 from ups_rm.recipe import Recipe, RewardModel
 from ups_rm.recipe_hash import SERVICE
@@ -72,6 +73,7 @@ class Run:
 
     def do(self, stage: Stage) -> None:
         self.seconds[stage.name] = run_stage(stage, fresh=self.fresh)
+        give_back_memory()
 
 
 def source_of(source: str) -> Path | str:
