@@ -83,7 +83,8 @@ def keep_freed_memory() -> bool:
     """Have glibc's malloc keep what tensors free for the next ones; False where the C library has no `mallopt`.
 
     By default it hands each large block back to the kernel and takes new pages, filled with zeros, a moment later,
-    which costs a good part of a step's CPU time. The price: the process's memory stays at its peak.
+    which costs a good part of a step's CPU time. The price: the process's memory stays at its peak, and grows where
+    tensors of ever other sizes do not fit into each other's places (`give_back_memory`).
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -92,8 +93,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> None:
-    """What a stage has left is garbage: collect it and hand what glibc's malloc keeps to the kernel, whatever
-    `keep_freed_memory` says, before the next stage takes its own."""
+    """Collect what is garbage and hand what glibc's malloc keeps of freed memory to the kernel, whatever
+    `keep_freed_memory` says: what comes next takes its own."""
     gc.collect()  # models and optimizers hold each other
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:
