@@ -54,7 +54,6 @@ from ups_rm.tracking.made_with import versions, write_made_with
 from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Conversation, Scorer, TrainResult
 
-
 GIVE_BACK_EVERY = 8
 """Steps. Each has tensors of other lengths than the one before, and what malloc keeps between them adds up."""
 
