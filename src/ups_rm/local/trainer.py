@@ -55,7 +55,7 @@ from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Conversation, Scorer, TrainResult
 
 GIVE_BACK_EVERY = 8
-"""Steps. Each has tensors of other lengths than the one before, and what malloc keeps between them adds up."""
+"""Steps. What malloc keeps between tensors of ever other lengths adds up (docs/performance.md, Memory)."""
 
 
 class Trainer:
