@@ -83,8 +83,9 @@ def keep_freed_memory() -> bool:
     """Have glibc's malloc keep what tensors free for the next ones; False where the C library has no `mallopt`.
 
     By default it hands each large block back to the kernel and takes new pages, filled with zeros, a moment later,
-    which costs a good part of a step's CPU time. The price: the process's memory stays at its peak, and grows where
-    tensors of ever other sizes do not fit into each other's places (`give_back_memory`).
+    which costs a good part of a step's CPU time. The price: the process's memory stays at its peak (until
+    `give_back_memory`), and what lives for long in the middle of it keeps large tensors from others' places
+    (`layers.grid.rounded`).
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

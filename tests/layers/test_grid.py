@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ups_rm.layers.grid import Distinct, Grid
+from ups_rm.layers.grid import Distinct, Grid, rounded
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6)
 
@@ -51,3 +51,28 @@ def test_gradients_of_a_token_that_stands_often_add_up_in_fp32() -> None:
     grid.pad(x).sum().backward()
     assert x.grad is not None
     assert float(x.grad) == float(torch.tensor(513.0).bfloat16()) != 256
+
+
+@settings(max_examples=40, deadline=None)
+@given(ROWS, st.integers(0, 3), st.integers(0, 5))
+def test_rows_that_fill_up_are_zeros_and_take_no_gradient(rows: list[list[int]], padding: int, more: int) -> None:
+    """As many linear rows as asked for; whatever stands in the further ones is seen by nobody."""
+    width = max(map(len, rows)) + padding
+    distinct = Distinct.of(rows)
+    cells, again = distinct.cells([i * width for i in range(len(rows))], torch.device("cpu"))
+    plain = Grid(cells, len(rows) * width, again)
+    grid = Grid(cells, len(rows) * width, again, len(cells) + more)
+    x = torch.randn(len(cells), 2, dtype=torch.double)
+    filled = torch.cat([x, torch.full((more, 2), torch.nan, dtype=torch.double)]).requires_grad_()
+    padded = grid.pad(filled)
+    assert torch.equal(padded, plain.pad(x))
+    assert torch.equal(grid.pack(padded), torch.cat([x, torch.zeros(more, 2, dtype=torch.double)]))
+    (grad,) = torch.autograd.grad(grid.pad(filled).sum(), filled)
+    assert torch.equal(grad[len(cells) :], torch.zeros(more, 2, dtype=torch.double))
+    assert torch.autograd.gradcheck(grid.pack, padded.detach().requires_grad_())
+
+
+@given(st.integers(0, 10**6), st.integers(1, 64))
+def test_rounded_is_the_next_multiple(count: int, by: int) -> None:
+    assert rounded(count, by) % by == 0
+    assert count <= rounded(count, by) < count + by

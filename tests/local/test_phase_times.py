@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import median
 
-import pytest
-
 from tiny_training import SyntheticScorer, letter_share, tiny_recipe
-from ups_rm.local import trainer as module
 from ups_rm.local.trainer import Trainer
 from ups_rm.tracking.jsonl import read_metrics
 
@@ -30,17 +27,3 @@ def test_phases_add_up_to_the_step_within_two_percent(tmp_path: Path, policy_fol
     ]
     assert min(missing) > -1e-6
     assert median(missing) < 0.02  # not each: the system may take the core away between two clocks
-
-
-def test_every_eighth_step_gives_memory_back_first(
-    tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = tiny_recipe(tmp_path / "run", policy_folder, "trainer.total_training_steps=1")
-    trainer = Trainer(recipe, SyntheticScorer(lambda text: letter_share(text, "e")))
-    given: list[int] = []
-    monkeypatch.setattr(module, "give_back_memory", lambda: given.append(1))
-    after = []
-    for number in (1, 7, 8, 9, 16):
-        trainer.step(trainer.train_rows[:4], number)
-        after.append(len(given))
-    assert after == [0, 0, 1, 1, 2]

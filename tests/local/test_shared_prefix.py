@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny_training import (
     FAST,
@@ -25,6 +26,8 @@ from tiny_training import (
 )  # fmt: skip
 from ups_rm.layers import decoder
 from ups_rm.layers.elementwise import RMSNorm
+from ups_rm.layers.grid import COLUMNS_BY
+from ups_rm.local import shared_prefix
 from ups_rm.local.actor import response_logprobs
 from ups_rm.local.policy import Policy
 from ups_rm.local.selected_logprobs import SelectedLogprobs
@@ -124,6 +127,7 @@ def test_what_prompts_begin_with_is_computed_once(
 ) -> None:
     """As a template's system prompt; one prompt is the beginning of another, and two groups have the same one."""
     monkeypatch.setattr(decoder, "SCORES_AT_ONCE", scores)
+    monkeypatch.setattr(shared_prefix, "rounded", lambda count: count)
     begin = [7, 8, 9, 10, 11]
     prompts = {0: [*begin, 5], 1: [*begin, 6, 7], 2: begin, 3: [*begin, 6, 7], 4: [3, *begin]}
     groups = [0, 1, 1, 2, 3, 4, 2, 0]
@@ -335,9 +339,10 @@ def test_bf16_logprobs_stay_near_fp32() -> None:
     assert float((found - exact).abs().max()) < 0.05
 
 
-def test_prompts_are_computed_once_per_group() -> None:
-    """What the module is for: 12 replies to one prompt send one prompt through the layers, no padding, and of each
-    reply all but its last token, which predicts nothing."""
+def test_prompts_are_computed_once_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the module is for: 12 replies to one prompt send one prompt through the layers, no padding (but what makes
+    the number round, left out here), and of each reply all but its last token, which predicts nothing."""
+    monkeypatch.setattr(shared_prefix, "rounded", lambda count: count)
     sequences = random_sequences([3] * 11 + [1], [0] * 12, prompt_padding=2, response_padding=4)
     model = causal_lm()
     tokens: list[int] = []
@@ -357,3 +362,32 @@ def test_rms_norm_passes_gradcheck_in_double() -> None:
     )
     assert torch.autograd.gradcheck(lambda *given: RMSNorm.apply(*given, 0.1), (x, weight))
     assert torch.autograd.gradcheck(lambda given: RMSNorm.apply(given, weight.detach(), 0.1), (x,))
+
+
+class ProductSizes(TorchDispatchMode):
+    """Sizes of what goes into matrix products, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("mm", "matmul", "linear")):
+            self.found |= {size for given in args if isinstance(given, Tensor) for size in given.shape}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [9, 17, 18, 3, 5, 8, 1, 30]])
+def test_products_are_of_round_sizes(lengths: list[int]) -> None:
+    """Each size of a product is a kernel that oneDNN makes and keeps: whatever lengths come, sizes must be few."""
+    sequences = random_sequences(lengths, GROUPS)
+    model = causal_lm("llama", num_key_value_heads=4)
+    config = model.config
+    batches = {len(set(GROUPS)) * config.num_attention_heads, len(lengths) * config.num_attention_heads}  # of attention
+    rotation = {1, config.head_dim // 2}  # transformers makes its angles by a product
+    of_model = {config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim, *batches, *rotation}
+    with ProductSizes() as sizes:
+        naive_loss(shared(policy_of(model), sequences), sequences).backward()
+    of_tokens = sizes.found - of_model
+    assert of_tokens
+    assert all(size % COLUMNS_BY == 0 for size in of_tokens), of_tokens

@@ -85,6 +85,7 @@ def test_the_prompt_is_computed_once(scorer, monkeypatch):
     layer = scorer.model.model.layers[0].mlp.up_proj
     hook = layer.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
     monkeypatch.setattr(type(scorer), "enough_tokens", 1)  # no row waits for another
+    monkeypatch.setattr(shared_prompt, "rounded", lambda count, by=1: count)
     talks = conversations([("a long question " * 8, ["yes", "no", "perhaps", "never"])])
     rows = render(scorer.tokenizer, talks, scorer.policy)
     scorer.score(talks)
@@ -100,8 +101,9 @@ def beginnings(rows: list[Any]) -> int:
     return len({tuple(row.input_ids[: j + 1]) for row in rows for j in range(len(row.input_ids))})
 
 
-def test_what_conversations_begin_with_is_computed_once(scorer):
+def test_what_conversations_begin_with_is_computed_once(scorer, monkeypatch):
     """The template's words, where no prompt is shared."""
+    monkeypatch.setattr(shared_prompt, "rounded", lambda count, by=1: count)
     seen: list[int] = []
     hook = scorer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, x, __: seen.append(len(x[0])))
     talks = [

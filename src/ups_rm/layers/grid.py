@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TOKENS_BY, COLUMNS_BY = 32, 16
+
+
+def rounded(count: int, by: int = TOKENS_BY) -> int:
+    """Up to the next of few sizes: oneDNN makes a kernel for each size of a product and keeps it for good, in the
+    middle of the memory that tensors come and go in; what is filled up costs less than making it."""
+    return count + -count % by
+
 
 class Grid:
     """C cells of padded rows, N tokens that stand in them: linear layers run over the N, attention over the C.
@@ -17,10 +25,12 @@ class Grid:
         cells: a cell of each token. Shape (N,).
         count: of cells, C.
         again: further cells, and the token that stands there too. Shapes (E,) and (E,).
+        rows: N' that linear layers run over, zeros after the tokens; N if not given.
     """
 
-    def __init__(self, cells: Tensor, count: int, again: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cells: Tensor, count: int, again: tuple[Tensor, Tensor], rows: int | None = None) -> None:
         self.cells, (self.more_cells, self.more_tokens) = cells, again
+        self.rows = len(cells) if rows is None else rows
         self.tokens = torch.zeros(count, dtype=torch.long, device=cells.device)  # (C,): of each cell, at padding any
         self.tokens[cells] = torch.arange(len(cells), device=cells.device)
         self.tokens[self.more_cells] = self.more_tokens
@@ -31,13 +41,13 @@ class Grid:
         return self.more_tokens.unique(return_inverse=True)
 
     def pad(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (C, ...), 0 at padding: not a neighbour's token, which may be NaN and would get through masks."""
+        """(N', ...) -> (C, ...), 0 at padding: not another token, which may be NaN and would get through masks."""
         out: Tensor = Pad.apply(x, self)
         return out
 
     def pack(self, x: Tensor) -> Tensor:
-        """(C, ...) -> (N, ...)"""
-        out: Tensor = Pack.apply(x, self.cells)
+        """(C, ...) -> (N', ...)"""
+        out: Tensor = Pack.apply(x, self)
         return out
 
 
@@ -90,7 +100,7 @@ class Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
         ctx.grid = grid
-        out = x.new_zeros(len(grid.tokens), *x.shape[1:]).index_copy_(0, grid.cells, x)
+        out = x.new_zeros(len(grid.tokens), *x.shape[1:]).index_copy_(0, grid.cells, x[: len(grid.cells)])
         if len(grid.more_cells) > 0:
             out.index_copy_(0, grid.more_cells, x.index_select(0, grid.more_tokens))
         return out
@@ -98,7 +108,7 @@ class Pad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grid = ctx.grid
-        out = grad.index_select(0, grid.cells)
+        out = _selected(grad, grid)
         if len(grid.more_cells) > 0:  # sums in fp32 or wider
             shared, place = grid.often
             sums = out.index_select(0, shared).to(torch.promote_types(grad.dtype, torch.float32))
@@ -111,12 +121,20 @@ class Pack(torch.autograd.Function):
     """The way back; the gradient at padding is 0, and where a token stands again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cells: Tensor) -> Tensor:
-        ctx.save_for_backward(cells)
-        ctx.count = len(x)
-        return x.index_select(0, cells)
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        ctx.grid = grid
+        return _selected(x, grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (cells,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, cells, grad), None
+        grid = ctx.grid
+        out = grad.new_zeros(len(grid.tokens), *grad.shape[1:])
+        return out.index_copy_(0, grid.cells, grad[: len(grid.cells)]), None
+
+
+def _selected(x: Tensor, grid: Grid) -> Tensor:
+    """x (C, ...) at each token's cell, and zeros. (N', ...)"""
+    out = x.new_empty(grid.rows, *x.shape[1:])
+    torch.index_select(x, 0, grid.cells, out=out[: len(grid.cells)])
+    out[len(grid.cells) :] = 0
+    return out

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ups_rm.layers.decoder import is_known
 from ups_rm.layers.elementwise import rms_norm, silu_mul
-from ups_rm.layers.grid import Distinct, Grid
+from ups_rm.layers.grid import Distinct, Grid, rounded
 from ups_rm.layers.linear import adapter_of, is_plain, is_simple_lora
 from ups_rm.layers.native import PANEL, usable
 from ups_rm.layers.projection import Projection
@@ -193,16 +193,17 @@ class FastDecoder:
         self, prompts: list[list[int]], n: int, reply_length: int, kept: KeptForward | None = None
     ) -> tuple[Tensor, Tensor, GroupCache]:
         """Run each prompt once; last hidden (P, H), lengths (P,), and the cache for n replies each. Products see
-        distinct real tokens (N,), attention right-padded rows (P, T)."""
+        distinct real tokens (N,) and zeros (`Grid.rows`), attention right-padded rows (P, T)."""
         device, count, width = self.embed.device, len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(row) for row in prompts], device=device)
         distinct = Distinct.of(prompts)
         cells, again = distinct.cells([i * width for i in range(count)], device)
-        grid = Grid(cells, count * width, again)
+        grid = Grid(cells, count * width, again, rounded(len(cells)))
         if kept is not None:
             kept.begin(distinct.ids, count * n * (reply_length - 1))
-        x = F.embedding(torch.tensor(distinct.ids, device=device), self.embed)  # (N, H)
-        cos, sin = self._rope(grid.cells % width)
+        ids = torch.tensor(distinct.ids, device=device)
+        x = F.embedding(F.pad(ids, (0, grid.rows - len(ids))), self.embed)  # (N', H)
+        cos, sin = self._rope(F.pad(cells % width, (0, grid.rows - len(ids))))
         shape = (len(self.layers), count, self.kv_heads, width, self.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=device)
         values = torch.empty_like(keys)

@@ -14,10 +14,12 @@ from ups_rm.console import console
 from ups_rm.device import compute_dtype, torch_device
 from ups_rm.errors import PolicyError
 from ups_rm.layers.decoder import SCORES_AT_ONCE
+from ups_rm.layers.grid import COLUMNS_BY, rounded
 from ups_rm.local.actor import runs_once
 from ups_rm.local.decode import FastDecoder
 from ups_rm.local.policy import needs_reference, with_lora
-from ups_rm.local.shared_prefix import LOGITS_AT_ONCE, ROWS_IN_FP32, SharedPrefixForward
+from ups_rm.local.selected_logprobs import rows_at_once
+from ups_rm.local.shared_prefix import SharedPrefixForward
 from ups_rm.model_files import check_model_folder
 from ups_rm.models import DEFAULT_MODEL, cache_folder
 from ups_rm.recipe import Recipe, as_list
@@ -76,19 +78,18 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     length = recipe.data.max_prompt_length + recipe.data.max_response_length
     micro_batch = settings.actor.ppo_micro_batch_size_per_gpu
     with_entropy = settings.actor.entropy_coeff != 0
-    prompts, tokens = micro_batch, micro_batch * length
+    prompts, tokens, once = micro_batch, micro_batch * length, 0
     if SharedPrefixForward.of(model) is None or with_entropy:
         kept = tokens * 2 * (6 * hidden + 3 * inner)
         copies = 4 if with_entropy else 2  # logits, their log softmax; of the entropy log and probabilities, fp32
         logits = copies * micro_batch * recipe.data.max_response_length * config.vocab_size * 4
     else:
         prompts = prompts_at_once(micro_batch, rollout.n, recipe)
-        tokens -= (micro_batch - prompts) * recipe.data.max_prompt_length
-        kept = kept_by_a_layer(
-            config, prompts, micro_batch, recipe.data.max_prompt_length, length,
-            lora_rank=settings.model.lora_rank,
-        )  # fmt: skip
-        logits = max(LOGITS_AT_ONCE, ROWS_IN_FP32 * config.vocab_size) * width
+        shape = (prompts, micro_batch, recipe.data.max_prompt_length, length)
+        tokens = read_tokens(*shape)
+        kept = kept_by_a_layer(config, *shape, lora_rank=settings.model.lora_rank)
+        once = kept_once(config, *shape)
+        logits = rows_at_once(config.vocab_size) * config.vocab_size * width
     rows = min(rollout.max_num_seqs, recipe.data.train_batch_size * rollout.n)
     # a known architecture keeps a prompt's keys and values once, in fp32 on a CPU without our
     # kernels (the larger is told); `generate` keeps them for each reply
@@ -99,10 +100,10 @@ def estimate_memory(recipe: Recipe, config: Any, rm_bytes: int) -> MemoryEstimat
     whole = runs_once(recipe, recipe.data.train_batch_size) and rows == recipe.data.train_batch_size * rollout.n
     in_rollout = 0
     if on_cpu and whole and not checkpointing and decoder is not None and decoder.kept_forward() is not None:
-        read = cached - rows  # the last token of a reply is not
+        read = rounded(cached - rows)  # the last token of a reply is not
         in_rollout = layers * read * ((config.num_attention_heads + 2 * kv_heads) * head + 2 * hidden + 2 * inner)
     # layers that are run again keep their input alone, and one at a time what it keeps
-    activations = kept + layers * tokens * hidden if checkpointing else layers * kept
+    activations = once + (kept + layers * tokens * hidden if checkpointing else layers * kept)
     return MemoryEstimate(
         {
             "policy weights": _bytes(weights),
@@ -135,9 +136,9 @@ def kept_by_a_layer(
 ) -> int:
     """Numbers that a layer of `layers.decoder` keeps for backward, of replies that share prompts (`shared_prefix`).
 
-    Per token: both residual sums, both norms' outputs, queries, attention's output, gate and up. Beside them keys and
-    values as replies see them, and the softmax of plain products or, of SDPA, a second copy of its output. Frozen
-    weights keep no input, but each adapter (at every linear layer) does, and what its A makes of it.
+    Per token: both residual sums, both norms' outputs, attention's output, gate and up. Beside them, in padded rows,
+    queries, keys and values as replies see them, and the softmax of plain products or, of SDPA, a second copy of its
+    output. Frozen weights keep no input, but each adapter (at every linear layer) does, and what its A makes of it.
 
     Args:
         prompts, rows: prompts and replies of a micro batch. length: of the longest prompt and reply together.
@@ -146,17 +147,42 @@ def kept_by_a_layer(
     kv_heads = getattr(config, "num_key_value_heads", heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     hidden, inner = config.hidden_size, config.intermediate_size
-    tokens = prompts * prompt_length + rows * replies
+    tokens = read_tokens(prompts, rows, prompt_length, length)
     inputs = 2 * hidden + heads * size  # of q, k and v; of gate and up; of the output projection
     if lora_rank > 0:
         inputs += inner + 7 * lora_rank
-    per_token = 2 * hidden + heads * size + 2 * inner + inputs
+    per_token = 2 * hidden + 2 * inner + inputs
     if config.model_type == "qwen3":  # norms of queries and keys keep what they are given
         per_token += (heads + kv_heads) * size
-    seen = 2 * kv_heads * size * (prompts * prompt_length + rows * length)
-    queries = ((prompts * prompt_length, prompt_length), (rows * replies, length))  # how many, and how many keys each
-    attention = sum(heads * some * (keys if heads * some * keys <= SCORES_AT_ONCE else size) for some, keys in queries)
-    return tokens * per_token + seen + attention
+    attention = 0
+    for queries, columns, own in _padded_rows(prompts, rows, prompt_length, replies):
+        scores = heads * queries * columns
+        attention += heads * queries * size + (scores if scores <= SCORES_AT_ONCE else heads * queries * size)
+        attention += 2 * kv_heads * size * own
+    return tokens * per_token + attention
+
+
+def read_tokens(prompts: int, rows: int, prompt_length: int, length: int) -> int:
+    """Tokens that go through the layers: of a reply all but its last. See `kept_by_a_layer`."""
+    return rounded(prompts * prompt_length + rows * (length - prompt_length - 1))
+
+
+def kept_once(config: Any, prompts: int, rows: int, prompt_length: int, length: int) -> int:
+    """Numbers that are kept beside the layers: masks, for SDPA one of each query head of a key head, and what the head
+    reads. See `kept_by_a_layer`."""
+    heads, replies = config.num_attention_heads, length - prompt_length
+    groups = heads // getattr(config, "num_key_value_heads", heads)
+    masks = 0
+    for queries, columns, _ in _padded_rows(prompts, rows, prompt_length, replies):
+        masks += queries * columns * (1 if heads * queries * columns <= SCORES_AT_ONCE else groups)
+    return masks + rounded(rows * replies) * config.hidden_size
+
+
+def _padded_rows(prompts: int, rows: int, prompt_length: int, replies: int) -> list[tuple[int, int, int]]:
+    """Of prompts, then of replies: queries, keys that each sees, and keys of all, as attention has them."""
+    of_prompt, of_reply = rounded(prompt_length, COLUMNS_BY), rounded(replies - 1, COLUMNS_BY)
+    both = of_prompt + of_reply
+    return [(prompts * of_prompt, of_prompt, prompts * of_prompt), (rows * of_reply, both, rows * both)]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -13,9 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ups_rm.layers.decoder import KnownLayer
+from ups_rm.layers.grid import rounded
 
 LEAST_FILLED = 0.75
 """Room of which less is filled is not held on to: what is in it is copied out."""
@@ -57,7 +59,7 @@ class KeptForward:
 
     def begin(self, prompt_ids: list[int], most: int) -> None:
         """These tokens are read now, and after them at most so many of replies."""
-        self.prompt_ids, self.now, self.room = prompt_ids, len(prompt_ids), len(prompt_ids) + most
+        self.prompt_ids, self.now, self.room = prompt_ids, len(prompt_ids), rounded(len(prompt_ids) + most)
 
     def go_on(self, rows: Tensor) -> None:
         """The next token of each of these replies is read now. Shape (b,)."""
@@ -69,18 +71,22 @@ class KeptForward:
         return [room[self.before : self.before + self.now] for room in self.layers[layer]]
 
     def add(self, layer: int, *parts: Tensor) -> None:
-        """Of the tokens that are read now: qkv (N, S + 2 K, D), then attended, gate, up and out of `KnownLayer`."""
+        """Of the tokens that are read now, which are the first rows of each part: qkv (N, S + 2 K, D), then attended,
+        gate, up and out of `KnownLayer`."""
         if layer == len(self.layers):
             self.layers.append(tuple(part.new_empty(self.room, part[0].numel()) for part in parts))
         for room, part in zip(self.room_now(layer), parts, strict=True):
-            room.copy_(part.flatten(1))
+            room.copy_(part[: self.now].flatten(1))
 
     def take(self, layer: int) -> KnownLayer:
-        """All tokens of a layer, which are given out of hand."""
+        """All tokens of a layer and zeros up to a `rounded` number, which are given out of hand."""
         parts, self.layers[layer] = self.layers[layer], ()
         count = self.before + self.now
+        rows = rounded(count)
+        for part in parts:
+            part[count:rows] = 0
         qkv, attended, gate, up, out = (
-            part[:count] if count >= LEAST_FILLED * self.room else part[:count].clone() for part in parts
+            part[:rows] if rows >= LEAST_FILLED * self.room else part[:rows].clone() for part in parts
         )
         q, k, v = qkv.split(self.sizes, dim=1)
         return KnownLayer(q, k, v, attended, gate, up, out)
@@ -97,7 +103,7 @@ class KeptForward:
         """
         length = replies.shape[1]
         order = torch.cat([cells[:0], *(rows * length + t for t, rows in enumerate(self.rows))])
-        drawn = replies if self.drawn is None else self.drawn.tokens[:, :length]
+        drawn = replies if self.drawn is None else F.pad(self.drawn.tokens, (0, length))[:, :length]
         same_cells = prompt_ids == self.prompt_ids and torch.equal(order.sort().values, cells)
         if not same_cells or not torch.equal(replies.flatten()[cells], drawn.flatten()[cells]):
             raise ValueError("these are not the prompts and replies of which a rollout has kept the forward")

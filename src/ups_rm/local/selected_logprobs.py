@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ups_rm.layers.grid import TOKENS_BY, rounded
 from ups_rm.layers.linear import product
 from ups_rm.layers.native import usable
 
@@ -14,6 +17,11 @@ LOGITS_AT_ONCE = 2**24
 """Numbers in one chunk of logits, 32 MiB in bf16: larger ones gain nothing."""
 ROWS_IN_FP32 = 32
 """Rows of it that are widened to fp32 at a time: they stay in the CPU's cache and in memory that malloc reuses."""
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows in one chunk of logits."""
+    return max(TOKENS_BY, LOGITS_AT_ONCE // vocab_size // TOKENS_BY * TOKENS_BY)
 
 
 class SelectedLogprobs(torch.autograd.Function):
@@ -39,15 +47,17 @@ class SelectedLogprobs(torch.autograd.Function):
         """hidden (N, H), weight (V, H), targets (N,) -> logprobs (N,), fp32 or wider. `known`: logprobs and norms, see
         `selected`, which are not computed then."""
         ctx.frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.count = temperature, chunk, len(hidden)
+        further = rounded(len(hidden)) - len(hidden)  # rows that change nothing
+        hidden, targets = F.pad(hidden, (0, 0, 0, further)), F.pad(targets, (0, further))
         if known is not None:
-            logprobs, norms = known
+            logprobs, norms = F.pad(known[0], (0, further)), F.pad(known[1], (0, further), value=math.inf)
         else:
             wide = torch.promote_types(weight.dtype, torch.float32)
             logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
         if known is not None and not ctx.frozen:
             ctx.save_for_backward(hidden, weight, targets, norms)
-            return logprobs
+            return logprobs[: ctx.count]
         d_logprobs = torch.empty_like(hidden) if ctx.frozen else None
         ones = torch.full_like(logprobs, 1 / temperature)
         for start in range(0, len(hidden), chunk):
@@ -61,8 +71,8 @@ class SelectedLogprobs(torch.autograd.Function):
         if d_logprobs is None:
             ctx.save_for_backward(hidden, weight, targets, norms)
         else:
-            ctx.save_for_backward(d_logprobs)
-        return logprobs
+            ctx.save_for_backward(d_logprobs[: ctx.count])
+        return logprobs[: ctx.count]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
@@ -72,7 +82,7 @@ class SelectedLogprobs(torch.autograd.Function):
         hidden, weight, targets, norms = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden, dtype=norms.dtype)
         d_weight = torch.empty_like(weight)
-        slopes = grad.to(norms.dtype) / ctx.temperature  # (N,)
+        slopes = F.pad(grad.to(norms.dtype) / ctx.temperature, (0, len(hidden) - ctx.count))  # (N,)
         parts = -(-len(hidden) // ctx.chunk)  # as many as forward took
         columns = -(-len(weight) // max(1, parts))
         for first in range(0, len(weight), columns):
@@ -81,7 +91,7 @@ class SelectedLogprobs(torch.autograd.Function):
             to_gradient(logits, targets, norms, slopes, ctx.temperature, first)
             d_hidden += logits @ block
             torch.mm(logits.t(), hidden, out=d_weight[first : first + columns])
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+        return d_hidden[: ctx.count].to(hidden.dtype), d_weight, None, None, None, None
 
 
 def selected(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

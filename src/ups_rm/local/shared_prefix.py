@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ups_rm.layers.decoder import DecoderLayers, is_known
-from ups_rm.layers.grid import Distinct, Grid
+from ups_rm.layers.grid import COLUMNS_BY, Distinct, Grid, rounded
 from ups_rm.local.kept_forward import KeptForward
-from ups_rm.local.selected_logprobs import LOGITS_AT_ONCE, ROWS_IN_FP32, SelectedLogprobs
+from ups_rm.local.selected_logprobs import SelectedLogprobs, rows_at_once
 
 
 class SharedPrefixForward:
@@ -29,7 +30,7 @@ class SharedPrefixForward:
     def __init__(self, model: Any) -> None:
         self.causal = model.get_base_model() if hasattr(model, "peft_config") else model
         self.layers = DecoderLayers(self.causal.model, lambda: self.causal.is_gradient_checkpointing)
-        self.chunk = max(ROWS_IN_FP32, LOGITS_AT_ONCE // self.causal.config.vocab_size)
+        self.chunk = rows_at_once(self.causal.config.vocab_size)
 
     @classmethod
     def of(cls, model: Any) -> SharedPrefixForward | None:
@@ -61,25 +62,28 @@ class SharedPrefixForward:
         Returns:
             logprobs (b, R) fp32, 0 at padding.
         """
-        device, keep = prompts.device, response_mask.bool()
-        read = keep[:, 1:]  # (b, R - 1): the last token of a reply predicts nothing, so it is not read
+        device, keep, length = prompts.device, response_mask.bool(), responses.shape[1]
+        prompts, prompt_mask = (F.pad(part, (-part.shape[1] % COLUMNS_BY, 0)) for part in (prompts, prompt_mask))
+        # (b, R'): the last token of a reply predicts nothing, so it is not read
+        replies, read = (F.pad(part, (0, (1 - length) % COLUMNS_BY)) for part in (responses[:, :-1], keep[:, 1:]))
         distinct, starts = self._distinct(prompts, prompt_mask)
         cells, again = distinct.cells(starts, device)
         of_replies = read.flatten().nonzero().squeeze(1)
         if kept is not None:
-            of_replies = kept.ordered(of_replies, distinct.ids, responses[:, :-1])
-        grid = Grid(torch.cat([cells, prompts.numel() + of_replies]), prompts.numel() + read.numel(), again)
-        ids = torch.cat([prompts.flatten(), responses[:, :-1].flatten()])
+            of_replies = kept.ordered(of_replies, distinct.ids, replies)
+        cells = torch.cat([cells, prompts.numel() + of_replies])
+        grid = Grid(cells, prompts.numel() + read.numel(), again, rounded(len(cells)))
+        ids = torch.cat([prompts.flatten(), replies.flatten()])
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
         reply_positions = prompt_mask.sum(1)[group, None] + torch.arange(read.shape[1], device=device)
         positions = torch.cat([prompt_positions.flatten(), reply_positions.flatten()])
         attend = self._attention(prompt_mask.bool(), read, group, grid)
         known = None if kept is None else kept.take
-        x = self.layers(ids[grid.cells], positions[grid.cells], attend, known)  # (N, H)
+        x = self.layers(grid.pack(ids), grid.pack(positions), attend, known)  # (N, H)
         in_prompts, in_replies = grid.tokens.split([prompts.numel(), read.numel()])
         last = in_prompts.view(prompts.shape)[:, -1]  # left padding: the last column is real
         before = torch.cat([last[group, None], in_replies.view(read.shape)], dim=1)  # what predicts response token r
-        hidden = self.layers.norm(x.index_select(0, before[keep]))
+        hidden = self.layers.norm(x.index_select(0, before[:, :length][keep]))
         drawn = None if kept is None else kept.logprobs_and_norms(keep, temperature)
         weight = self.causal.lm_head.weight
         flat = SelectedLogprobs.apply(hidden, weight, responses[keep], temperature, self.chunk, drawn)

@@ -22,7 +22,7 @@ from ups_rm.checkpoints import checkpoints
 from ups_rm.console import console, progress_bar
 from ups_rm.data.batches import fitting_prompts, prompt_batches, select_prompts, steps_per_epoch
 from ups_rm.data.prompts import PromptRow, read_prompts
-from ups_rm.device import give_back_memory, keep_freed_memory
+from ups_rm.device import keep_freed_memory
 from ups_rm.errors import CheckpointError, NumberError, RunError
 from ups_rm.grpo import AdaptiveKL, FixedKL
 from ups_rm.interrupt import interruptible
@@ -53,9 +53,6 @@ from ups_rm.tracking.console_line import live_note
 from ups_rm.tracking.made_with import versions, write_made_with
 from ups_rm.tracking.trackers import BEFORE_ANY, Trackers
 from ups_rm.types import Conversation, Scorer, TrainResult
-
-GIVE_BACK_EVERY = 8
-"""Steps. What malloc keeps between tensors of ever other lengths adds up (docs/performance.md, Memory)."""
 
 
 class Trainer:
@@ -119,8 +116,6 @@ class Trainer:
             NumberError: NaN or infinity in logits, rewards, loss or gradient; the policy is as it was before that.
             RMError: the reward model fails on too many replies.
         """
-        if number % GIVE_BACK_EVERY == 0:
-            give_back_memory()
         recipe, clock = self.recipe, Clock()
         algorithm, temperature = recipe.algorithm, recipe.actor_rollout_ref.rollout.temperature
         judged = self._judged_rollout(prompts, number, clock)  # B replies with their scores

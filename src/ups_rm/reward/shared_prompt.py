@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ups_rm.layers.decoder import SCORES_AT_ONCE, DecoderLayers, is_known
-from ups_rm.layers.grid import Distinct, Grid, cells_of
+from ups_rm.layers.grid import COLUMNS_BY, Distinct, Grid, cells_of, rounded
 
 Ids = Sequence[int] | Tensor
 LEAST_SHARED = 16
@@ -114,7 +114,7 @@ def pooled_rows(
     backbone: Any, rows: Sequence[Row], ids: Sequence[Ids], pooling: str, device: str | torch.device
 ) -> Tensor:
     """Pooled hidden states of the texts of some rows, in the order they stand there. Shape (N, H)."""
-    width = max(row.length for row in rows)
+    width = rounded(max(row.length for row in rows), COLUMNS_BY)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros_like(input_ids)
     part = torch.full_like(input_ids, -1)  # 0: the prompt, 1, 2, ...: a reply, -1: padding
@@ -143,14 +143,14 @@ def pooled_rows(
     order = torch.arange(width, device=device)
     seen = (own_part | (part == 0)[:, None, :]) & (order[:, None] >= order)  # (B, W, W)
     cells, again = cells_of(standing, device)
-    grid, layers = Grid(cells, part.numel(), again), DecoderLayers(backbone)
+    grid, layers = Grid(cells, part.numel(), again, rounded(len(cells))), DecoderLayers(backbone)
     mask = layers.additive(seen, backbone.layers[0].mlp.gate_proj.weight.dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (grid.pad(y).view(len(rows), width, *y.shape[1:]) for y in (q, k, v))
         return grid.pack(layers.attention(q, k, v, mask).flatten(0, 1))
 
-    hidden = layers(input_ids.to(device).flatten()[grid.cells], positions.to(device).flatten()[grid.cells], attend)
+    hidden = layers(grid.pack(input_ids.to(device).flatten()), grid.pack(positions.to(device).flatten()), attend)
     token = grid.tokens.view(len(rows), width)
     if pooling == "last":
         return layers.norm(hidden[torch.stack([token[b, last] for b, _, _, last in spans])]).float()
