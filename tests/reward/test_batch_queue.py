@@ -33,7 +33,7 @@ class Recorder:
     def rows_of(self, ids: Sequence[list[int]], prompts: Sequence[Hashable] | None = None) -> list[Row]:
         if prompts is None:
             return [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
-        return shared_rows(ids, prompts, self.max_batch_tokens, hidden_size=64)
+        return shared_rows(ids, prompts, self.max_batch_tokens)
 
     def laid_out(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -14,7 +14,7 @@ from ups_rm.layers import decoder
 from ups_rm.reward import shared_prompt
 from ups_rm.reward.render import render
 from ups_rm.reward.scorer import RewardScorer
-from ups_rm.reward.shared_prompt import best_own_tokens, can_share, shared_rows
+from ups_rm.reward.shared_prompt import can_share, shared_rows
 
 FP32 = 2e-5  # rounding of float32; a token seen too much or at a wrong position moves these logits by 0.1 and more
 
@@ -91,7 +91,7 @@ def test_the_prompt_is_computed_once(scorer, monkeypatch):
     scorer.score(talks)
     hook.remove()
     each = [len(row.input_ids) for row in rows]
-    (row,) = shared_rows([row.input_ids for row in rows], ["same"] * 4, 10**6, 10**4)
+    (row,) = shared_rows([row.input_ids for row in rows], ["same"] * 4, 10**6)
     assert row.length == sum(each) - 3 * row.shared < sum(each) / 2
     assert sum(seen) == beginnings(rows) <= row.length  # two replies may begin alike
 
@@ -122,15 +122,14 @@ def test_what_conversations_begin_with_is_computed_once(scorer, monkeypatch):
     ids=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=12),
     least=st.integers(1, 5),
     longest=st.integers(1, 60),
-    hidden_size=st.sampled_from([1, 10**4]),
     data=st.data(),
 )
 @settings(max_examples=100, deadline=None)
-def test_rows_hold_every_text_once_and_keep_their_limit(ids, least, longest, hidden_size, data):
+def test_rows_hold_every_text_once_and_keep_their_limit(ids, least, longest, data):
     prompts = data.draw(st.lists(st.integers(0, 3), min_size=len(ids), max_size=len(ids)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prompt, "LEAST_SHARED", least)
-        rows = shared_rows([torch.tensor(one) for one in ids], prompts, longest, hidden_size)
+        rows = shared_rows([torch.tensor(one) for one in ids], prompts, longest)
     assert sorted(i for row in rows for i in row.texts) == list(range(len(ids)))
     for row in rows:
         assert row.length == row.shared + sum(len(ids[i]) - row.shared for i in row.texts)
@@ -138,15 +137,6 @@ def test_rows_hold_every_text_once_and_keep_their_limit(ids, least, longest, hid
         assert all(ids[i][: row.shared] == ids[row.texts[0]][: row.shared] for i in row.texts)
         assert all(len(ids[i]) > row.shared for i in row.texts)
         assert len({prompts[i] for i in row.texts}) == 1
-
-
-@given(shared=st.integers(16, 800), hidden_size=st.integers(32, 1024))
-@settings(max_examples=30, deadline=None)
-def test_a_row_is_as_long_as_pays_most(shared, hidden_size):
-    def cost_of_a_token(own: int) -> float:
-        return (shared / own + 1) * (1 + (shared + own) / (6 * hidden_size))
-
-    assert abs(best_own_tokens(shared, hidden_size) - min(range(1, 4000), key=cost_of_a_token)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -166,3 +156,35 @@ def test_what_a_mask_or_positions_would_change_is_scored_one_by_one(tmp_path, mo
     assert not can_share(scorer.model.model)
     monkeypatch.setattr(shared_prompt, "pooled_rows", None)  # calling it would fail
     assert len(scorer.score(conversations([("a long question " * 8, ["yes", "no"])]))) == 2
+
+
+def test_replies_of_other_lengths_are_not_padded_to_each_other(scorer, monkeypatch):
+    """One long reply beside short ones: each length attends in a block of its own."""
+    shapes: list[list[tuple[int, ...]]] = []
+    attention = shared_prompt.SharedAttention
+    monkeypatch.setattr(
+        shared_prompt,
+        "SharedAttention",
+        lambda layers, grid, seen, replies, dtype: (
+            shapes.append([tuple(block.read.shape) for block in replies])
+            or attention(layers, grid, seen, replies, dtype)
+        ),
+    )
+    talks = conversations(
+        [("a long question " * 8, ["yes", "word " * 60, "no"]), ("another " * 9, ["an answer " * 30])]
+    )
+    found = [score.logit for score in scorer.score([*talks, *conversations([("another " * 9, ["no"])])])]
+    ids = [row.input_ids for row in render(scorer.tokenizer, talks, scorer.policy)]
+    assert found[:4] == pytest.approx([scorer.batch_logits([one])[0] for one in ids], abs=FP32)
+    (blocks,) = shapes
+    assert len(blocks) >= 2
+    assert blocks[0][0] == 3, "the short ones together"
+    assert blocks[0][1] < blocks[-1][1] / 4
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=20))
+def test_blocks_hold_each_reply_once_and_little_padding(lengths):
+    blocks = shared_prompt._of_similar_length(dict(enumerate(lengths)))
+    assert sorted(n for block in blocks for n in block) == list(range(len(lengths)))
+    for block in blocks:
+        assert max(lengths[n] for n in block) <= 1.5 * max(16, min(lengths[n] for n in block))

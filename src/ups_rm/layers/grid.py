@@ -82,16 +82,17 @@ class Distinct:
 
 
 def cells_of(pairs: list[tuple[int, int]], device: str | torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What `Grid` takes, of pairs of a cell and the token that stands in it; tokens have numbers as they come first."""
-    first: list[int] = []
+    """What `Grid` takes, of pairs of a cell and the token that stands in it."""
+    first: dict[int, int] = {}
     more: list[tuple[int, int]] = []
     for cell, token in pairs:
-        if token == len(first):
-            first.append(cell)
-        else:
+        if token in first:
             more.append((cell, token))
+        else:
+            first[token] = cell
     again = torch.tensor(more, dtype=torch.long, device=device).view(-1, 2)
-    return torch.tensor(first, dtype=torch.long, device=device), (again[:, 0], again[:, 1])
+    cells = torch.tensor([first[token] for token in range(len(first))], dtype=torch.long, device=device)
+    return cells, (again[:, 0], again[:, 1])
 
 
 class Pad(torch.autograd.Function):

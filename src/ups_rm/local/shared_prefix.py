@@ -11,7 +11,6 @@ where a response token is predicted, in chunks, with the closed-form gradient of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from ups_rm.layers.decoder import DecoderLayers, is_known
 from ups_rm.layers.grid import COLUMNS_BY, Distinct, Grid, rounded
+from ups_rm.layers.shared_attention import Replies, SharedAttention
 from ups_rm.local.kept_forward import KeptForward
 from ups_rm.local.selected_logprobs import SelectedLogprobs, rows_at_once
 
 
 class SharedPrefixForward:
-    """See the module. Letters: G prompts, b replies, N real tokens of both, S heads, K key/value heads, D head size."""
+    """See the module. Letters: G prompts, b replies, N real tokens of both."""
 
     def __init__(self, model: Any) -> None:
         self.causal = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -77,7 +77,8 @@ class SharedPrefixForward:
         prompt_positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
         reply_positions = prompt_mask.sum(1)[group, None] + torch.arange(read.shape[1], device=device)
         positions = torch.cat([prompt_positions.flatten(), reply_positions.flatten()])
-        attend = self._attention(prompt_mask.bool(), read, group, grid)
+        dtype = self.causal.model.embed_tokens.weight.dtype
+        attend = SharedAttention(self.layers, grid, prompt_mask.bool(), [Replies(read, group)], dtype)
         known = None if kept is None else kept.take
         x = self.layers(grid.pack(ids), grid.pack(positions), attend, known)  # (N, H)
         in_prompts, in_replies = grid.tokens.split([prompts.numel(), read.numel()])
@@ -95,50 +96,3 @@ class SharedPrefixForward:
         lengths = prompt_mask.sum(1).tolist()
         rows = [row[width - length :] for row, length in zip(prompts.tolist(), lengths, strict=True)]
         return Distinct.of(rows), [(g + 1) * width - length for g, length in enumerate(lengths)]
-
-    def _attention(self, seen: Tensor, read: Tensor, group: Tensor, grid: Grid) -> SharedAttention:
-        """seen (G, T): real prompt tokens; read (b, R - 1): reply tokens in the grid."""
-        width, length, device = seen.shape[1], read.shape[1], seen.device
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        # a padded query sees itself, so that no row of the softmax is empty
-        prompts = (causal & seen[:, None]) | torch.eye(width, dtype=torch.bool, device=device)  # (G, T, T)
-        replies = torch.cat([seen[group, None].expand(-1, length, -1), own.expand(len(group), -1, -1)], dim=-1)
-        dtype = self.causal.model.embed_tokens.weight.dtype
-        return SharedAttention(
-            self.layers, grid, group, seen.shape, read.shape,
-            self.layers.additive(prompts, dtype), self.layers.additive(replies, dtype),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SharedAttention:
-    """Prompts among themselves, replies over their group's prompt and their own tokens.
-
-    Attributes:
-        group: the prompt of each reply (b,).
-        prompts, replies: shapes (G, T) and (b, R) of the grid's two parts, with their masks, see `_attention`.
-    """
-
-    layers: DecoderLayers
-    grid: Grid
-    group: Tensor
-    prompts: torch.Size
-    replies: torch.Size
-    prompt_mask: Tensor
-    reply_mask: Tensor
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (N, S, D), k and v (N, K, D) -> (N, S * D)"""
-        (prompt_q, q), (prompt_k, k), (prompt_v, v) = map(self._parts, (q, k, v))
-        out = self.layers.attention(prompt_q, prompt_k, prompt_v, self.prompt_mask).flatten(0, 1)
-        if self.replies.numel() > 0:
-            keys = torch.cat([prompt_k.index_select(0, self.group), k], dim=1)  # (b, T + R, K, D)
-            values = torch.cat([prompt_v.index_select(0, self.group), v], dim=1)
-            out = torch.cat([out, self.layers.attention(q, keys, values, self.reply_mask).flatten(0, 1)])
-        return self.grid.pack(out)
-
-    def _parts(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, heads, D) -> (G, T, heads, D) and (b, R, heads, D)"""
-        prompts, replies = self.grid.pad(y).split([self.prompts.numel(), self.replies.numel()])
-        return prompts.view(*self.prompts, *y.shape[1:]), replies.view(*self.replies, *y.shape[1:])

@@ -261,7 +261,7 @@ def _fill(
     enough = ENOUGH_TOKENS if torch.device(device).type == "cpu" else max_batch_tokens // 2
     waiting = [ids[i] for i in todo]
     groups = [prompts[i] for i in todo] if can_share(model) else range(len(todo))
-    rows = shared_rows(waiting, groups, max_batch_tokens, parts.hidden.shape[1])
+    rows = shared_rows(waiting, groups, max_batch_tokens)
     plan = token_batches([row.length for row in rows], max_batch_tokens, enough_tokens=enough)
     tokens, start = 0, perf_counter()
     saved = start

@@ -238,7 +238,7 @@ class RewardScorer:
 
         if prompts is None or not self.packs:
             return [Row((i,), 0, len(one)) for i, one in enumerate(ids)]
-        return shared_rows(ids, prompts, self.max_batch_tokens, self.model.config.hidden_size)
+        return shared_rows(ids, prompts, self.max_batch_tokens)
 
     def laid_out(self) -> AbstractContextManager[None]:
         """Within, `row_answers` is faster, see `layers.linear`."""

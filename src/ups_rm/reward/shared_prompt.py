@@ -1,20 +1,19 @@
 """The replies to one prompt in one row of the batch: the prompt's tokens once, after them each reply's own.
 
-A reply's tokens attend to the prompt and to those before them in the same reply, by a mask over the row, and are
+A reply's tokens attend to the prompt and to those before them in the same reply (`layers.shared_attention`), and are
 counted on from the prompt's end, so states are those of the conversation alone. The rows of a batch stand side by side
 in the layers (`layers.decoder`), which see no padding, and what several texts begin with, such as the template's words,
 once. Decoders that place tokens by rotation only, with full attention, can be run like this; `can_share` names them,
 all others get plain batches. Shared is what the token ids have in common, so a tokenizer may merge across the prompt's
 end and texts may be cut anywhere.
 
-Letters: B rows, W tokens of the longest row, N texts, H hidden size.
+Letters: N texts, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ups_rm.layers.decoder import SCORES_AT_ONCE, DecoderLayers, is_known
 from ups_rm.layers.grid import COLUMNS_BY, Distinct, Grid, cells_of, rounded
+from ups_rm.layers.shared_attention import Replies, SharedAttention
 
 Ids = Sequence[int] | Tensor
 LEAST_SHARED = 16
@@ -60,13 +60,12 @@ def together_and_apart(rows: Sequence[Row], backbone: Any) -> tuple[list[Row], l
     return (list(rows), []) if fits else (sharing, alone)
 
 
-def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int, hidden_size: int) -> list[Row]:
+def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int) -> list[Row]:
     """Every text in one row; texts of equal `prompts` together where that saves anything.
 
     Args:
         ids: token ids of each text, at least one.
         max_tokens: upper bound of a row of several texts.
-        hidden_size: of the backbone; says how long a row pays.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -78,28 +77,16 @@ def shared_rows(ids: Sequence[Ids], prompts: Sequence[Hashable], max_tokens: int
         if len(texts) == 1 or shared < LEAST_SHARED:
             rows += [Row((i,), 0, len(ids[i])) for i in texts]
             continue
-        limit = min(max_tokens, shared + best_own_tokens(shared, hidden_size))
         waiting, length = list[int](), shared
         for i in texts:
             own = len(ids[i]) - shared
-            if waiting and length + own > limit:
+            if waiting and length + own > max_tokens:
                 rows.append(Row(tuple(waiting), shared, length))
                 waiting, length = [], shared
             waiting.append(i)
             length += own
         rows.append(Row(tuple(waiting), shared, length))
     return rows
-
-
-def best_own_tokens(shared: int, hidden_size: int) -> int:
-    """How many tokens of replies to put behind a prompt so that each costs least.
-
-    A token in a row of W costs 24 H^2 in matrix products and 4 W H in attention, which looks at the whole row whatever
-    the mask says: in proportion 1 + W / 6H. K tokens of replies share a prompt of S, so each costs
-    (S/K + 1) (1 + (S + K) / 6H), which is least at K = sqrt(S (S + 6H)). Two replies within it never cost more than in
-    rows of their own. That another row of the batch may share the prompt's products too is left out.
-    """
-    return isqrt(shared * (shared + 6 * hidden_size))
 
 
 def _in_common(texts: Sequence[Ids]) -> int:
@@ -113,51 +100,59 @@ def _in_common(texts: Sequence[Ids]) -> int:
 def pooled_rows(
     backbone: Any, rows: Sequence[Row], ids: Sequence[Ids], pooling: str, device: str | torch.device
 ) -> Tensor:
-    """Pooled hidden states of the texts of some rows, in the order they stand there. Shape (N, H)."""
-    width = rounded(max(row.length for row in rows), COLUMNS_BY)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros_like(input_ids)
-    part = torch.full_like(input_ids, -1)  # 0: the prompt, 1, 2, ...: a reply, -1: padding
-    spans: list[tuple[int, int, int, int]] = []  # of each text: row, shared tokens, first and last own place
-    texts = [ids[i] for i in texts_of(rows)]
-    distinct = iter(Distinct.of([text.tolist() if isinstance(text, Tensor) else list(text) for text in texts]).tokens)
-    standing: list[tuple[int, int]] = []  # a cell of (B, W), and the token in it
-    for b, row in enumerate(rows):
-        part[b, : row.shared] = 0
-        input_ids[b, : row.shared] = torch.as_tensor(ids[row.texts[0]][: row.shared])
-        positions[b, : row.shared] = torch.arange(row.shared)
-        start = row.shared
-        for number, text in enumerate(row.texts, 1):
-            tokens = next(distinct)
-            if number == 1:
-                standing += enumerate(tokens[: row.shared], b * width)
-            standing += enumerate(tokens[row.shared :], b * width + start)
-            own = torch.as_tensor(ids[text][row.shared :])
-            place = slice(start, start + len(own))
-            input_ids[b, place], part[b, place] = own, number
-            positions[b, place] = torch.arange(row.shared, row.shared + len(own))
-            spans.append((b, row.shared, start, start + len(own) - 1))
-            start += len(own)
-    part = part.to(device)
-    own_part = part[:, :, None] == part[:, None, :]  # padding sees padding, so that no query sees nothing
-    order = torch.arange(width, device=device)
-    seen = (own_part | (part == 0)[:, None, :]) & (order[:, None] >= order)  # (B, W, W)
+    """Pooled hidden states of the texts of some rows, in the order they stand there. Shape (N, H).
+
+    What a row shares is a prompt to `SharedAttention`, as is a text that has a row of its own, and what texts have for
+    themselves are its replies.
+    """
+    texts = [torch.as_tensor(ids[i]) for i in texts_of(rows)]
+    places = [(g, row.shared) for g, row in enumerate(rows) for _ in row.texts]
+    width = rounded(max(row.shared or row.length for row in rows), COLUMNS_BY)
+    starts = [g * width for g, _ in places]  # of a text's own tokens, in cells
+    count = len(rows) * width
+    own = {n: len(text) - shared for n, (text, (_, shared)) in enumerate(zip(texts, places, strict=True)) if shared}
+    blocks = _of_similar_length(own)
+    shapes: list[tuple[int, int]] = []
+    for block in blocks:
+        shapes.append((len(block), rounded(max(own[n] for n in block), COLUMNS_BY)))
+        for n in block:
+            starts[n], count = count, count + shapes[-1][1]
+    input_ids, positions = torch.zeros(2, count, dtype=torch.long)
+    real = torch.zeros(count, dtype=torch.bool)
+    standing: list[tuple[int, int]] = []  # a cell, and the token in it
+    distinct = Distinct.of([text.tolist() for text in texts])
+    spans: list[list[tuple[int, int]]] = []  # of each text: the cells of what it shares, and of the rest
+    for n, (text, (g, shared), start) in enumerate(zip(texts, places, starts, strict=True)):
+        spans.append([(g * width, g * width + shared), (start, start + len(text) - shared)])
+        for (begin, end), first in zip(spans[-1], (0, shared), strict=True):
+            if begin < end and not real[begin]:  # what is shared stands there once
+                input_ids[begin:end] = text[first : first + end - begin]
+                positions[begin:end] = torch.arange(first, first + end - begin)
+                real[begin:end] = True
+                standing += zip(range(begin, end), distinct.tokens[n][first:], strict=False)
+    input_ids, positions, real = (part.to(device) for part in (input_ids, positions, real))
     cells, again = cells_of(standing, device)
-    grid, layers = Grid(cells, part.numel(), again, rounded(len(cells))), DecoderLayers(backbone)
-    mask = layers.additive(seen, backbone.layers[0].mlp.gate_proj.weight.dtype)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (grid.pad(y).view(len(rows), width, *y.shape[1:]) for y in (q, k, v))
-        return grid.pack(layers.attention(q, k, v, mask).flatten(0, 1))
-
-    hidden = layers(grid.pack(input_ids.to(device).flatten()), grid.pack(positions.to(device).flatten()), attend)
-    token = grid.tokens.view(len(rows), width)
+    grid, layers = Grid(cells, count, again, rounded(len(cells))), DecoderLayers(backbone)
+    seen, *read = real.split([len(rows) * width, *(b * length for b, length in shapes)])
+    replies = [
+        Replies(part.view(shape), torch.tensor([places[n][0] for n in block], device=device))
+        for part, shape, block in zip(read, shapes, blocks, strict=True)
+    ]
+    dtype = backbone.layers[0].mlp.gate_proj.weight.dtype
+    attend = SharedAttention(layers, grid, seen.view(len(rows), width), replies, dtype)
+    hidden = layers(grid.pack(input_ids), grid.pack(positions), attend)
     if pooling == "last":
-        return layers.norm(hidden[torch.stack([token[b, last] for b, _, _, last in spans])]).float()
-    hidden = layers.norm(hidden).float()  # (N, H)
-    return torch.stack(
-        [
-            (hidden[token[b, :shared]].sum(0) + hidden[token[b, first : last + 1]].sum(0)) / (shared + last + 1 - first)
-            for b, shared, first, last in spans
-        ]
-    )
+        return layers.norm(hidden[torch.stack([grid.tokens[end - 1] for _, (_, end) in spans])]).float()
+    hidden = layers.norm(hidden).float()  # (N', H)
+    of_texts = [torch.cat([grid.tokens[begin:end] for begin, end in span]) for span in spans]
+    return torch.stack([hidden[tokens].mean(0) for tokens in of_texts])
+
+
+def _of_similar_length(lengths: dict[int, int]) -> list[list[int]]:
+    """The keys in blocks, in each of which no length is over one and a half times the first (or one column's worth)."""
+    blocks: list[list[int]] = []
+    for n in sorted(lengths, key=lengths.__getitem__):
+        if not blocks or lengths[n] > 1.5 * max(COLUMNS_BY, lengths[blocks[-1][0]]):
+            blocks.append([])
+        blocks[-1].append(n)
+    return blocks
