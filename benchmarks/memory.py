@@ -27,48 +27,47 @@ CASE = replace(BASE, name="with RM scoring", with_rm=True)
 STEPS = 3
 
 
-def peak(side: str, rm: Path) -> float:
+def peak(side: str, *rm: Path) -> float:
     """Peak of one side's process in MB (10^6 bytes), as the kernel counted it."""
-    command = [sys.executable, "-m", "benchmarks.memory", side, str(rm)]
+    command = [sys.executable, "-m", "benchmarks.memory", side, *map(str, rm)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def peak_of_default_run() -> float:
-    """The same of `ups-rm run`, which prints as it goes.
-
-    Raises:
-        CalledProcessError: it fails.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "ups_rm", "run"]
-        process = subprocess.Popen(command, cwd=folder, env=os.environ | {"OUTPUT_DIR": "run"}, stdout=sys.stderr)
-        _, status, usage = os.wait4(process.pid, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        raise subprocess.CalledProcessError(code, command)
-    return _megabytes(usage.ru_maxrss)
-
-
-def _megabytes(max_rss: int) -> float:
-    return max_rss * (1024 if sys.platform != "darwin" else 1) / 1e6
-
-
 def main(arguments: Sequence[str]) -> None:
-    """What `peak` starts: the steps of one side, its peak on the last line."""
-    import resource
+    """What `peak` starts: the steps of one side, or the README's command; the peak on the last line."""
+    side, *rm = arguments
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "command":
+            environment = os.environ | {"OUTPUT_DIR": "run"}
+            command = [sys.executable, "-m", "ups_rm", "run"]
+            subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=True)
+        else:
+            _steps(side, Path(folder), Path(*rm))
+    print(_megabytes(side))
 
+
+def _steps(side: str, folder: Path, rm: Path) -> None:
     from ups_rm.reward.scorer import RewardScorer
 
-    side, rm = arguments
     scorer = RewardScorer.load(rm)
-    with tempfile.TemporaryDirectory() as folder:
-        if side == "ours":
-            step = our_step(CASE, Path(folder), scorer)
-            for _ in range(STEPS):
-                step()
-        else:
-            trl_steps(CASE, Path(folder), scorer, STEPS - 1, lambda: None)
-    print(_megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    if side == "ours":
+        step = our_step(CASE, folder, scorer)
+        for _ in range(STEPS):
+            step()
+    else:
+        trl_steps(CASE, folder, scorer, STEPS - 1, lambda: None)
+
+
+def _megabytes(side: str) -> float:
+    """Peak of this process, or of the one that it has started."""
+    import resource
+
+    if side != "command" and (status := Path("/proc/self/status")).exists():  # getrusage begins with the parent's peak
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    used = resource.getrusage(resource.RUSAGE_CHILDREN if side == "command" else resource.RUSAGE_SELF).ru_maxrss
+    return used * (1024 if sys.platform != "darwin" else 1) / 1e6
 
 
 def run(pairs: int = 1) -> list[Result]:
@@ -90,7 +89,7 @@ def run(pairs: int = 1) -> list[Result]:
         ),
         Result(
             f"the README's command, all its stages, highest memory, at most {LIMIT:g}",
-            peak_of_default_run(),
+            peak("command"),
             None,
             "MB",
             versions=used,

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -274,3 +275,16 @@ def command(*arguments: str | Path) -> int:
         except SystemExit as stop:
             return int(stop.code or 0)
     return 0
+
+
+class ProductSizes(TorchDispatchMode):
+    """Sizes of what goes into matrix products, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("mm", "matmul", "linear")):
+            self.found |= {size for given in args if isinstance(given, Tensor) for size in given.shape}
+        return func(*args, **(kwargs or {}))

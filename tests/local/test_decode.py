@@ -13,7 +13,16 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tiny import qwen_tokenizer
-from tiny_training import FAST, UNKNOWN, causal_lm, policy_of, random_prompts, slow_logprobs, with_adapters
+from tiny_training import (
+    FAST,
+    UNKNOWN,
+    ProductSizes,
+    causal_lm,
+    policy_of,
+    random_prompts,
+    slow_logprobs,
+    with_adapters,
+)
 from ups_rm.errors import PolicyError
 from ups_rm.layers.projection import Projection
 from ups_rm.local.decode import FastDecoder, _beside, _side_by_side, _weight
@@ -425,3 +434,13 @@ def test_an_unknown_architecture_goes_through_generate(architecture: str) -> Non
                 expected = slow_logprobs(model, prompt, row, sampling.temperature or 1.0)
             torch.testing.assert_close(rollout.rollout_logprobs[i, : len(row)], expected, atol=1e-4, rtol=0)
     assert model.generation_config.repetition_penalty == 5.0  # type: ignore[attr-defined]
+
+
+def test_products_of_prompts_are_of_round_sizes() -> None:
+    """As in training: 30 distinct tokens here, 32 rows in each product."""
+    decoder = FastDecoder.of(causal_lm("llama"))
+    assert decoder is not None
+    with ProductSizes() as sizes:
+        decoder._prefill([list(range(5, 5 + length)) for length in (3, 12, 30)], 2, 4)
+    assert 32 in sizes.found
+    assert 30 not in sizes.found

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny_training import (
     FAST,
     UNKNOWN,
     VOCAB,
+    ProductSizes,
     causal_lm,
     policy_of,
     random_sequences,
@@ -362,19 +362,6 @@ def test_rms_norm_passes_gradcheck_in_double() -> None:
     )
     assert torch.autograd.gradcheck(lambda *given: RMSNorm.apply(*given, 0.1), (x, weight))
     assert torch.autograd.gradcheck(lambda given: RMSNorm.apply(given, weight.detach(), 0.1), (x,))
-
-
-class ProductSizes(TorchDispatchMode):
-    """Sizes of what goes into matrix products, forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in ("mm", "matmul", "linear")):
-            self.found |= {size for given in args if isinstance(given, Tensor) for size in given.shape}
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [9, 17, 18, 3, 5, 8, 1, 30]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import tiny_rm
+from tiny_training import ProductSizes
 from ups_rm.layers import decoder
 from ups_rm.reward import shared_prompt
 from ups_rm.reward.render import render
@@ -182,9 +184,74 @@ def test_replies_of_other_lengths_are_not_padded_to_each_other(scorer, monkeypat
     assert blocks[0][1] < blocks[-1][1] / 4
 
 
-@given(lengths=st.lists(st.integers(1, 300), max_size=20))
-def test_blocks_hold_each_reply_once_and_little_padding(lengths):
-    blocks = shared_prompt._of_similar_length(dict(enumerate(lengths)))
-    assert sorted(n for block in blocks for n in block) == list(range(len(lengths)))
+@given(
+    texts=st.lists(st.tuples(st.integers(1, 300), st.integers(-1, 3)), max_size=20),
+    width=st.integers(16, 400),
+    most=st.sampled_from([2**15, 1000]),
+)
+def test_blocks_hold_each_text_once_and_bound_padding_and_copies(texts, width, most):
+    own, group = [length for length, _ in texts], [prompt for _, prompt in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prompt, "KEYS_AT_ONCE", most)
+        blocks = shared_prompt._blocks(own, group, width)
+    assert sorted(n for block in blocks for n in block) == list(range(len(texts)))
     for block in blocks:
-        assert max(lengths[n] for n in block) <= 1.5 * max(16, min(lengths[n] for n in block))
+        longest = max(own[n] for n in block)
+        assert longest <= 1.5 * max(16, min(own[n] for n in block))
+        assert len({group[n] < 0 for n in block}) == 1, "what follows on a prompt, or what does not"
+        keys = longest + (width if group[block[0]] >= 0 else 0)
+        assert len(block) == 1 or len(block) * keys <= most
+
+
+def test_many_replies_to_a_long_prompt_attend_in_several_blocks(scorer, monkeypatch):
+    monkeypatch.setattr(shared_prompt, "KEYS_AT_ONCE", 300)
+    talks = conversations([("a long question " * 8, ["yes", "no", "perhaps", "never", "always", "now"])])
+    found = [score.logit for score in scorer.score(talks)]
+    rows = render(scorer.tokenizer, talks, scorer.policy)
+    assert found == pytest.approx([scorer.batch_logits([row.input_ids])[0] for row in rows], abs=FP32)
+
+
+def test_a_long_text_of_its_own_widens_no_prompt(scorer, monkeypatch):
+    """It is a block without a prompt: prompts beside it stay as narrow as they are."""
+    seen: list[tuple[tuple[int, ...], list[Any]]] = []
+    attention = shared_prompt.SharedAttention
+    monkeypatch.setattr(
+        shared_prompt,
+        "SharedAttention",
+        lambda layers, grid, prompts, replies, dtype: (
+            seen.append((tuple(prompts.shape), [(tuple(block.read.shape), block.group) for block in replies]))
+            or attention(layers, grid, prompts, replies, dtype)
+        ),
+    )
+    talks = conversations([("question " * 9, ["yes", "no"]), ("another", ["word " * 90])])
+    ids = [row.input_ids for row in render(scorer.tokenizer, talks, scorer.policy)]
+    rows = scorer.rows_of(ids, [0, 0, 1])
+    answers = scorer.row_answers(rows, ids)
+    order = [i for row in rows for i in row.texts]
+    assert [answer[0] for answer in answers] == pytest.approx(
+        [scorer.batch_logits([ids[i]])[0] for i in order], abs=FP32
+    )
+    (((prompts, width), blocks),) = seen
+    assert prompts == 1
+    assert width < len(ids[2]) / 2
+    assert [group is None for _, group in blocks] == [False, True]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_products_are_of_round_sizes(scorer, seed):
+    """As in training; how many texts come together is left as it is."""
+    draw = random.Random(seed)
+    talks = conversations([("why " * draw.randint(8, 30), ["so " * draw.randint(1, 40) for _ in range(3)])])
+    talks += conversations([("why not " * draw.randint(8, 30), ["no " * draw.randint(1, 40)])])
+    config = scorer.model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    model = {config.hidden_size, config.intermediate_size, size, size // 2, 1}
+    model |= {heads * size for heads in (config.num_attention_heads, config.num_key_value_heads)}
+    rows = scorer.rows_of([row.input_ids for row in render(scorer.tokenizer, talks, scorer.policy)], [0, 0, 0, 1])
+    ids = [row.input_ids for row in render(scorer.tokenizer, talks, scorer.policy)]
+    with torch.inference_mode(), ProductSizes() as sizes:
+        shared_prompt.pooled_rows(scorer.model.model, rows, ids, "last", "cpu")
+    texts = {count * heads for count in range(1, 5) for heads in (1, config.num_key_value_heads)}
+    of_tokens = sizes.found - model - texts
+    assert of_tokens
+    assert all(size % 16 == 0 for size in of_tokens), of_tokens

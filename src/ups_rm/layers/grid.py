@@ -25,7 +25,7 @@ class Grid:
         cells: a cell of each token. Shape (N,).
         count: of cells, C.
         again: further cells, and the token that stands there too. Shapes (E,) and (E,).
-        rows: N' that linear layers run over, zeros after the tokens; N if not given.
+        rows: N' that linear layers run over, the tokens and what fills up; N if not given.
     """
 
     def __init__(self, cells: Tensor, count: int, again: tuple[Tensor, Tensor], rows: int | None = None) -> None:
@@ -40,13 +40,18 @@ class Grid:
         """The tokens that stand in several cells, and which of them each of `more_cells` holds."""
         return self.more_tokens.unique(return_inverse=True)
 
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """Each token's number out of x (C,), and the first one's again in the rows that fill up. (N',)"""
+        out = x[self.cells]
+        return torch.cat([out, out[:1].expand(self.rows - len(out))])
+
     def pad(self, x: Tensor) -> Tensor:
         """(N', ...) -> (C, ...), 0 at padding: not another token, which may be NaN and would get through masks."""
         out: Tensor = Pad.apply(x, self)
         return out
 
     def pack(self, x: Tensor) -> Tensor:
-        """(C, ...) -> (N', ...)"""
+        """(C, ...) -> (N', ...), 0 in the rows that fill up"""
         out: Tensor = Pack.apply(x, self)
         return out
 

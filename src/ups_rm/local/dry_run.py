@@ -168,14 +168,13 @@ def read_tokens(prompts: int, rows: int, prompt_length: int, length: int) -> int
 
 
 def kept_once(config: Any, prompts: int, rows: int, prompt_length: int, length: int) -> int:
-    """Numbers that are kept beside the layers: masks, for SDPA one of each query head of a key head, and what the head
-    reads. See `kept_by_a_layer`."""
+    """Numbers that are kept beside the layers: SDPA's masks, one of each query head of a key head, and what the final
+    norm and the head read. See `kept_by_a_layer`."""
     heads, replies = config.num_attention_heads, length - prompt_length
     groups = heads // getattr(config, "num_key_value_heads", heads)
-    masks = 0
-    for queries, columns, _ in _padded_rows(prompts, rows, prompt_length, replies):
-        masks += queries * columns * (1 if heads * queries * columns <= SCORES_AT_ONCE else groups)
-    return masks + rounded(rows * replies) * config.hidden_size
+    scores = [queries * columns for queries, columns, _ in _padded_rows(prompts, rows, prompt_length, replies)]
+    masks = sum(groups * some for some in scores if heads * some > SCORES_AT_ONCE)
+    return masks + (rows * replies + rounded(rows * replies)) * config.hidden_size
 
 
 def _padded_rows(prompts: int, rows: int, prompt_length: int, replies: int) -> list[tuple[int, int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -48,10 +47,10 @@ class SelectedLogprobs(torch.autograd.Function):
         `selected`, which are not computed then."""
         ctx.frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         ctx.temperature, ctx.chunk, ctx.count = temperature, chunk, len(hidden)
-        further = rounded(len(hidden)) - len(hidden)  # rows that change nothing
+        further = rounded(len(hidden)) - len(hidden)  # rows of zeros: their logits are 0, and so is what flows back
         hidden, targets = F.pad(hidden, (0, 0, 0, further)), F.pad(targets, (0, further))
         if known is not None:
-            logprobs, norms = F.pad(known[0], (0, further)), F.pad(known[1], (0, further), value=math.inf)
+            logprobs, norms = (F.pad(part, (0, further)) for part in known)
         else:
             wide = torch.promote_types(weight.dtype, torch.float32)
             logprobs, norms = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))

@@ -2,9 +2,10 @@
 
 The n replies to a prompt share every prompt token, and prompts share what they begin with, such as the template's
 system prompt. Here a micro batch is G prompts (G, T) and b replies (b, R), whose distinct real tokens stand side by
-side in one flat sequence: the linear layers see each once and no padding, and a reply's queries attend to its group's
-prompt keys and to its own. Same mathematics as the plain forward, which is the reference in tests. `lm_head` runs only
-where a response token is predicted, in chunks, with the closed-form gradient of log softmax: no logits are stored.
+side in one flat sequence: the linear layers see each once and no padding but up to a round number of rows
+(`grid.rounded`), and a reply's queries attend to its group's prompt keys and to its own. Same mathematics as the plain
+forward, which is the reference in tests. `lm_head` runs only where a response token is predicted, in chunks, with the
+closed-form gradient of log softmax: no logits are stored.
 
 `SharedPrefixForward.of` returns None for an architecture it does not know; the caller then uses the plain forward.
 """
@@ -80,7 +81,7 @@ class SharedPrefixForward:
         dtype = self.causal.model.embed_tokens.weight.dtype
         attend = SharedAttention(self.layers, grid, prompt_mask.bool(), [Replies(read, group)], dtype)
         known = None if kept is None else kept.take
-        x = self.layers(grid.pack(ids), grid.pack(positions), attend, known)  # (N, H)
+        x = self.layers(grid.of_tokens(ids), grid.of_tokens(positions), attend, known)  # (N', H)
         in_prompts, in_replies = grid.tokens.split([prompts.numel(), read.numel()])
         last = in_prompts.view(prompts.shape)[:, -1]  # left padding: the last column is real
         before = torch.cat([last[group, None], in_replies.view(read.shape)], dim=1)  # what predicts response token r

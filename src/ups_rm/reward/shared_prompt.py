@@ -1,11 +1,11 @@
-"""The replies to one prompt in one row of the batch: the prompt's tokens once, after them each reply's own.
+"""The replies to one prompt together: the prompt's tokens once, beside them each reply's own.
 
 A reply's tokens attend to the prompt and to those before them in the same reply (`layers.shared_attention`), and are
-counted on from the prompt's end, so states are those of the conversation alone. The rows of a batch stand side by side
-in the layers (`layers.decoder`), which see no padding, and what several texts begin with, such as the template's words,
-once. Decoders that place tokens by rotation only, with full attention, can be run like this; `can_share` names them,
-all others get plain batches. Shared is what the token ids have in common, so a tokenizer may merge across the prompt's
-end and texts may be cut anywhere.
+counted on from the prompt's end, so states are those of the conversation alone. The texts of a batch stand side by side
+in the layers (`layers.decoder`), which see no padding but up to a round number of tokens, and what several texts begin
+with, such as the template's words, once. Decoders that place tokens by rotation only, with full attention, can be run
+like this; `can_share` names them, all others get plain batches. Shared is what the token ids have in common, so a
+tokenizer may merge across the prompt's end and texts may be cut anywhere.
 
 Letters: N texts, H hidden size.
 """
@@ -26,11 +26,13 @@ from ups_rm.layers.shared_attention import Replies, SharedAttention
 Ids = Sequence[int] | Tensor
 LEAST_SHARED = 16
 """Tokens in common below which a row of its own is as good."""
+KEYS_AT_ONCE = 2**15
+"""Tokens whose keys and values stand in memory once more while a block of replies attends."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Texts by number, the tokens at the beginning that they share, and the tokens of the whole row."""
+    """Texts of one batch by number, the tokens at the beginning that they share, and the tokens of all, those once."""
 
     texts: tuple[int, ...]
     shared: int
@@ -51,8 +53,8 @@ def together_and_apart(rows: Sequence[Row], backbone: Any) -> tuple[list[Row], l
     """The rows of a batch that go through `pooled_rows`, and those that are better padded: (together, apart).
 
     Rows that share something go side by side, the others with them where the mask is small. Texts of their own that are
-    long, or on a GPU, are better off with the causal kernels of transformers' forward: a mask over each row would grow
-    with the square of its length, and take those that share along.
+    long, or on a GPU, are better off with the causal kernels of transformers' forward: a mask grows with the square of
+    a text's length.
     """
     sharing, alone = ([row for row in rows if (len(row.texts) > 1) is shares] for shares in (True, False))
     scores = len(alone) * max((row.length for row in alone), default=0) ** 2 * backbone.config.num_attention_heads
@@ -102,16 +104,18 @@ def pooled_rows(
 ) -> Tensor:
     """Pooled hidden states of the texts of some rows, in the order they stand there. Shape (N, H).
 
-    What a row shares is a prompt to `SharedAttention`, as is a text that has a row of its own, and what texts have for
-    themselves are its replies.
+    What a row shares is a prompt to `SharedAttention`, and what its texts have for themselves are replies; those that
+    share nothing follow on no prompt.
     """
     texts = [torch.as_tensor(ids[i]) for i in texts_of(rows)]
-    places = [(g, row.shared) for g, row in enumerate(rows) for _ in row.texts]
-    width = rounded(max(row.shared or row.length for row in rows), COLUMNS_BY)
-    starts = [g * width for g, _ in places]  # of a text's own tokens, in cells
-    count = len(rows) * width
-    own = {n: len(text) - shared for n, (text, (_, shared)) in enumerate(zip(texts, places, strict=True)) if shared}
-    blocks = _of_similar_length(own)
+    shared = [row.shared for row in rows for _ in row.texts]
+    sharing = [g for g, row in enumerate(rows) if row.shared > 0]
+    prompt_of = {g: number for number, g in enumerate(sharing)}  # of a row
+    group = [prompt_of.get(g, -1) for g, row in enumerate(rows) for _ in row.texts]  # of a text
+    width = rounded(max((rows[g].shared for g in sharing), default=0), COLUMNS_BY)
+    own = [len(text) - some for text, some in zip(texts, shared, strict=True)]
+    blocks = _blocks(own, group, width)
+    starts, count = [0] * len(texts), len(sharing) * width  # of a text's own tokens, in cells
     shapes: list[tuple[int, int]] = []
     for block in blocks:
         shapes.append((len(block), rounded(max(own[n] for n in block), COLUMNS_BY)))
@@ -122,37 +126,54 @@ def pooled_rows(
     standing: list[tuple[int, int]] = []  # a cell, and the token in it
     distinct = Distinct.of([text.tolist() for text in texts])
     spans: list[list[tuple[int, int]]] = []  # of each text: the cells of what it shares, and of the rest
-    for n, (text, (g, shared), start) in enumerate(zip(texts, places, starts, strict=True)):
-        spans.append([(g * width, g * width + shared), (start, start + len(text) - shared)])
-        for (begin, end), first in zip(spans[-1], (0, shared), strict=True):
-            if begin < end and not real[begin]:  # what is shared stands there once
-                input_ids[begin:end] = text[first : first + end - begin]
-                positions[begin:end] = torch.arange(first, first + end - begin)
-                real[begin:end] = True
-                standing += zip(range(begin, end), distinct.tokens[n][first:], strict=False)
+    for n, text in enumerate(texts):
+        begin = group[n] * width
+        spans.append([(begin, begin + shared[n])] if group[n] >= 0 else [])
+        spans[-1].append((starts[n], starts[n] + own[n]))
+        first = 0
+        for begin, end in spans[-1]:
+            place = slice(first, first + end - begin)
+            if not real[begin]:  # what is shared stands there once
+                input_ids[begin:end], real[begin:end] = text[place], True
+                positions[begin:end] = torch.arange(place.start, place.stop)
+                standing += zip(range(begin, end), distinct.tokens[n][place], strict=True)
+            first = place.stop
     input_ids, positions, real = (part.to(device) for part in (input_ids, positions, real))
     cells, again = cells_of(standing, device)
     grid, layers = Grid(cells, count, again, rounded(len(cells))), DecoderLayers(backbone)
-    seen, *read = real.split([len(rows) * width, *(b * length for b, length in shapes)])
+    seen, *read = real.split([len(sharing) * width, *(b * length for b, length in shapes)])
     replies = [
-        Replies(part.view(shape), torch.tensor([places[n][0] for n in block], device=device))
+        Replies(
+            part.view(shape), torch.tensor([group[n] for n in block], device=device) if group[block[0]] >= 0 else None
+        )
         for part, shape, block in zip(read, shapes, blocks, strict=True)
     ]
     dtype = backbone.layers[0].mlp.gate_proj.weight.dtype
-    attend = SharedAttention(layers, grid, seen.view(len(rows), width), replies, dtype)
-    hidden = layers(grid.pack(input_ids), grid.pack(positions), attend)
+    attend = SharedAttention(layers, grid, seen.view(len(sharing), width), replies, dtype)
+    hidden = layers(grid.of_tokens(input_ids), grid.of_tokens(positions), attend)
     if pooling == "last":
-        return layers.norm(hidden[torch.stack([grid.tokens[end - 1] for _, (_, end) in spans])]).float()
+        return layers.norm(hidden[torch.stack([grid.tokens[span[-1][1] - 1] for span in spans])]).float()
     hidden = layers.norm(hidden).float()  # (N', H)
     of_texts = [torch.cat([grid.tokens[begin:end] for begin, end in span]) for span in spans]
     return torch.stack([hidden[tokens].mean(0) for tokens in of_texts])
 
 
-def _of_similar_length(lengths: dict[int, int]) -> list[list[int]]:
-    """The keys in blocks, in each of which no length is over one and a half times the first (or one column's worth)."""
+def _blocks(own: Sequence[int], group: Sequence[int], width: int) -> list[list[int]]:
+    """Texts by number, those with a prompt (of `width` columns) and those without (group -1) apart, each block's of
+    similar length: at most half as long again as its shortest, or as one of 16. A prompt's keys are copied for each of
+    its replies, so blocks are bounded by `KEYS_AT_ONCE` too."""
     blocks: list[list[int]] = []
-    for n in sorted(lengths, key=lengths.__getitem__):
-        if not blocks or lengths[n] > 1.5 * max(COLUMNS_BY, lengths[blocks[-1][0]]):
-            blocks.append([])
-        blocks[-1].append(n)
+    for n in sorted(range(len(own)), key=lambda n: (group[n] < 0, own[n])):
+        block = blocks[-1] if blocks else []
+        columns = own[n] + (width if group[n] >= 0 else 0)
+        fits = (
+            len(block) > 0
+            and (group[block[0]] < 0) is (group[n] < 0)
+            and own[n] <= 1.5 * max(COLUMNS_BY, own[block[0]])
+            and (len(block) + 1) * columns <= KEYS_AT_ONCE
+        )
+        if fits:
+            block.append(n)
+        else:
+            blocks.append([n])
     return blocks
