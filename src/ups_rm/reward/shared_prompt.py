@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -102,34 +103,72 @@ def _in_common(texts: Sequence[Ids]) -> int:
 def pooled_rows(
     backbone: Any, rows: Sequence[Row], ids: Sequence[Ids], pooling: str, device: str | torch.device
 ) -> Tensor:
-    """Pooled hidden states of the texts of some rows, in the order they stand there. Shape (N, H).
+    """Pooled hidden states of the texts of some rows, in the order they stand there. Shape (N, H)."""
+    places = _places(rows, ids)
+    cells, again = cells_of(places.standing, device)
+    grid, layers = Grid(cells, len(places.real), again, rounded(len(cells))), DecoderLayers(backbone)
+    seen, *read = places.real.to(device).split([prod(places.prompts), *(prod(shape) for shape, _ in places.blocks)])
+    replies = [
+        Replies(part.view(shape), None if prompts is None else torch.tensor(prompts, device=device))
+        for part, (shape, prompts) in zip(read, places.blocks, strict=True)
+    ]
+    dtype = backbone.layers[0].mlp.gate_proj.weight.dtype
+    attend = SharedAttention(layers, grid, seen.view(places.prompts), replies, dtype)
+    input_ids, positions = (grid.of_tokens(part.to(device)) for part in (places.input_ids, places.positions))
+    hidden = layers(input_ids, positions, attend)
+    if pooling == "last":
+        return layers.norm(hidden[torch.stack([grid.tokens[span[-1][1] - 1] for span in places.spans])]).float()
+    hidden = layers.norm(hidden).float()  # (N', H)
+    of_texts = [torch.cat([grid.tokens[begin:end] for begin, end in span]) for span in places.spans]
+    return torch.stack([hidden[tokens].mean(0) for tokens in of_texts])
 
-    What a row shares is a prompt to `SharedAttention`, and what its texts have for themselves are replies; those that
-    share nothing follow on no prompt.
+
+@dataclass(frozen=True)
+class _Places:
+    """Where texts stand in C cells: first what rows share, then, block by block, what each text has for itself.
+
+    Attributes:
+        input_ids, positions, real: of each cell; real is False at padding. Shape (C,).
+        standing: a cell and the token in it, as `cells_of` takes them.
+        spans: of each text, the cells of what it shares, if anything, and of the rest: first and last + 1.
+        prompts: (G, T), of the rows that share something.
+        blocks: (b, R) of each, and the prompts that its texts follow on; None for texts that share nothing.
     """
+
+    input_ids: Tensor
+    positions: Tensor
+    real: Tensor
+    standing: list[tuple[int, int]]
+    spans: list[list[tuple[int, int]]]
+    prompts: tuple[int, int]
+    blocks: list[tuple[tuple[int, int], list[int] | None]]
+
+
+def _places(rows: Sequence[Row], ids: Sequence[Ids]) -> _Places:
     texts = [torch.as_tensor(ids[i]) for i in texts_of(rows)]
     shared = [row.shared for row in rows for _ in row.texts]
-    sharing = [g for g, row in enumerate(rows) if row.shared > 0]
-    prompt_of = {g: number for number, g in enumerate(sharing)}  # of a row
-    group = [prompt_of.get(g, -1) for g, row in enumerate(rows) for _ in row.texts]  # of a text
-    width = rounded(max((rows[g].shared for g in sharing), default=0), COLUMNS_BY)
+    numbers = iter(range(len(rows)))
+    number_of = [next(numbers) if row.shared > 0 else -1 for row in rows]  # of a row among those that share
+    prompt = [number for row, number in zip(rows, number_of, strict=True) for _ in row.texts]
     own = [len(text) - some for text, some in zip(texts, shared, strict=True)]
-    blocks = _blocks(own, group, width)
-    starts, count = [0] * len(texts), len(sharing) * width  # of a text's own tokens, in cells
-    shapes: list[tuple[int, int]] = []
-    for block in blocks:
-        shapes.append((len(block), rounded(max(own[n] for n in block), COLUMNS_BY)))
+    prompts = (max(number_of) + 1, rounded(max(shared), COLUMNS_BY))
+    starts, count = [0] * len(texts), prod(prompts)  # of a text's own tokens, in cells
+    blocks: list[tuple[tuple[int, int], list[int] | None]] = []
+    for block in _blocks(own, prompt, prompts[1]):
+        columns = rounded(max(own[n] for n in block), COLUMNS_BY)
+        follow = [prompt[n] for n in block]
+        blocks.append(((len(block), columns), None if follow[0] < 0 else follow))
         for n in block:
-            starts[n], count = count, count + shapes[-1][1]
+            starts[n], count = count, count + columns
     input_ids, positions = torch.zeros(2, count, dtype=torch.long)
     real = torch.zeros(count, dtype=torch.bool)
-    standing: list[tuple[int, int]] = []  # a cell, and the token in it
+    standing: list[tuple[int, int]] = []
+    spans: list[list[tuple[int, int]]] = []
     distinct = Distinct.of([text.tolist() for text in texts])
-    spans: list[list[tuple[int, int]]] = []  # of each text: the cells of what it shares, and of the rest
     for n, text in enumerate(texts):
-        begin = group[n] * width
-        spans.append([(begin, begin + shared[n])] if group[n] >= 0 else [])
-        spans[-1].append((starts[n], starts[n] + own[n]))
+        begin = prompt[n] * prompts[1]
+        span = [(begin, begin + shared[n])] if prompt[n] >= 0 else []
+        spans.append([*span, (starts[n], starts[n] + own[n])])
         first = 0
         for begin, end in spans[-1]:
             place = slice(first, first + end - begin)
@@ -138,37 +177,20 @@ def pooled_rows(
                 positions[begin:end] = torch.arange(place.start, place.stop)
                 standing += zip(range(begin, end), distinct.tokens[n][place], strict=True)
             first = place.stop
-    input_ids, positions, real = (part.to(device) for part in (input_ids, positions, real))
-    cells, again = cells_of(standing, device)
-    grid, layers = Grid(cells, count, again, rounded(len(cells))), DecoderLayers(backbone)
-    seen, *read = real.split([len(sharing) * width, *(b * length for b, length in shapes)])
-    replies = [
-        Replies(
-            part.view(shape), torch.tensor([group[n] for n in block], device=device) if group[block[0]] >= 0 else None
-        )
-        for part, shape, block in zip(read, shapes, blocks, strict=True)
-    ]
-    dtype = backbone.layers[0].mlp.gate_proj.weight.dtype
-    attend = SharedAttention(layers, grid, seen.view(len(sharing), width), replies, dtype)
-    hidden = layers(grid.of_tokens(input_ids), grid.of_tokens(positions), attend)
-    if pooling == "last":
-        return layers.norm(hidden[torch.stack([grid.tokens[span[-1][1] - 1] for span in spans])]).float()
-    hidden = layers.norm(hidden).float()  # (N', H)
-    of_texts = [torch.cat([grid.tokens[begin:end] for begin, end in span]) for span in spans]
-    return torch.stack([hidden[tokens].mean(0) for tokens in of_texts])
+    return _Places(input_ids, positions, real, standing, spans, prompts, blocks)
 
 
-def _blocks(own: Sequence[int], group: Sequence[int], width: int) -> list[list[int]]:
-    """Texts by number, those with a prompt (of `width` columns) and those without (group -1) apart, each block's of
-    similar length: at most half as long again as its shortest, or as one of 16. A prompt's keys are copied for each of
-    its replies, so blocks are bounded by `KEYS_AT_ONCE` too."""
+def _blocks(own: Sequence[int], prompt: Sequence[int], width: int) -> list[list[int]]:
+    """Texts by number, those with a prompt (of `width` columns) and those without (-1) apart, each block's of similar
+    length: at most half as long again as its shortest, or as one of 16. A prompt's keys are copied for each of its
+    replies, so blocks are bounded by `KEYS_AT_ONCE` too."""
     blocks: list[list[int]] = []
-    for n in sorted(range(len(own)), key=lambda n: (group[n] < 0, own[n])):
+    for n in sorted(range(len(own)), key=lambda n: (prompt[n] < 0, own[n])):
         block = blocks[-1] if blocks else []
-        columns = own[n] + (width if group[n] >= 0 else 0)
+        columns = own[n] + (width if prompt[n] >= 0 else 0)
         fits = (
             len(block) > 0
-            and (group[block[0]] < 0) is (group[n] < 0)
+            and (prompt[block[0]] < 0) is (prompt[n] < 0)
             and own[n] <= 1.5 * max(COLUMNS_BY, own[block[0]])
             and (len(block) + 1) * columns <= KEYS_AT_ONCE
         )
