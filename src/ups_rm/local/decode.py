@@ -193,7 +193,7 @@ class FastDecoder:
         self, prompts: list[list[int]], n: int, reply_length: int, kept: KeptForward | None = None
     ) -> tuple[Tensor, Tensor, GroupCache]:
         """Run each prompt once; last hidden (P, H), lengths (P,), and the cache for n replies each. Products see
-        distinct real tokens (N,) and zeros (`Grid.rows`), attention right-padded rows (P, T)."""
+        distinct real tokens (N,) and what fills up (`Grid.rows`), attention right-padded rows (P, T)."""
         device, count, width = self.embed.device, len(prompts), max(map(len, prompts))
         lengths = torch.tensor([len(row) for row in prompts], device=device)
         distinct = Distinct.of(prompts)
