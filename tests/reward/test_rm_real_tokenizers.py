@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tiny import tiny_head
+from ups_rm.reward import shared_prompt
 from ups_rm.reward.doctor import check_rm
 from ups_rm.reward.merge import merge
 from ups_rm.reward.native import load_tokenizer
@@ -132,8 +133,9 @@ def test_ids_are_those_written_by_hand(rm):
         assert row.input_ids.count(EOT) == 2
 
 
-def test_the_policys_token_ids_are_never_reused(rm, qwen):
+def test_the_policys_token_ids_are_never_reused(rm, qwen, monkeypatch):
     """Text goes from the policy's tokenizer through messages into the RM's own ids."""
+    monkeypatch.setattr(shared_prompt, "rounded", lambda count, by=1: count)  # nothing fills up
     scorer = RewardScorer.load(rm, dtype="float32")
     seen: list[list[int]] = []
     read: list[int] = []  # by the embedding: texts stand side by side there
